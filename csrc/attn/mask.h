@@ -1,0 +1,37 @@
+// A mask answers three questions: which keys can a range of queries see, and the reverse; does a tile need masking at
+// all; may one pair attend. Causal is a window with right = 0. Aligned bottom-right: the last query and the last key
+// are on the diagonal. FlashAttention-2, section 3.1.1 (blocks wholly above the diagonal are skipped).
+#pragma once
+#include "host_device.h"
+#include "params.h"
+
+namespace flash_attn {
+
+struct Range {
+    int begin, end;
+    FA_HOST_DEVICE bool empty() const { return begin >= end; }
+};
+
+struct WindowMask {
+    int seqlen_q, seqlen_k;
+    int left, right;
+
+    FA_HOST_DEVICE int diagonal(int row) const { return row + seqlen_k - seqlen_q; }
+    FA_HOST_DEVICE int first_key(int row) const { return max(diagonal(row) - left, 0); }
+    FA_HOST_DEVICE int last_key(int row) const { return min(diagonal(row) + right, seqlen_k - 1); }
+    FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
+
+    // Keys that at least one of the rows may see; empty ranges may have begin > end.
+    FA_HOST_DEVICE Range keys_of(Range rows) const { return {first_key(rows.begin), last_key(rows.end - 1) + 1}; }
+    // Rows that may see at least one of the keys, which must lie below seqlen_k.
+    FA_HOST_DEVICE Range rows_of(Range keys) const {
+        const int shift = seqlen_k - seqlen_q;
+        return {max(keys.begin - shift - right, 0), min(keys.end - shift + left, seqlen_q)};
+    }
+    // Every one of the rows sees every one of the keys.
+    FA_HOST_DEVICE bool covers(Range rows, Range keys) const {
+        return keys.begin >= first_key(rows.end - 1) && keys.end - 1 <= last_key(rows.begin);
+    }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,181 @@
+// Picks the instruction set, cuts a pass into tasks and hands them to the host.
+#include "cpu/backend.h"
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include "attn/mask.h"
+#include "cpu/kernel_table.h"
+
+namespace flash_attn::cpu {
+namespace {
+
+struct InstructionSet {
+    const char* name;
+    Kernels (*kernels)(ElementType);
+    bool supported;
+};
+
+InstructionSet pick_instruction_set() {
+    const InstructionSet sets[] = {
+#if defined(__x86_64__)
+        {"avx512_bf16", avx512_bf16::kernels,
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+        {"avx512", avx512::kernels,
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+        {"avx2", avx2::kernels,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+             __builtin_cpu_supports("bmi2")},
+#endif
+        {"base", base::kernels, true},
+    };
+    // Sets are ordered from best to least; an asked-for one that this processor lacks gives the next that it has.
+    const char* asked = std::getenv("FLASH_ATTN_CPU_ISA");
+    bool allowed = !asked || std::none_of(std::begin(sets), std::end(sets),
+                                          [&](const auto& s) { return !std::strcmp(s.name, asked); });
+    for (const InstructionSet& s : sets) {
+        allowed = allowed || !std::strcmp(s.name, asked);
+        if (allowed && s.supported) return s;
+    }
+    return sets[std::size(sets) - 1];
+}
+
+const InstructionSet& chosen() {
+    static const InstructionSet set = pick_instruction_set();
+    return set;
+}
+
+template <class F> struct TaskOf final : Task {
+    explicit TaskOf(const F& f) : function(f) {}
+    void run(int64_t index, void* scratch) const override { function(index, scratch); }
+    const F& function;
+};
+template <class F> void parallel(Host& host, int64_t count, size_t scratch_bytes, const F& function) {
+    if (count > 0) host.parallel(count, scratch_bytes, TaskOf<F>(function));
+}
+// function(batch, head, scratch) for every head of every sequence.
+template <class F> void for_each_head(Host& host, const Problem& p, size_t scratch_bytes, const F& function) {
+    parallel(host, int64_t(p.batch_size) * p.num_heads, scratch_bytes,
+             [&](int64_t i, void* scratch) { function(int(i / p.num_heads), int(i % p.num_heads), scratch); });
+}
+
+// The longest first, so that no thread is left with a long one at the end.
+template <class Item> void longest_first(std::vector<Item>& items) {
+    const auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };
+    if (!std::is_sorted(items.begin(), items.end(), longer)) std::stable_sort(items.begin(), items.end(), longer);
+}
+
+struct QueryTile {
+    int batch, tile;
+    int64_t cost;  // pairs of a query and a key
+};
+
+std::vector<QueryTile> query_tiles(const Problem& p) {
+    std::vector<QueryTile> tiles;
+    for (int batch = 0; batch < p.batch_size; ++batch) {
+        const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+        const WindowMask mask{seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right};
+        for (int tile = 0; tile * kQueryTile < seq.seqlen_q; ++tile) {
+            const Range rows{tile * kQueryTile, min((tile + 1) * kQueryTile, seq.seqlen_q)}, keys = mask.keys_of(rows);
+            tiles.push_back({batch, tile, int64_t(rows.end - rows.begin) * max(keys.end - keys.begin, 0)});
+        }
+    }
+    longest_first(tiles);
+    return tiles;
+}
+
+// How many tasks share the keys of one sequence and head. Each has a dQ buffer, so there are only as many as it takes to
+// keep threads busy where heads are few. It depends on the shape of one sequence, never on the batch or the number of
+// threads, so that the order of summation, hence every bit of dQ, does not either.
+int num_splits(const Problem& p, int seqlen_k) { return clamp(min(16 / p.num_heads_k, ceil_div(seqlen_k, 256)), 1, 8); }
+
+// Consecutive sequences whose dQ buffers are alive at a time.
+struct Wave {
+    int begin, end;
+    int64_t dq_accum_bytes;
+};
+
+int64_t dq_accum_bytes(const Problem& p, const Kernels& k, int batch) {
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    return int64_t(num_splits(p, seq.seqlen_k)) * p.num_heads * seq.seqlen_q * k.head_dim_padded(p.head_dim) *
+           k.compute_bytes;
+}
+
+std::vector<Wave> plan_waves(const Problem& p, const Kernels& k, int num_threads) {
+    constexpr int64_t kEnoughBytes = 32 << 20;  // as much is always allowed
+    const int64_t enough_tasks = 4 * int64_t(num_threads);
+    std::vector<Wave> waves;
+    int64_t tasks = 0;
+    for (int batch = 0; batch < p.batch_size; ++batch) {
+        const int64_t bytes = dq_accum_bytes(p, k, batch);
+        const bool full =
+            waves.empty() || (waves.back().dq_accum_bytes + bytes > kEnoughBytes && tasks >= enough_tasks);
+        if (full) {
+            waves.push_back({batch, batch, 0});
+            tasks = 0;
+        }
+        waves.back().end = batch + 1;
+        waves.back().dq_accum_bytes += bytes;
+        tasks += int64_t(p.num_heads_k) * num_splits(p, sequence_at(p.seqlens, p.paged_kv, batch).seqlen_k);
+    }
+    return waves;
+}
+
+struct CostedTask {
+    BwdTask task;
+    int64_t cost;
+};
+
+void run_wave(const BwdParams& params, const Kernels& k, const Wave& wave, char* dq_accum, Host& host) {
+    const Problem& p = params.problem;
+    std::vector<CostedTask> tasks;
+    std::vector<BwdTask> sequences;
+    for (int batch = wave.begin; batch < wave.end; ++batch) {
+        const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+        const int splits = num_splits(p, seq.seqlen_k);
+        sequences.push_back({batch, 0, 0, splits, dq_accum});
+        for (int i = 0; i < p.num_heads_k * splits; ++i)
+            tasks.push_back({{batch, i / splits, i % splits, splits, dq_accum}, int64_t(seq.seqlen_q) * seq.seqlen_k});
+        dq_accum += dq_accum_bytes(p, k, batch);
+    }
+    longest_first(tasks);
+    parallel(host, int64_t(tasks.size()), k.bwd_scratch(params),
+             [&](int64_t i, void* scratch) { k.bwd(params, tasks[i].task, scratch); });
+    parallel(host, int64_t(sequences.size()) * p.num_heads, 0,
+             [&](int64_t i, void*) { k.bwd_finish(params, sequences[i / p.num_heads], int(i % p.num_heads)); });
+}
+
+}  // namespace
+
+const char* instruction_set() { return chosen().name; }
+
+void run_fwd(const FwdParams& params, Host& host) {
+    const Problem& p = params.problem;
+    const Kernels k = chosen().kernels(p.type);
+    const std::vector<QueryTile> tiles = query_tiles(p);
+    parallel(host, int64_t(tiles.size()) * p.num_heads, k.fwd_scratch(params), [&](int64_t i, void* scratch) {
+        const QueryTile& tile = tiles[i / p.num_heads];
+        k.fwd(params, {tile.batch, int(i % p.num_heads), tile.tile}, scratch);
+    });
+}
+
+void run_bwd(const BwdParams& params, Host& host) {
+    const Problem& p = params.problem;
+    const Kernels k = chosen().kernels(p.type);
+    for_each_head(host, p, k.bwd_preprocess_scratch(params),
+                  [&](int batch, int head, void* scratch) { k.bwd_preprocess(params, batch, head, scratch); });
+    const std::vector<Wave> waves = plan_waves(p, k, host.num_threads());
+    int64_t most = 0;
+    for (const Wave& wave : waves) most = max(most, wave.dq_accum_bytes);
+    char* dq_accum = static_cast<char*>(host.workspace(size_t(most)));
+    for (const Wave& wave : waves) run_wave(params, k, wave, dq_accum, host);
+}
+
+void run_attn_probs(const ProbsParams& params, Host& host) {
+    const Kernels k = chosen().kernels(params.problem.type);
+    for_each_head(host, params.problem, 0, [&](int batch, int head, void*) { k.attn_probs(params, batch, head); });
+}
+
+}  // namespace flash_attn::cpu

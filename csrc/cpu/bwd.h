@@ -1,0 +1,346 @@
+// Backward pass (FlashAttention-2, algorithm 2). A task owns some key tiles of one key head; for each it visits the query
+// tiles that see it: S = Q K^T and dP = dO V^T with lanes over keys (K^T and V^T are packed once per key tile), then
+// P = exp2(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and dsoftmax_sum
+// say all that a query must know of its other keys, so nothing is reduced within a vector.
+#pragma once
+#include "cpu/tile.h"
+
+namespace flash_attn::cpu::FA_ISA {
+
+template <class T> FA_INLINE int padded_row(int head_dim) { return round_up(head_dim, kLanes<T>); }
+
+template <class E, class Dot> class BwdSlice {
+    using T = Compute<E>;
+    using Operand = typename Dot::Operand;
+    using PackE = Pack<E, Dot>;
+    static constexpr int L = kLanes<T>, kDepth = Dot::kDepth;
+    static constexpr int kKeys = kKeyTile, kQueries = 64;
+
+    struct Buffers {
+        Operand *k_t, *v_t;                  // [head_dim / kDepth][kKeys], [head_dim_v / kDepth][kKeys]
+        Operand* k_by_row;                   // [kKeys / kDepth][padded head_dim]
+        Operand *q, *dout;                   // [kQueries][padded head_dim(_v)], the latter / kDepth
+        Operand *q_by_row, *dout_by_row;     // [kQueries / kDepth][padded head_dim(_v)]; as q and dout unless pairs
+        T *s, *dp;                           // [kQueries][kKeys]: scores, then P; dP, then dS
+        Operand *p_by_row, *ds_by_row, *ds;  // [kQueries / kDepth][kKeys] twice, [kQueries][kKeys / kDepth]
+        T *dk, *dv;                          // [kKeys][padded head_dim(_v)]
+        T* derivative;                       // [kQueries][kKeys], of softcap
+        uint16_t* keep;                      // [kQueries][kKeys]
+        const E** rows;                      // [kKeys]
+
+        Buffers(Arena& arena, const Problem& p) {
+            const int row = padded_row<T>(p.head_dim), row_v = padded_row<T>(p.head_dim_v);
+            k_t = arena.take<Operand>(int64_t(PackE::depth_of(p.head_dim)) * kKeys);
+            v_t = arena.take<Operand>(int64_t(PackE::depth_of(p.head_dim_v)) * kKeys);
+            k_by_row = arena.take<Operand>(kKeys / kDepth * row);
+            q_by_row = arena.take<Operand>(kQueries / kDepth * row);
+            dout_by_row = arena.take<Operand>(kQueries / kDepth * row_v);
+            s = arena.take<T>(kQueries * kKeys);
+            dp = arena.take<T>(kQueries * kKeys);
+            if constexpr (kDepth == 1) {
+                q = q_by_row, dout = dout_by_row, p_by_row = s, ds_by_row = ds = dp;
+            } else {
+                q = arena.take<Operand>(kQueries * PackE::depth_of(p.head_dim));
+                dout = arena.take<Operand>(kQueries * PackE::depth_of(p.head_dim_v));
+                p_by_row = arena.take<Operand>(kQueries / kDepth * kKeys);
+                ds_by_row = arena.take<Operand>(kQueries / kDepth * kKeys);
+                ds = arena.take<Operand>(kQueries * kKeys / kDepth);
+            }
+            dk = arena.take<T>(kKeys * row);
+            dv = arena.take<T>(kKeys * row_v);
+            derivative = arena.take<T>(p.score.softcap > 0 ? kQueries * kKeys : 0);
+            keep = arena.take<uint16_t>(p.dropout.threshold ? kQueries * kKeys : 0);
+            rows = arena.take<const E*>(kKeys);
+        }
+    };
+
+public:
+    static size_t scratch_bytes(const BwdParams& params) {
+        Arena counter(nullptr);
+        Buffers(counter, params.problem);
+        return counter.used();
+    }
+
+    BwdSlice(const BwdParams& params, const BwdTask& task, Arena arena)
+        : params_(params), p_(params.problem), task_(task), b_(arena, p_),
+          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)),
+          mask_{seq_.seqlen_q, seq_.seqlen_k, p_.window.left, p_.window.right},
+          heads_per_key_head_(p_.num_heads / p_.num_heads_k), row_(padded_row<T>(p_.head_dim)),
+          row_v_(padded_row<T>(p_.head_dim_v)), row_q_(kDepth == 1 ? row_ : PackE::depth_of(p_.head_dim)),
+          row_dout_(kDepth == 1 ? row_v_ : PackE::depth_of(p_.head_dim_v)), rescale_(T(dropout_rescale(p_.dropout))) {}
+
+    void run() {
+        for (int g = 0; g < heads_per_key_head_; ++g)
+            memset(dq_accum(task_.head_k * heads_per_key_head_ + g, 0), 0, sizeof(T) * seq_.seqlen_q * row_);
+        for (int tile = task_.split; tile * kKeys < seq_.seqlen_k; tile += task_.num_splits) {
+            keys_ = {tile * kKeys, min((tile + 1) * kKeys, seq_.seqlen_k)};
+            load_keys();
+            const Range rows = mask_.rows_of(keys_);
+            for (int g = 0; g < heads_per_key_head_; ++g)
+                // Query tiles start at multiples of a dropout block.
+                for (int row = round_down(rows.begin, kDropoutBlockRows); row < rows.end; row += kQueries)
+                    add_tile(task_.head_k * heads_per_key_head_ + g, {row, min(row + kQueries, rows.end)});
+            store_keys();
+        }
+    }
+
+private:
+    T* dq_accum(int head, int64_t row) const {
+        const int64_t first = (int64_t(task_.split) * p_.num_heads + head) * seq_.seqlen_q + row;
+        return static_cast<T*>(task_.dq_accum) + first * row_;
+    }
+
+    void load_keys() {
+        const int count = keys_.end - keys_.begin;
+        const int64_t first = seq_.first_row_k + keys_.begin;
+        collect_rows<E>(p_.v, task_.batch, first, task_.head_k, count, b_.rows);
+        PackE::transposed(b_.rows, count, kKeys, p_.head_dim_v, {b_.v_t, kKeys});
+        collect_rows<E>(p_.k, task_.batch, first, task_.head_k, count, b_.rows);
+        PackE::transposed(b_.rows, count, kKeys, p_.head_dim, {b_.k_t, kKeys});
+        PackE::by_row(b_.rows, count, kKeys, p_.head_dim, row_, {b_.k_by_row, row_});
+        memset(b_.dk, 0, sizeof(T) * kKeys * row_);
+        memset(b_.dv, 0, sizeof(T) * kKeys * row_v_);
+    }
+
+    void load_queries(int head, Range rows) {
+        const int count = rows.end - rows.begin, padded = round_up(count, kDepth);
+        const int64_t first = seq_.first_row_q + rows.begin;
+        collect_rows<E>(p_.q, task_.batch, first, head, count, b_.rows);
+        load_rows(count, padded, p_.head_dim, row_, b_.q_by_row, {b_.q, row_q_});
+        collect_rows<E>(params_.dout, task_.batch, first, head, count, b_.rows);
+        load_rows(count, padded, p_.head_dim_v, row_v_, b_.dout_by_row, {b_.dout, row_dout_});
+    }
+    void load_rows(int count, int padded, int length, int padded_length, Operand* by_row, Matrix<Operand> plain) {
+        PackE::by_row(b_.rows, count, padded, length, padded_length, {by_row, padded_length});
+        if constexpr (kDepth == 2) {
+            if (count < padded) b_.rows[count] = nullptr;
+            PackE::rows(b_.rows, padded, length, plain);
+        }
+    }
+
+    void add_tile(int head, Range rows) {
+        const Range seen = mask_.keys_of(rows);
+        const int first = max(seen.begin - keys_.begin, 0), last = min(seen.end, keys_.end) - keys_.begin;
+        if (last <= first) return;
+        // Columns of the products: whole vectors, with the neighbours masked.
+        const Range part{round_down(first, L), round_up(last, L)};
+        const int count = rows.end - rows.begin, padded = round_up(count, kDepth), columns = part.end - part.begin;
+        load_queries(head, rows);
+        gemm<Dot, Update::kStore, false>(padded, columns, PackE::depth_of(p_.head_dim), {b_.q, row_q_},
+                                         {b_.k_t + part.begin, kKeys}, {b_.s + part.begin, kKeys});
+        gemm<Dot, Update::kStore, false>(padded, columns, PackE::depth_of(p_.head_dim_v), {b_.dout, row_dout_},
+                                         {b_.v_t + part.begin, kKeys}, {b_.dp + part.begin, kKeys});
+        const bool covered = mask_.covers(rows, {keys_.begin + part.begin, keys_.begin + part.end});
+        const ScoreFn<T> score(p_.score, task_.batch, head);
+        if (score.modified) modify_scores(score, rows, part);
+        if (p_.dropout.threshold) drop_dp(head, rows, part);
+        weights_and_gradients(head, rows, padded, part, covered, score);
+        if (p_.dropout.threshold) drop_p(padded, part);
+        accumulate(head, rows, padded, {first, last}, part, covered);
+    }
+
+    void modify_scores(const ScoreFn<T>& score, Range rows, Range part) {
+        for (int r = 0; r < rows.end - rows.begin; ++r) {
+            const int distance = mask_.diagonal(rows.begin + r) - keys_.begin;
+            for (int c = part.begin; c < part.end; c += L) {
+                T* s = b_.s + r * kKeys + c;
+                Vec<T> derivative;
+                store(s, ScoreFn<T>::apply(score, load(s), IntLane<T>(distance - c) - lane_index<T>(), derivative));
+                if (score.softcap > 0) store(b_.derivative + r * kKeys + c, derivative);
+            }
+        }
+    }
+
+    void drop_dp(int head, Range rows, Range part) {
+        const int first = round_down(part.begin, kDropoutBlockKeys);
+        dropout_keep<false>(DropoutMask(p_.dropout, task_.batch, head, p_.num_heads), rows.begin, rows.end - rows.begin,
+                            keys_.begin + first, part.end - first, b_.keep + first, kKeys);
+        for (int r = 0; r < rows.end - rows.begin; ++r)
+            for (int c = part.begin; c < part.end; c += L) {
+                T* dp = b_.dp + r * kKeys + c;
+                store(dp, keep_only<T>(widen_mask<T>(b_.keep + r * kKeys + c), load(dp) * rescale_));
+            }
+    }
+
+    // For dV only: dS needs the weights before dropout. Their rescaling waits for the end.
+    void drop_p(int padded, Range part) {
+        for (int r = 0; r < padded; r += kDepth)
+            for (int c = part.begin; c < part.end; c += L) {
+                const uint16_t* keep = b_.keep + r * kKeys + c;
+                Operand* p = b_.p_by_row + r / kDepth * kKeys + c;
+                if constexpr (kDepth == 1) {
+                    store(p, keep_only<T>(widen_mask<T>(keep), load(p)));
+                } else {
+                    store(p, load(p) & pair_mask(keep, keep + kKeys));
+                }
+            }
+    }
+
+    struct RowBounds { IntLane<T> first, last; };
+    // P and dS in the forms that the products want them. Rows past the last query give 0.
+    void weights_and_gradients(int head, Range rows, int padded, Range part, bool covered, const ScoreFn<T>& score) {
+        const int64_t row0 = seq_.first_row_q + rows.begin;
+        const T *lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, head),
+                *dsoftmax_sum = row_ptr<T>(params_.dsoftmax_sum, task_.batch, row0, head);
+        for (int r = 0; r < padded; r += kDepth) {
+            T row_lse[kDepth], sum[kDepth], dlse[kDepth];
+            RowBounds seen[kDepth];
+            for (int i = 0; i < kDepth; ++i) {
+                const int row = rows.begin + r + i;
+                const bool valid = row < rows.end;
+                // A query that saw no key has -infinity (here) or +infinity (elsewhere).
+                row_lse[i] = valid && lse[r + i] != T(-INFINITY) ? lse[r + i] : T(INFINITY);
+                sum[i] = valid ? dsoftmax_sum[r + i] : T(0);
+                dlse[i] =
+                    valid && params_.dlse.data ? *row_ptr<T>(params_.dlse, task_.batch, row0 + r + i, head) : T(0);
+                seen[i] = {IntLane<T>(mask_.first_key(row) - keys_.begin),
+                           valid ? IntLane<T>(mask_.last_key(row) - keys_.begin) : IntLane<T>(-1)};
+            }
+            for (int c = part.begin; c < part.end; c += L) {
+                Vec<T> p[kDepth], ds[kDepth];
+#pragma GCC unroll 2
+                for (int i = 0; i < kDepth; ++i) {
+                    const int at = (r + i) * kKeys + c;
+                    p[i] = exp2((load(b_.s + at) * score.scale - row_lse[i]) * T(kLog2e));
+                    ds[i] = p[i] * ((load(b_.dp + at) - sum[i]) + dlse[i]);
+                    if (score.softcap > 0) ds[i] *= load(b_.derivative + at);
+                    if (covered) continue;
+                    const IntVec<T> key = lane_index<T>() + IntLane<T>(c);
+                    const IntVec<T> keep = (key >= splat_int<T>(seen[i].first)) & (key <= splat_int<T>(seen[i].last));
+                    p[i] = keep_only<T>(keep, p[i]);
+                    ds[i] = keep_only<T>(keep, ds[i]);
+                }
+                store_operands(r, c, p, ds);
+            }
+        }
+    }
+
+    __attribute__((always_inline)) void store_operands(int r, int c, const Vec<T>* p, const Vec<T>* ds) {
+        const int at = r / kDepth * kKeys + c;
+        if constexpr (kDepth == 1) {
+            store(b_.s + at, p[0]);
+            store(b_.dp + at, ds[0]);
+        } else {
+            store(b_.p_by_row + at, pack_pair(p[0], p[1]));
+            store(b_.ds_by_row + at, pack_pair(ds[0], ds[1]));
+            BFloat16* plain = reinterpret_cast<BFloat16*>(b_.ds);
+            store_elements(plain + r * kKeys + c, ds[0]);
+            store_elements(plain + (r + 1) * kKeys + c, ds[1]);
+        }
+    }
+
+    // seen: the keys that at least one row sees, within the tile; part: the same in whole vectors.
+    void accumulate(int head, Range rows, int padded, Range seen, Range part, bool covered) {
+        const int keys = seen.end - seen.begin, depth = padded / kDepth, count = rows.end - rows.begin;
+        if (!covered && nonfinite(padded)) return accumulate_selected(head, rows, seen);
+        gemm<Dot, Update::kAdd, true>(keys, row_v_, depth, {b_.p_by_row + seen.begin, kKeys}, {b_.dout_by_row, row_v_},
+                                      {b_.dv + seen.begin * row_v_, row_v_});
+        gemm<Dot, Update::kAdd, true>(keys, row_, depth, {b_.ds_by_row + seen.begin, kKeys}, {b_.q_by_row, row_},
+                                      {b_.dk + seen.begin * row_, row_});
+        gemm<Dot, Update::kAdd, false>(
+            count, row_, (part.end - part.begin) / kDepth, {b_.ds + part.begin / kDepth, kKeys / kDepth},
+            {b_.k_by_row + part.begin / kDepth * row_, row_}, {dq_accum(head, rows.begin), row_});
+    }
+
+    bool nonfinite(int padded) const {
+        return holds_nonfinite<Operand>({b_.q_by_row, row_}, padded / kDepth, row_) ||
+               holds_nonfinite<Operand>({b_.dout_by_row, row_v_}, padded / kDepth, row_v_) ||
+               holds_nonfinite<Operand>({b_.k_by_row, row_}, kKeys / kDepth, row_);
+    }
+
+    // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied.
+    void accumulate_selected(int head, Range rows, Range seen) {
+        for (int r = 0; r < rows.end - rows.begin; ++r)
+            for (int key = seen.begin; key < seen.end; ++key) {
+                if (!mask_.keep(rows.begin + r, keys_.begin + key)) continue;
+                const int at = r / kDepth * kKeys + key, i = r % kDepth, j = key % kDepth;
+                const T p = unpack_operand(b_.p_by_row[at], i), ds = unpack_operand(b_.ds_by_row[at], i);
+                T* dq = dq_accum(head, rows.begin + r);
+                for (int d = 0; d < p_.head_dim; ++d) {
+                    dq[d] += ds * unpack_operand(b_.k_by_row[key / kDepth * row_ + d], j);
+                    b_.dk[key * row_ + d] += ds * unpack_operand(b_.q_by_row[r / kDepth * row_ + d], i);
+                }
+                for (int d = 0; d < p_.head_dim_v; ++d)
+                    b_.dv[key * row_v_ + d] += p * unpack_operand(b_.dout_by_row[r / kDepth * row_v_ + d], i);
+            }
+    }
+
+    void store_keys() {
+        const T scale = T(p_.score.softmax_scale);
+        for (int r = 0; r < keys_.end - keys_.begin; ++r) {
+            const int64_t row = seq_.first_row_k + keys_.begin + r;
+            E *dk = row_ptr<E>(params_.dk, task_.batch, row, task_.head_k),
+              *dv = row_ptr<E>(params_.dv, task_.batch, row, task_.head_k);
+            for_each_vector<T>(p_.head_dim,
+                               [&](int d, int n) { store_some(dk + d, load(b_.dk + r * row_ + d) * scale, n); });
+            for_each_vector<T>(p_.head_dim_v,
+                               [&](int d, int n) { store_some(dv + d, load(b_.dv + r * row_v_ + d) * rescale_, n); });
+        }
+    }
+
+    const BwdParams& params_;
+    const Problem& p_;
+    const BwdTask task_;
+    const Buffers b_;
+    const Sequence seq_;
+    const WindowMask mask_;
+    const int heads_per_key_head_, row_, row_v_;  // row_: padded head_dim
+    const int row_q_, row_dout_;                  // row lengths of b_.q and b_.dout
+    const T rescale_;                             // of dropout
+    Range keys_{0, 0};                            // the key tile
+};
+
+// dsoftmax_sum = rowsum(dout * out), for one head of one sequence, added up in the order of dP = dO V^T: where a query
+// sees one key only, out is v, and dP - dsoftmax_sum is exactly 0 as it should be.
+template <class E> static void bwd_preprocess(const BwdParams& params, int batch, int head, void* scratch) {
+    using T = Compute<E>;
+    using Transpose = Pack<E, PlainDot<T>>;
+    constexpr int kRows = 64;
+    const Problem& p = params.problem;
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    Arena arena(scratch);
+    T *out_t = arena.take<T>(kRows * p.head_dim_v),
+      *dout_t = arena.take<T>(kRows * p.head_dim_v);  // [head_dim_v][kRows]
+    for (int row0 = 0; row0 < seq.seqlen_q; row0 += kRows) {
+        const int count = min(kRows, seq.seqlen_q - row0);
+        const E* rows[kRows];
+        collect_rows<E>(params.out, batch, seq.first_row_q + row0, head, count, rows);
+        Transpose::transposed(rows, count, kRows, p.head_dim_v, {out_t, kRows});
+        collect_rows<E>(params.dout, batch, seq.first_row_q + row0, head, count, rows);
+        Transpose::transposed(rows, count, kRows, p.head_dim_v, {dout_t, kRows});
+        T sums[kRows];
+        for (int i = 0; i < kRows; i += kLanes<T>) {
+            Vec<T> sum{};
+            for (int d = 0; d < p.head_dim_v; ++d) sum += load(out_t + d * kRows + i) * load(dout_t + d * kRows + i);
+            store(sums + i, sum);
+        }
+        memcpy(row_ptr<T>(params.dsoftmax_sum, batch, seq.first_row_q + row0, head), sums, sizeof(T) * count);
+    }
+}
+static size_t bwd_preprocess_scratch(const BwdParams& params) {
+    return size_t(2 * 64) * params.problem.head_dim_v * sizeof(double) + 128;
+}
+
+// dQ of one head of one sequence: the sum over splits, in their order, scaled. dlse joins dsoftmax_sum only now: dS adds
+// it to the difference dP - rowsum(dout * out), which may be far smaller than either.
+template <class E> static void bwd_finish(const BwdParams& params, const BwdTask& task, int head) {
+    using T = Compute<E>;
+    const Problem& p = params.problem;
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, task.batch);
+    const int row_length = padded_row<T>(p.head_dim);
+    const int64_t split_stride = int64_t(p.num_heads) * seq.seqlen_q * row_length;
+    const T* accum = static_cast<const T*>(task.dq_accum) + int64_t(head) * seq.seqlen_q * row_length;
+    for (int i = 0; i < seq.seqlen_q; ++i, accum += row_length) {
+        const int64_t row = seq.first_row_q + i;
+        E* dq = row_ptr<E>(params.dq, task.batch, row, head);
+        for_each_vector<T>(p.head_dim, [&](int d, int n) {
+            Vec<T> sum = load(accum + d);
+            for (int split = 1; split < task.num_splits; ++split) sum += load(accum + split * split_stride + d);
+            store_some(dq + d, sum * T(p.score.softmax_scale), n);
+        });
+        if (params.dlse.data)
+            *row_ptr<T>(params.dsoftmax_sum, task.batch, row, head) -= *row_ptr<T>(params.dlse, task.batch, row, head);
+    }
+}
+
+}  // namespace flash_attn::cpu::FA_ISA

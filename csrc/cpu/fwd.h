@@ -1,0 +1,276 @@
+// Forward pass of one query tile of one head (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and O^T += V^T P^T.
+// Lanes run over queries, so maxima, sums and rescaling need no reduction within a vector, a last partial key tile
+// needs no padding, and rows of K and V are read number by number without packing. Only Q is transposed, and O back.
+#pragma once
+#include "cpu/tile.h"
+
+namespace flash_attn::cpu::FA_ISA {
+
+template <class E, class Dot> class FwdTile {
+    using T = Compute<E>;
+    using Operand = typename Dot::Operand;
+    using PackE = Pack<E, Dot>;
+    static constexpr int L = kLanes<T>, kDepth = Dot::kDepth;
+    static constexpr int kPanel = 64;  // queries whose scores are alive at a time
+    static constexpr int kPanels = kQueryTile / kPanel;
+    static constexpr int kMaxGroup =
+        kPanel / L < 4 ? kPanel / L : 4;  // vectors of queries that softmax handles together
+
+    struct Buffers {
+        Operand* q_t;                   // [panel][head_dim / kDepth][kPanel]
+        Operand *k, *v;                 // [key][head_dim / kDepth], [key / kDepth][head_dim_v]
+        Operand* p;                     // [key / kDepth][kPanel]; the same memory as s unless operands are pairs
+        T *s, *o_t;                     // [key][kPanel], [panel][head_dim_v][kPanel]
+        T *row_max, *row_sum, *factor;  // [kQueryTile] twice, [kPanel]
+        uint16_t* keep;                 // [key][kPanel]
+        const E** rows;                 // [kQueryTile or kKeyTile]
+
+        Buffers(Arena& arena, const Problem& p) {
+            const int depth = PackE::depth_of(p.head_dim);
+            q_t = arena.take<Operand>(int64_t(kQueryTile) * depth);
+            k = arena.take<Operand>(int64_t(kKeyTile) * depth);
+            v = arena.take<Operand>(int64_t(kKeyTile) / kDepth * p.head_dim_v);
+            s = arena.take<T>(kKeyTile * kPanel);
+            if constexpr (kDepth == 1)
+                this->p = s;
+            else
+                this->p = arena.take<Operand>(kKeyTile / kDepth * kPanel);
+            o_t = arena.take<T>(int64_t(kQueryTile) * p.head_dim_v);
+            row_max = arena.take<T>(kQueryTile);
+            row_sum = arena.take<T>(kQueryTile);
+            factor = arena.take<T>(kPanel);
+            keep = arena.take<uint16_t>(p.dropout.threshold ? kKeyTile * kPanel : 0);
+            rows = arena.take<const E*>(kQueryTile > kKeyTile ? kQueryTile : kKeyTile);
+        }
+    };
+
+public:
+    static size_t scratch_bytes(const FwdParams& params) {
+        Arena counter(nullptr);
+        Buffers(counter, params.problem);
+        return counter.used();
+    }
+
+    FwdTile(const FwdParams& params, const FwdTask& task, Arena arena)
+        : params_(params), p_(params.problem), task_(task), b_(arena, p_),
+          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)),
+          mask_{seq_.seqlen_q, seq_.seqlen_k, p_.window.left, p_.window.right}, score_(p_.score, task.batch, task.head),
+          dropout_(p_.dropout, task.batch, task.head, p_.num_heads),
+          head_k_(task.head / (p_.num_heads / p_.num_heads_k)), row0_(task.query_tile * kQueryTile),
+          num_rows_(min(kQueryTile, seq_.seqlen_q - row0_)), num_panels_(ceil_div(num_rows_, kPanel)) {}
+
+    void run() {
+        load_queries();
+        const Range keys = mask_.keys_of({row0_, row0_ + num_rows_});
+        // Tiles start at multiples of a dropout block.
+        for (int key0 = round_down(keys.begin, kDropoutBlockKeys); key0 < keys.end; key0 += kKeyTile) {
+            tile_ = {key0, min(key0 + kKeyTile, keys.end)};
+            load_keys();
+            for (int panel = 0; panel < num_panels_; ++panel) add_tile(panel);
+        }
+        for (int panel = 0; panel < num_panels_; ++panel) write_out(panel);
+    }
+
+private:
+    Range panel_rows(int panel) const { return {row0_ + panel * kPanel, row0_ + min(num_rows_, (panel + 1) * kPanel)}; }
+
+    void load_queries() {
+        collect_rows<E>(p_.q, task_.batch, seq_.first_row_q + row0_, task_.head, num_rows_, b_.rows);
+        const int depth = PackE::depth_of(p_.head_dim);
+        for (int panel = 0; panel < num_panels_; ++panel)
+            PackE::transposed(b_.rows + panel * kPanel, min(kPanel, num_rows_ - panel * kPanel), kPanel, p_.head_dim,
+                              {b_.q_t + int64_t(panel) * depth * kPanel, kPanel});
+        for (int i = 0; i < num_panels_ * kPanel; ++i) {
+            b_.row_max[i] = -INFINITY;
+            b_.row_sum[i] = 0;
+        }
+        memset(b_.o_t, 0, sizeof(T) * num_panels_ * kPanel * p_.head_dim_v);
+    }
+
+    // A contiguous copy: rows of [batch, seqlen, heads, head_dim] are a power of two apart and would share cache sets.
+    void load_keys() {
+        const int count = tile_.end - tile_.begin;
+        const int64_t first = seq_.first_row_k + tile_.begin;
+        collect_kv_rows<E>(p_.k, p_.paged_kv, task_.batch, first, head_k_, count, b_.rows);
+        PackE::rows(b_.rows, count, p_.head_dim, {b_.k, PackE::depth_of(p_.head_dim)});
+        collect_kv_rows<E>(p_.v, p_.paged_kv, task_.batch, first, head_k_, count, b_.rows);
+        PackE::by_row(b_.rows, count, round_up(count, kDepth), p_.head_dim_v, p_.head_dim_v, {b_.v, p_.head_dim_v});
+    }
+
+    // One step of the online softmax: the tile's keys for the queries of one panel.
+    void add_tile(int panel) {
+        const Range rows = panel_rows(panel), seen = mask_.keys_of(rows);
+        // The part of the tile that this panel sees, in whole pairs; a partner that is not seen gets masked.
+        const Range part{round_down(max(seen.begin - tile_.begin, 0), kDepth),
+                         min(round_up(max(seen.end - tile_.begin, 0), kDepth), tile_.end - tile_.begin)};
+        if (part.empty()) return;
+        const int vectors = ceil_div(rows.end - rows.begin, L), depth = PackE::depth_of(p_.head_dim);
+        gemm<Dot, Update::kStore, false>(
+            part.end - part.begin, vectors * L, depth, {b_.k + int64_t(part.begin) * depth, depth},
+            {b_.q_t + int64_t(panel) * depth * kPanel, kPanel}, {b_.s + part.begin * kPanel, kPanel});
+        const bool covered = mask_.covers(rows, {tile_.begin + part.begin, tile_.begin + part.end});
+        if (score_.modified) modify_scores(rows.begin, part, vectors);
+        if (!covered) mask_scores(rows.begin, part, vectors);
+        softmax(panel, part, vectors);
+        if (dropout_.threshold) drop(rows.begin, part, vectors);
+        accumulate(panel, part, vectors, covered);
+    }
+
+    void modify_scores(int row0, Range part, int vectors) {
+        Vec<T> unused;
+        for (int key = part.begin; key < part.end; ++key)
+            for (int g = 0; g < vectors; ++g) {
+                T* s = b_.s + key * kPanel + g * L;
+                const int distance = mask_.diagonal(row0 + g * L) - (tile_.begin + key);
+                store(s, ScoreFn<T>::apply(score_, load(s), lane_index<T>() + IntLane<T>(distance), unused));
+            }
+    }
+
+    void mask_scores(int row0, Range part, int vectors) {
+        for (int g = 0; g < vectors; ++g) {
+            IntVec<T> first, last;  // keys seen by the queries of the lanes, within the tile
+            for (int i = 0; i < L; ++i) {
+                first[i] = mask_.first_key(row0 + g * L + i) - tile_.begin;
+                last[i] = mask_.last_key(row0 + g * L + i) - tile_.begin;
+            }
+            for (int key = part.begin; key < part.end; ++key) {
+                T* s = b_.s + key * kPanel + g * L;
+                const IntVec<T> k = splat_int<T>(key);
+                store(s, select<T>((k >= first) & (k <= last), load(s), splat<T>(-INFINITY)));
+            }
+        }
+    }
+
+    void softmax(int panel, Range part, int vectors) {
+        int g = 0;
+        for (; g + kMaxGroup <= vectors; g += kMaxGroup) softmax_group<kMaxGroup>(panel, g, part);
+        for (; g < vectors; ++g) softmax_group<1>(panel, g, part);
+    }
+
+    // Scores become weights exp2(score - max); factor is what earlier sums and outputs are multiplied with.
+    template <int G> void softmax_group(int panel, int group, Range part) {
+        T* s = b_.s + group * L;
+        Vec<T> top[G], offset[G], sum[G];
+#pragma GCC unroll 4
+        for (int x = 0; x < G; ++x) top[x] = splat<T>(-INFINITY);
+        for (int key = part.begin; key < part.end; ++key)
+#pragma GCC unroll 4
+            for (int x = 0; x < G; ++x) top[x] = vmax(top[x], load(s + key * kPanel + x * L));
+#pragma GCC unroll 4
+        for (int x = 0; x < G; ++x) {
+            T *row_max = b_.row_max + panel * kPanel + (group + x) * L,
+              *row_sum = b_.row_sum + panel * kPanel + (group + x) * L;
+            const Vec<T> old = load(row_max), now = vmax(old, top[x]);
+            store(row_max, now);
+            // A row that has seen no key yet must not give inf - inf.
+            offset[x] = now == splat<T>(-INFINITY) ? Vec<T>{} : now;
+            const Vec<T> factor = exp2((old - offset[x]) * score_.scale_log2);
+            store(b_.factor + (group + x) * L, factor);
+            sum[x] = load(row_sum) * factor;
+        }
+        // The maximum is subtracted first: the greatest weight is exactly 1, so that a lone key gives exactly its value.
+        const auto weight = [&](int key, int x) {
+            const Vec<T> e = exp2((load(s + key * kPanel + x * L) - offset[x]) * score_.scale_log2);
+            sum[x] += e;
+            return e;
+        };
+        if constexpr (kDepth == 1) {
+            for (int key = part.begin; key < part.end; ++key)
+#pragma GCC unroll 4
+                for (int x = 0; x < G; ++x) store(s + key * kPanel + x * L, weight(key, x));
+        } else {
+            for (int key = part.begin; key < part.end; key += 2)
+#pragma GCC unroll 4
+                for (int x = 0; x < G; ++x) {
+                    const Vec<T> low = weight(key, x), high = key + 1 < part.end ? weight(key + 1, x) : Vec<T>{};
+                    store(b_.p + key / 2 * kPanel + (group + x) * L, pack_pair(low, high));
+                }
+        }
+#pragma GCC unroll 4
+        for (int x = 0; x < G; ++x) store(b_.row_sum + panel * kPanel + (group + x) * L, sum[x]);
+    }
+
+    // Dropped weights become 0; the sums keep them.
+    void drop(int row0, Range part, int vectors) {
+        const int first = round_down(part.begin, kDropoutBlockKeys);
+        dropout_keep<true>(dropout_, row0, vectors * L, tile_.begin + first, part.end - first, b_.keep + first * kPanel,
+                           kPanel);
+        for (int key = part.begin; key < part.end; key += kDepth)
+            for (int g = 0; g < vectors; ++g) {
+                const uint16_t* keep = b_.keep + key * kPanel + g * L;
+                Operand* p = b_.p + key / kDepth * kPanel + g * L;
+                if constexpr (kDepth == 1) {
+                    store(p, keep_only<T>(widen_mask<T>(keep), load(p)));
+                } else {
+                    store(p, load(p) & pair_mask(keep, keep + kPanel));
+                }
+            }
+    }
+
+    void accumulate(int panel, Range part, int vectors, bool covered) {
+        T* o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel;
+        const int first = part.begin / kDepth, depth = ceil_div(part.end, kDepth) - first;
+        const Operand* v = b_.v + int64_t(first) * p_.head_dim_v;
+        if (!covered && holds_nonfinite<Operand>({v, p_.head_dim_v}, depth, p_.head_dim_v)) {
+            accumulate_selected(panel, part, vectors, o_t);
+            return;
+        }
+        gemm<Dot, Update::kRescaleAdd, true>(p_.head_dim_v, vectors * L, depth, {v, p_.head_dim_v},
+                                             {b_.p + first * kPanel, kPanel}, {o_t, kPanel}, b_.factor);
+    }
+
+    // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied.
+    void accumulate_selected(int panel, Range part, int vectors, T* o_t) {
+        for (int i = 0; i < vectors * L; ++i) {
+            const int row = row0_ + panel * kPanel + i;
+            for (int d = 0; d < p_.head_dim_v; ++d) {
+                T sum = o_t[d * kPanel + i] * b_.factor[i];
+                for (int key = part.begin; key < part.end; ++key)
+                    if (mask_.keep(row, tile_.begin + key))
+                        sum += unpack_operand(b_.p[key / kDepth * kPanel + i], key % kDepth) *
+                               unpack_operand(b_.v[int64_t(key / kDepth) * p_.head_dim_v + d], key % kDepth);
+                o_t[d * kPanel + i] = sum;
+            }
+        }
+    }
+
+    // out = O / sum and softmax_lse = max + log(sum); 0 and -infinity for a query that saw no key.
+    void write_out(int panel) {
+        constexpr int kBlock = 16;
+        const Range rows = panel_rows(panel);
+        const int count = rows.end - rows.begin;
+        const int64_t row0 = seq_.first_row_q + rows.begin;
+        const T *o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel, *row_max = b_.row_max + panel * kPanel,
+                *row_sum = b_.row_sum + panel * kPanel;
+        T* lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, task_.head);
+        const T rescale = T(dropout_rescale(p_.dropout));
+        for (int i = 0; i < count; ++i) {
+            lse[i] = row_sum[i] == 0 ? T(-INFINITY) : row_max[i] * score_.scale + std::log(row_sum[i]);
+            b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
+        }
+        for (int i0 = 0; i0 < count; i0 += kBlock)
+            for (int d0 = 0; d0 < p_.head_dim_v; d0 += kBlock) {
+                const int columns = min(kBlock, p_.head_dim_v - d0);
+                T block[kBlock][kBlock];
+                for (int d = 0; d < columns; ++d)
+                    for (int i = 0; i < kBlock; ++i) block[i][d] = o_t[(d0 + d) * kPanel + i0 + i] * b_.factor[i0 + i];
+                for (int i = i0; i < min(i0 + kBlock, count); ++i) {
+                    E* out = row_ptr<E>(params_.out, task_.batch, row0 + i, task_.head) + d0;
+                    for_each_vector<T>(columns, [&](int d, int n) { store_some(out + d, load(block[i - i0] + d), n); });
+                }
+            }
+    }
+
+    const FwdParams& params_;
+    const Problem& p_;
+    const FwdTask task_;
+    const Buffers b_;
+    const Sequence seq_;
+    const WindowMask mask_;
+    const ScoreFn<T> score_;
+    const DropoutMask dropout_;
+    const int head_k_, row0_, num_rows_, num_panels_;
+    Range tile_{0, 0};  // keys loaded
+};
+
+}  // namespace flash_attn::cpu::FA_ISA

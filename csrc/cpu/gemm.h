@@ -1,0 +1,114 @@
+// Small matrix products on packed tiles: C (rows x columns) from A (rows x depth) and B (depth x columns), where columns
+// is a multiple of the vector length. A is read one number at a time and broadcast, so it needs no packing and may be
+// transposed; B and C are read by whole vectors. The accumulators of a micro tile stay in registers.
+#pragma once
+#include "cpu/vec.h"
+
+namespace flash_attn::cpu::FA_ISA {
+
+// What one multiply-add does: T with T, or two bfloat16 products at once. An operand then holds a pair of neighbours
+// along the depth, which counts pairs.
+template <class T> struct PlainDot {
+    using Accum = T;
+    using Operand = T;
+    static constexpr int kDepth = 1;
+    FA_INLINE Vec<T> multiply_add(Vec<T> c, T a, Vec<T> b) { return c + a * b; }
+};
+#if FA_BF16_DOT
+struct Bf16Dot {
+    using Accum = float;
+    using Operand = uint32_t;
+    static constexpr int kDepth = 2;
+    FA_INLINE Vec<float> multiply_add(Vec<float> c, uint32_t a, Vec<uint32_t> b) {
+        return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+    }
+};
+#endif
+
+enum class Update {
+    kStore,       // C = A B
+    kAdd,         // C = C + A B
+    kRescaleAdd,  // C = C * factor[column] + A B
+};
+
+template <class T> struct Matrix {
+    T* data;
+    int64_t stride;
+};
+
+template <class Dot, Update kUpdate, bool kTransposedA, int kRows, int kVectors>
+static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::Operand* a, int64_t a_stride,
+                                                 const typename Dot::Operand* b, int64_t b_stride,
+                                                 typename Dot::Accum* c, int64_t c_stride,
+                                                 const typename Dot::Accum* factor) {
+    using T = typename Dot::Accum;
+    constexpr int L = kLanes<T>;
+    Vec<T> acc[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < kVectors; ++n) {
+            if constexpr (kUpdate == Update::kStore) acc[m][n] = Vec<T>{};
+            if constexpr (kUpdate == Update::kAdd) acc[m][n] = load(c + m * c_stride + n * L);
+            if constexpr (kUpdate == Update::kRescaleAdd)
+                acc[m][n] = load(c + m * c_stride + n * L) * load(factor + n * L);
+        }
+#pragma GCC unroll 2
+    for (int k = 0; k < depth; ++k) {
+        Vec<typename Dot::Operand> bv[kVectors];
+#pragma GCC unroll 8
+        for (int n = 0; n < kVectors; ++n) bv[n] = load(b + k * b_stride + n * L);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+            const typename Dot::Operand am = kTransposedA ? a[k * a_stride + m] : a[m * a_stride + k];
+#pragma GCC unroll 8
+            for (int n = 0; n < kVectors; ++n) acc[m][n] = Dot::multiply_add(acc[m][n], am, bv[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < kVectors; ++n) store(c + m * c_stride + n * L, acc[m][n]);
+}
+
+// The last rows of a column block, one micro tile of exactly that height.
+template <class Dot, Update kUpdate, bool kTransposedA, int kRows, int kVectors, class... Args>
+FA_INLINE void gemm_last_rows(int rows, Args... args) {
+    if constexpr (kRows > 0) {
+        if (rows == kRows) return micro_gemm<Dot, kUpdate, kTransposedA, kRows, kVectors>(args...);
+        gemm_last_rows<Dot, kUpdate, kTransposedA, kRows - 1, kVectors>(rows, args...);
+    }
+}
+
+template <class Dot, Update kUpdate, bool kTransposedA, int kVectors>
+FA_INLINE void gemm_columns(int rows, int depth, Matrix<const typename Dot::Operand> a, const typename Dot::Operand* b,
+                            int64_t b_stride, typename Dot::Accum* c, int64_t c_stride,
+                            const typename Dot::Accum* factor) {
+    constexpr int kRows = FA_MICRO_ROWS;
+    const int64_t a_row = kTransposedA ? 1 : a.stride;
+    int m = 0;
+    for (; m + kRows <= rows; m += kRows)
+        micro_gemm<Dot, kUpdate, kTransposedA, kRows, kVectors>(depth, a.data + m * a_row, a.stride, b, b_stride,
+                                                                c + m * c_stride, c_stride, factor);
+    gemm_last_rows<Dot, kUpdate, kTransposedA, kRows - 1, kVectors>(rows - m, depth, a.data + m * a_row, a.stride, b,
+                                                                    b_stride, c + m * c_stride, c_stride, factor);
+}
+
+template <class Dot, Update kUpdate, bool kTransposedA>
+static __attribute__((noinline)) void gemm(int rows, int columns, int depth, Matrix<const typename Dot::Operand> a,
+                                           Matrix<const typename Dot::Operand> b, Matrix<typename Dot::Accum> c,
+                                           const typename Dot::Accum* factor = nullptr) {
+    constexpr int L = kLanes<typename Dot::Accum>, kVectors = FA_MICRO_VECTORS;
+    int n = 0;
+    auto advance = [&](auto vectors) {
+        constexpr int V = decltype(vectors)::value;
+        for (; n + V * L <= columns; n += V * L)
+            gemm_columns<Dot, kUpdate, kTransposedA, V>(rows, depth, a, b.data + n, b.stride, c.data + n, c.stride,
+                                                        factor ? factor + n : nullptr);
+    };
+    advance(std::integral_constant<int, kVectors>{});
+    if constexpr (kVectors > 2) advance(std::integral_constant<int, 2>{});
+    advance(std::integral_constant<int, 1>{});
+}
+
+}  // namespace flash_attn::cpu::FA_ISA

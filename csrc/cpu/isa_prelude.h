@@ -1,0 +1,19 @@
+// Everything that the kernels include from elsewhere, to be compiled for the processor's baseline: it must come before
+// the target pragma of an isa_*.cpp file, so that no inline function of the standard library or of attn/ is compiled
+// for a newer instruction set under a name that older processors' code is linked against.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include "attn/dropout.h"
+#include "attn/mask.h"
+#include "attn/paged_kv.h"
+#include "attn/score.h"
+#include "attn/seqlen.h"
+#include "cpu/kernel_table.h"
+#include "host_device.h"
+#include "params.h"

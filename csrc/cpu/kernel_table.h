@@ -1,0 +1,41 @@
+// What each instruction set provides to backend.cpp: one table of functions per element type.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include "attn/seqlen.h"
+#include "params.h"
+
+namespace flash_attn::cpu {
+
+// Queries and keys of one forward task and of one step of it. Speed is flat between 64 and 256.
+constexpr int kQueryTile = 128, kKeyTile = 128;
+
+// One forward task: a query tile of one head.
+struct FwdTask { int batch, head, query_tile; };
+
+// Backward tasks of one sequence and key head are split by keys: split s of num_splits has the key tiles
+// s, s + num_splits, ...; each adds into a dQ of its own, and these are summed in a fixed order.
+struct BwdTask {
+    int batch, head_k, split, num_splits;
+    void* dq_accum;  // [num_splits, num_heads, seqlen_q, head_dim_padded], fp32 or fp64
+};
+
+struct Kernels {
+    int compute_bytes;                        // of the type of scores and accumulators
+    int (*head_dim_padded)(int head_dim);     // row length of dq_accum
+    size_t (*fwd_scratch)(const FwdParams&);  // bytes per thread
+    void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);
+    size_t (*bwd_preprocess_scratch)(const BwdParams&);
+    void (*bwd_preprocess)(const BwdParams&, int batch, int head, void* scratch);
+    size_t (*bwd_scratch)(const BwdParams&);  // bytes per thread
+    void (*bwd)(const BwdParams&, const BwdTask&, void* scratch);
+    void (*bwd_finish)(const BwdParams&, const BwdTask&, int head);  // dQ of one head from dq_accum
+    void (*attn_probs)(const ProbsParams&, int batch, int head);
+};
+
+namespace base { Kernels kernels(ElementType type); }
+namespace avx2 { Kernels kernels(ElementType type); }
+namespace avx512 { Kernels kernels(ElementType type); }
+namespace avx512_bf16 { Kernels kernels(ElementType type); }
+
+}  // namespace flash_attn::cpu

@@ -1,0 +1,44 @@
+// All kernels of one instruction set. Included by the isa_*.cpp files within their target pragma.
+#include "cpu/bwd.h"
+#include "cpu/fwd.h"
+#include "cpu/probs.h"
+
+namespace flash_attn::cpu::FA_ISA {
+
+template <class E, class Dot> static Kernels make_kernels() {
+    return {
+        .compute_bytes = int(sizeof(Compute<E>)),
+        .head_dim_padded = [](int head_dim) { return padded_row<Compute<E>>(head_dim); },
+        .fwd_scratch = FwdTile<E, Dot>::scratch_bytes,
+        .fwd = [](const FwdParams& p, const FwdTask& task,
+                  void* scratch) { FwdTile<E, Dot>(p, task, Arena(scratch)).run(); },
+        .bwd_preprocess_scratch = bwd_preprocess_scratch,
+        .bwd_preprocess = bwd_preprocess<E>,
+        .bwd_scratch = BwdSlice<E, Dot>::scratch_bytes,
+        .bwd = [](const BwdParams& p, const BwdTask& task,
+                  void* scratch) { BwdSlice<E, Dot>(p, task, Arena(scratch)).run(); },
+        .bwd_finish = bwd_finish<E>,
+        .attn_probs = attn_probs<E>,
+    };
+}
+
+// bfloat16 without dot products and float16 are widened to fp32 when a tile is loaded.
+Kernels kernels(ElementType type) {
+    switch (type) {
+        case ElementType::kFloat64:
+            return make_kernels<double, PlainDot<double>>();
+        case ElementType::kFloat32:
+            return make_kernels<float, PlainDot<float>>();
+        case ElementType::kFloat16:
+            return make_kernels<Float16, PlainDot<float>>();
+        case ElementType::kBFloat16:
+            break;
+    }
+#if FA_BF16_DOT
+    return make_kernels<BFloat16, Bf16Dot>();
+#else
+    return make_kernels<BFloat16, PlainDot<float>>();
+#endif
+}
+
+}  // namespace flash_attn::cpu::FA_ISA

@@ -1,0 +1,98 @@
+// What the forward and the backward tiles of one head have in common: element access by row, and the score policies of
+// attn/ applied to vectors.
+#pragma once
+#include "cpu/pack.h"
+
+namespace flash_attn::cpu::FA_ISA {
+
+template <class E> FA_INLINE E* row_ptr(const TensorView& t, int64_t batch, int64_t row, int64_t head) {
+    return static_cast<E*>(t.data) + batch * t.batch_stride + row * t.row_stride + head * t.head_stride;
+}
+template <class T> FA_INLINE T* row_ptr(const RowView& t, int64_t batch, int64_t row, int64_t head) {
+    return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + row;
+}
+// Pointers to count rows of q, out or dout, from row `first` of the tensor on.
+template <class E> FA_INLINE void collect_rows(const TensorView& t, int64_t batch, int64_t first, int64_t head,
+                                               int count, const E** rows) {
+    for (int r = 0; r < count; ++r) rows[r] = row_ptr<E>(t, batch, first + r, head);
+}
+// The same of k or v, perhaps paged.
+template <class E> FA_INLINE void collect_kv_rows(const TensorView& t, const PagedKv& paged, int batch, int64_t first,
+                                                  int64_t head, int count, const E** rows) {
+    for (int r = 0; r < count; ++r) {
+        const int64_t offset = kv_row_offset(t, paged, batch, first + r);
+        rows[r] = offset < 0 ? nullptr : static_cast<const E*>(t.data) + offset + head * t.head_stride;
+    }
+}
+
+// The scores of one head. Plain scores stay products until softmax multiplies them with `scale`; modified ones are
+// finished by apply(), and their scale is 1.
+template <class T> struct ScoreFn {
+    bool modified;
+    T scale, scale_log2;        // the latter times log2(e)
+    T scale_over_cap, softcap;  // 0: no cap
+    T softmax_scale, slope;
+
+    ScoreFn(const ScoreParams& p, int batch, int head)
+        : modified(modifies_scores(p)), scale(T(modified ? 1.0 : p.softmax_scale)),
+          scale_log2(T((modified ? 1.0 : p.softmax_scale) * kLog2e)),
+          scale_over_cap(p.softcap > 0 ? T(p.softmax_scale / p.softcap) : T(0)), softcap(T(p.softcap)),
+          softmax_scale(T(p.softmax_scale)), slope(T(alibi_slope(p, batch, head))) {}
+
+    // The score of products x whose keys are `distance` away; derivative becomes d score / d (softmax_scale x).
+    FA_INLINE Vec<T> apply(const ScoreFn& f, Vec<T> x, IntVec<T> distance, Vec<T>& derivative) {
+        Vec<T> score = x * f.softmax_scale;
+        derivative = splat<T>(1);
+        if (f.scale_over_cap != 0) {
+            const Vec<T> t = tanh<T>(x * f.scale_over_cap);
+            derivative = softcap_derivative(t);
+            score = t * f.softcap;
+        }
+        if (f.slope != 0) score += alibi_bias(splat(f.slope), __builtin_convertvector(distance, Vec<T>));
+        return score;
+    }
+};
+
+// 16 bits of ones for every pair that dropout keeps, computed for tiles that start at multiples of 16 rows and 32 keys.
+// kLanesAreRows: out[key][row], else out[row][key]; stride is the length of a line of out.
+template <bool kLanesAreRows> static __attribute__((noinline)) void dropout_keep(const DropoutMask& mask, int row0,
+                                                                                 int num_rows, int key0, int num_keys,
+                                                                                 uint16_t* out, int stride) {
+    constexpr int kOctet = 8;
+    const auto keep = [&](uint32_t bits) { return uint16_t(bits < mask.threshold ? 0 : 0xffff); };
+    for (int r = 0; r < num_rows; r += kDropoutBlockRows)
+        for (int k = 0; k < num_keys; k += kDropoutBlockKeys)
+            for (int a = 0; a < kOctet; ++a) {
+                uint32_t words[4][kOctet];
+                for (int lane = 0; lane < kOctet; ++lane) {
+                    const PhiloxOutput x = kLanesAreRows
+                                               ? mask.block(uint32_t(row0 + r + lane), uint32_t(key0 + k + a))
+                                               : mask.block(uint32_t(row0 + r + a), uint32_t(key0 + k + lane));
+                    for (int w = 0; w < 4; ++w) words[w][lane] = x.word[w];
+                }
+                for (int w = 0; w < 4; ++w)
+                    for (int lane = 0; lane < kOctet; ++lane) {
+                        const uint16_t low = keep(words[w][lane] & 0xffff), high = keep(words[w][lane] >> 16);
+                        if constexpr (kLanesAreRows) {
+                            uint16_t* line = out + (k + 8 * w + a) * stride + r + lane;
+                            line[0] = low;
+                            line[8] = high;
+                        } else {
+                            uint16_t* line = out + (r + a) * stride + k + 8 * w + lane;
+                            line[0] = low;
+                            line[8 * stride] = high;
+                        }
+                    }
+            }
+}
+// A mask of Vec<T> from halfwords of ones or zeros.
+template <class T> FA_INLINE IntVec<T> widen_mask(const uint16_t* keep) {
+    return __builtin_convertvector(*reinterpret_cast<const typename HalfwordsOf<T>::Signed*>(keep), IntVec<T>);
+}
+// The same of two lines, for pairs of the one (low) and the other (high).
+FA_INLINE Vec<uint32_t> pair_mask(const uint16_t* low, const uint16_t* high) {
+    return ((Vec<uint32_t>)widen_mask<float>(low) & 0xffffu) | ((Vec<uint32_t>)widen_mask<float>(high) & 0xffff0000u);
+}
+template <class T> FA_INLINE Vec<T> keep_only(IntVec<T> mask, Vec<T> x) { return (Vec<T>)((IntVec<T>)x & mask); }
+
+}  // namespace flash_attn::cpu::FA_ISA

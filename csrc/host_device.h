@@ -1,0 +1,21 @@
+// One definition of an attention policy for g++, nvcc and the simulator; no CUDA headers.
+#pragma once
+
+// Policies are always inlined: on the CPU they are compiled into files for several instruction sets, and an out-of-line
+// copy of one of them would be an ordinary symbol that any of the others could be linked against.
+#if defined(__CUDACC__)
+#define FA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FA_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace flash_attn {
+
+template <class T> FA_HOST_DEVICE constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T> FA_HOST_DEVICE constexpr T max(T a, T b) { return a < b ? b : a; }
+template <class T> FA_HOST_DEVICE constexpr T clamp(T x, T low, T high) { return min(max(x, low), high); }
+template <class T> FA_HOST_DEVICE constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> FA_HOST_DEVICE constexpr T round_down(T a, T multiple) { return a / multiple * multiple; }
+template <class T> FA_HOST_DEVICE constexpr T round_up(T a, T multiple) { return ceil_div(a, multiple) * multiple; }
+
+}  // namespace flash_attn
