@@ -7,6 +7,12 @@ namespace flash_attn::cpu::FA_ISA {
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
+#if defined(__aarch64__)
+typedef __fp16 NativeHalf;  // GCC 12 has no _Float16 in C++ there
+#else
+typedef _Float16 NativeHalf;
+#endif
+
 template <class E> using Compute = std::conditional_t<std::is_same_v<E, double>, double, float>;
 
 FA_INLINE float bits_to_float(uint32_t bits) {
@@ -22,7 +28,7 @@ FA_INLINE float to_compute(Float16 x) {
 #if FA_X86_LEVEL >= 2
     return _cvtsh_ss(x.bits);
 #else
-    _Float16 half;
+    NativeHalf half;
     memcpy(&half, &x, sizeof half);
     return float(half);
 #endif
@@ -46,7 +52,7 @@ FA_INLINE Vec<float> load_elements(const Float16* p) {
 #elif FA_X86_LEVEL == 2
     return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-    Vec<float> x;
+    Vec<float> x{};
     for (int i = 0; i < kLanes<float>; ++i) x[i] = to_compute(p[i]);
     return x;
 #endif
@@ -65,7 +71,7 @@ FA_INLINE void store_elements(Float16* p, Vec<float> x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int i = 0; i < kLanes<float>; ++i) {
-        const _Float16 half = _Float16(x[i]);
+        const NativeHalf half = NativeHalf(x[i]);
         memcpy(p + i, &half, sizeof half);
     }
 #endif

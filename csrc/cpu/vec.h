@@ -50,7 +50,7 @@ template <class T> FA_INLINE Vec<T> select(IntVec<T> mask, Vec<T> a, Vec<T> b) {
 // The greater; the second where either is NaN.
 FA_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 #if FA_X86_LEVEL == 3
-    return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+    return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif FA_X86_LEVEL == 2
     return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -59,7 +59,7 @@ FA_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 }
 FA_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
 #if FA_X86_LEVEL == 3
-    return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+    return (Vec<double>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
 #elif FA_X86_LEVEL == 2
     return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else

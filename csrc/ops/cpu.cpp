@@ -1,0 +1,131 @@
+// The ops on the CPU: check, allocate, fill what lies outside of sequences, run the kernels.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+#include <limits>
+#include "cpu/backend.h"
+#include "ops/cpu_host.h"
+#include "ops/problem.h"
+
+namespace flash_attn {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+Tensor empty(const c10::SymDimVector& sizes, const Tensor& like, at::ScalarType type) {
+    return at::empty(C10_AS_INTARRAYREF_SLOW(sizes), like.options().dtype(type));
+}
+
+// Whether any query can see any key.
+bool has_pairs(const Problem& p) { return p.batch_size > 0 && p.seqlens.seqlen_q > 0 && p.seqlens.seqlen_k > 0; }
+
+// Fills the rows of a packed tensor that follow the last sequence.
+void fill_tail(const Tensor& tensor, int64_t dim, const int32_t* cu_seqlens, int32_t batch_size, double value) {
+    if (!cu_seqlens) return;
+    const int64_t used = cu_seqlens[batch_size], total = tensor.size(dim);
+    if (used < total) tensor.narrow(dim, used, total - used).fill_(value);
+}
+
+// A gradient that is written where it belongs if kernels can write there, and copied there otherwise.
+class Gradient {
+public:
+    explicit Gradient(const Tensor& target)
+        : target_(target),
+          written_(is_last_dim_contiguous(target) ? c10::MaybeOwned<Tensor>::borrowed(target)
+                                                  : c10::MaybeOwned<Tensor>::owned(at::empty(target.sizes(), target.options()))) {}
+    const Tensor& operator*() const { return *written_; }
+    void finish() const {
+        if (!written_.unsafeIsBorrowed()) target_.copy_(*written_);
+    }
+
+private:
+    const Tensor& target_;
+    c10::MaybeOwned<Tensor> written_;
+};
+
+FwdResult fwd_cpu(const FwdArgs& args) {
+    validate(args);
+    const PreparedProblem prepared(args.problem);
+    const Problem& problem = *prepared;
+    validate_values(args.problem, problem);
+
+    Tensor out = empty(out_sizes(args.problem), args.problem.q, args.problem.q.scalar_type());
+    Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, lse_type(args.problem));
+    if (!has_pairs(problem)) {
+        out.zero_();
+        softmax_lse.fill_(-kInfinity);
+        return {std::move(out), std::move(softmax_lse)};
+    }
+    const bool packed = args.problem.packed();
+    fill_tail(out, 0, problem.seqlens.cu_seqlens_q, problem.batch_size, 0);
+    fill_tail(softmax_lse, 1, problem.seqlens.cu_seqlens_q, problem.batch_size, -kInfinity);
+    TorchHost host;
+    cpu::run_fwd({problem, view_of(out, packed), row_view_of(softmax_lse, packed)}, host);
+    return {std::move(out), std::move(softmax_lse)};
+}
+
+// Zeros for all rows that run_bwd does not write.
+void clear_outside(const Problem& problem, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+    const Seqlens& s = problem.seqlens;
+    fill_tail(dq, 0, s.cu_seqlens_q, problem.batch_size, 0);
+    if (s.seqused_k || s.leftpad_k) {
+        dk.zero_();
+        dv.zero_();
+        return;
+    }
+    fill_tail(dk, 0, s.cu_seqlens_k, problem.batch_size, 0);
+    fill_tail(dv, 0, s.cu_seqlens_k, problem.batch_size, 0);
+}
+
+Tensor bwd_cpu(const BwdArgs& args) {
+    validate(args);
+    const PreparedProblem prepared(args.problem);
+    const Problem& problem = *prepared;
+    validate_values(args.problem, problem);
+
+    Tensor dsoftmax_sum = empty(lse_sizes(args.problem), args.problem.q, lse_type(args.problem));
+    if (has_pairs(problem)) {
+        const bool packed = args.problem.packed();
+        const auto out = last_dim_contiguous(args.out), dout = last_dim_contiguous(args.dout);
+        const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
+        const auto dlse = args.dlse ? last_dim_contiguous(*args.dlse) : c10::MaybeOwned<Tensor>();
+        const Gradient dq(args.dq), dk(args.dk), dv(args.dv);
+        clear_outside(problem, *dq, *dk, *dv);
+        TorchHost host;
+        cpu::run_bwd({problem, view_of(*out, packed), view_of(*dout, packed), row_view_of(*softmax_lse, packed),
+                      args.dlse ? row_view_of(*dlse, packed) : RowView{}, view_of(*dq, packed), view_of(*dk, packed),
+                      view_of(*dv, packed), row_view_of(dsoftmax_sum, packed), args.deterministic},
+                     host);
+        for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
+    } else {
+        for (const Tensor& gradient : {args.dq, args.dk, args.dv}) gradient.zero_();
+        args.dlse ? dsoftmax_sum.copy_(args.dlse->neg()) : dsoftmax_sum.zero_();
+    }
+    fill_tail(dsoftmax_sum, 1, problem.seqlens.cu_seqlens_q, problem.batch_size, 0);
+    return dsoftmax_sum;
+}
+
+Tensor attn_probs_cpu(const ProbsArgs& args) {
+    validate(args);
+    const PreparedProblem prepared(args.problem);
+    const Problem& problem = *prepared;
+    validate_values(args.problem, problem);
+
+    Tensor probs = empty(probs_sizes(args.problem), args.problem.q, args.problem.q.scalar_type()).zero_();
+    if (has_pairs(problem)) {
+        const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
+        TorchHost host;
+        cpu::run_attn_probs({problem, row_view_of(*softmax_lse, args.problem.packed()), probs.mutable_data_ptr()}, host);
+    }
+    return probs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
+    m.impl("fwd", fwd_op<fwd_cpu>);
+    m.impl("bwd", bwd_op<bwd_cpu>);
+    m.impl("attn_probs", attn_probs_op<attn_probs_cpu>);
+}
+
+}  // namespace flash_attn

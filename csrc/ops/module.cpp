@@ -1,0 +1,28 @@
+// The extension module. Loading it registers the ops; what it offers itself is a description of the build.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+#include "cpu/backend.h"
+#include "ops/problem.h"
+
+namespace flash_attn {
+
+pybind11::dict build_info() {
+    pybind11::dict info;
+    info["torch_version"] = TORCH_VERSION;
+#ifdef FLASH_ATTN_CUDA_VERSION
+    info["cuda_version"] = FLASH_ATTN_CUDA_VERSION;
+#else
+    info["cuda_version"] = pybind11::none();
+#endif
+    info["cpu_instruction_set"] = cpu::instruction_set();
+    info["cuda_archs"] = pybind11::list();
+    info["max_head_dim"] = kMaxHeadDim;
+    return info;
+}
+
+}  // namespace flash_attn
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Registers the ops of torch.ops.flash_attn.";
+    m.def("build_info", &flash_attn::build_info, "What this build was made for.");
+}

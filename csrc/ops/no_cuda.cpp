@@ -1,0 +1,25 @@
+// What tensors on a CUDA device get from a build without CUDA kernels.
+#include <torch/library.h>
+#include "ops/problem.h"
+
+namespace flash_attn {
+namespace {
+
+[[noreturn]] void no_kernels() {
+    TORCH_CHECK(false, "flash_attn: this build has no CUDA kernels; move the tensors to the CPU to run them there");
+}
+
+template <class Result, class Args> Result no_cuda(const Args& args) {
+    validate(args);
+    no_kernels();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
+    m.impl("fwd", fwd_op<no_cuda<FwdResult, FwdArgs>>);
+    m.impl("bwd", bwd_op<no_cuda<Tensor, BwdArgs>>);
+    m.impl("attn_probs", attn_probs_op<no_cuda<Tensor, ProbsArgs>>);
+}
+
+}  // namespace flash_attn

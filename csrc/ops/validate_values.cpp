@@ -1,0 +1,105 @@
+// The checks of what metadata tensors hold, in host memory.
+#include "host_device.h"
+#include "ops/problem.h"
+
+namespace flash_attn {
+namespace {
+
+class ValueValidator {
+public:
+    ValueValidator(const ProblemArgs& args, const Problem& problem)
+        : problem_(problem), seqlens_(problem.seqlens), paged_(problem.paged_kv), reasons_(args) {}
+
+    void check() {
+        const bool paged = paged_.block_table;
+        if (seqlens_.cu_seqlens_q) {
+            check_cu_seqlens("q", seqlens_.cu_seqlens_q, &seqlens_.total_q, seqlens_.seqlen_q);
+            check_cu_seqlens("k", seqlens_.cu_seqlens_k, paged ? nullptr : &seqlens_.total_k, seqlens_.seqlen_k);
+        }
+        if (seqlens_.seqused_k) check_seqused();
+        if (seqlens_.leftpad_k) check_leftpad();
+        if (paged) check_block_table();
+        reasons_.raise_if_any();
+    }
+
+private:
+    static std::string at(const char* name, int64_t i) { return c10::str(name, '[', i, ']'); }
+
+    // Each kind of mistake is told once, where it occurs first.
+    void check_cu_seqlens(const char* suffix, const int32_t* cu_seqlens, const int64_t* total, int32_t max_seqlen) {
+        const std::string name = c10::str("cu_seqlens_", suffix);
+        const int batch_size = problem_.batch_size;
+        if (cu_seqlens[0] != 0) reasons_.add(at(name.c_str(), 0), "0", cu_seqlens[0]);
+        int longest = 0;
+        bool ordered = true;
+        for (int b = 0; b < batch_size; ++b) {
+            if (cu_seqlens[b + 1] < cu_seqlens[b] && ordered) {
+                reasons_.add(at(name.c_str(), b + 1), c10::str("at least ", at(name.c_str(), b), '=', cu_seqlens[b]),
+                             cu_seqlens[b + 1]);
+                ordered = false;
+            }
+            if (length(cu_seqlens, b) > length(cu_seqlens, longest)) longest = b;
+        }
+        if (total && cu_seqlens[batch_size] > *total) {
+            reasons_.add(at(name.c_str(), batch_size), c10::str("at most total_", suffix, '=', *total),
+                         cu_seqlens[batch_size]);
+        }
+        if (batch_size > 0 && length(cu_seqlens, longest) > max_seqlen) {
+            reasons_.add(c10::str("max_seqlen_", suffix),
+                         c10::str("at least ", length(cu_seqlens, longest), ", the length of sequence ", longest),
+                         max_seqlen);
+        }
+    }
+    void check_seqused() {
+        for (int b = 0; b < problem_.batch_size; ++b) {
+            const int64_t used = seqlens_.seqused_k[b], seqlen = seqlen_k(b);
+            if (used >= 0 && used <= seqlen) continue;
+            return reasons_.add(at("seqused_k", b), c10::str("a number from 0 to seqlen_k=", seqlen), used);
+        }
+    }
+    void check_leftpad() {
+        for (int b = 0; b < problem_.batch_size; ++b) {
+            const int64_t leftpad = seqlens_.leftpad_k[b], used = used_k(b);
+            if (leftpad >= 0 && leftpad <= used) continue;
+            return reasons_.add(at("leftpad_k", b), c10::str("a number from 0 to ", used, ", the keys in use"), leftpad);
+        }
+    }
+    void check_block_table() {
+        for (int b = 0; b < problem_.batch_size; ++b) {
+            const int64_t pages = (used_k(b) + paged_.page_size - 1) / paged_.page_size;
+            if (pages > paged_.max_pages) {
+                reasons_.add("block_table", c10::str("at least ", pages, " pages of ", paged_.page_size, " rows for the ",
+                                                     used_k(b), " keys of sequence ", b),
+                             c10::str("max_pages=", paged_.max_pages));
+                return;
+            }
+            const int64_t first = seqlens_.leftpad_k ? max(seqlens_.leftpad_k[b], 0) / paged_.page_size : 0;
+            for (int64_t i = first; i < pages; ++i) {
+                const int32_t page = paged_.block_table[b * paged_.batch_stride + i];
+                if (page >= 0 && page < paged_.num_pages) continue;
+                return reasons_.add(c10::str("block_table[", b, ", ", i, ']'),
+                                    c10::str("a page from 0 to below num_pages=", paged_.num_pages), page);
+            }
+        }
+    }
+
+    static int64_t length(const int32_t* cu_seqlens, int b) { return int64_t(cu_seqlens[b + 1]) - cu_seqlens[b]; }
+    int64_t seqlen_k(int b) const {
+        return seqlens_.cu_seqlens_k ? length(seqlens_.cu_seqlens_k, b) : seqlens_.seqlen_k;
+    }
+    int64_t used_k(int b) const { return seqlens_.seqused_k ? seqlens_.seqused_k[b] : seqlen_k(b); }
+
+    const Problem& problem_;
+    const Seqlens& seqlens_;
+    const PagedKv& paged_;
+    Reasons reasons_;
+};
+
+}  // namespace
+
+void validate_values(const ProblemArgs& args, const Problem& problem) {
+    const Seqlens& s = problem.seqlens;
+    if (s.cu_seqlens_q || s.seqused_k || s.leftpad_k) ValueValidator(args, problem).check();
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,147 @@
+"""What the Python layer itself checks: types. Everything else is checked by the operators.
+
+The functions here run only when a call is not of the plainest kind (floats that are floats, a tuple of two ints, ...),
+so that a plain call pays for a handful of isinstance tests and no more.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """A value as error messages show it."""
+    if isinstance(value, Tensor):
+        return f"Tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def reject(error: type[Exception], function: str, reasons: Sequence[str]) -> NoReturn:
+    """Raise one error that tells every reason, each written ``<argument>: expected <what>, got <what>``."""
+    if len(reasons) == 1:
+        raise error(f"{function}: {reasons[0]}")
+    raise error("\n  - ".join([f"{function}: {len(reasons)} problems:", *reasons]))
+
+
+def as_int(value: Any) -> Any:
+    """An int (or a symbolic one) from an int, a numpy integer or a 0-dim integer tensor; None if it is none."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor):
+        is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+        return value.item() if value.dim() == 0 and is_integer else None
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_float(value: Any) -> Any:
+    """A float (or a symbolic one) from a real number, else None. A tensor is refused: its gradient would be lost."""
+    if isinstance(value, (bool, torch.SymFloat)):
+        return None if isinstance(value, bool) else value
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def as_bool(value: Any) -> Any:
+    """A bool from a bool, a numpy bool, 0 or 1; None if it is none."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return bool(value) if isinstance(value, int) and value in (0, 1) else None
+
+
+class Scalars(NamedTuple):
+    """The arguments of an attention call that are not tensors."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+
+
+def convert_window(window_size: Any) -> tuple[int, int] | None:
+    """A pair of ints from any sequence of two integers; None otherwise."""
+    try:
+        left, right = as_int(window_size[0]), as_int(window_size[1])
+        is_pair = len(window_size) == 2
+    except (TypeError, LookupError):
+        return None
+    return (left, right) if is_pair and left is not None and right is not None else None
+
+
+def convert_arguments(
+    function: str,
+    tensors: dict[str, Any],
+    optional_tensors: dict[str, Any],
+    scalars: Scalars,
+    max_seqlen_names: Sequence[str],
+) -> Scalars:
+    """The scalars as plain Python numbers.
+
+    Raises:
+        TypeError: some arguments are of the wrong type; all of them are named.
+    """
+    reasons = []
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            reasons.append(f"{name}: expected torch.Tensor, got {describe(value)}")
+    for name, value in optional_tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            reasons.append(f"{name}: expected torch.Tensor or None, got {describe(value)}")
+
+    def convert(name: str, value: Any, converted: Any, expected: str) -> Any:
+        if converted is None:
+            reasons.append(f"{name}: expected {expected}, got {describe(value)}")
+        return converted
+
+    max_seqlens = [scalars.max_seqlen_q, scalars.max_seqlen_k]
+    for i, name in enumerate(max_seqlen_names):
+        max_seqlens[i] = convert(name, max_seqlens[i], as_int(max_seqlens[i]), "int or 0-dim integer tensor")
+    if len(max_seqlen_names) == 1:
+        max_seqlens[1] = max_seqlens[0]
+    dropout_p = convert("dropout_p", scalars.dropout_p, as_float(scalars.dropout_p), "float")
+    scale = scalars.softmax_scale
+    if scale is not None:
+        scale = convert("softmax_scale", scale, as_float(scale), "float or None (a learned scale belongs into q)")
+    causal = convert("causal", scalars.causal, as_bool(scalars.causal), "bool")
+    window = convert("window_size", scalars.window_size, convert_window(scalars.window_size), "two ints (left, right)")
+    softcap = convert("softcap", scalars.softcap, as_float(scalars.softcap), "float")
+    if reasons:
+        reject(TypeError, function, reasons)
+    return Scalars(max_seqlens[0], max_seqlens[1], dropout_p, scale, causal, window, softcap)
+
+
+def check_padding_mask(
+    function: str, mask: Any, batch_size: int, seqlen: int, argument: str = "key_padding_mask"
+) -> Tensor:
+    """A (batch_size, seqlen) padding mask as bool, True for the tokens to keep.
+
+    Raises:
+        TypeError: not a tensor, or neither bool nor integer (an additive float mask is something else).
+        ValueError: of another shape.
+    """
+    if not isinstance(mask, Tensor):
+        reject(TypeError, function, [f"{argument}: expected a bool torch.Tensor, got {describe(mask)}"])
+    if mask.is_floating_point() or mask.is_complex():
+        reject(TypeError, function, [f"{argument}: expected dtype torch.bool (True = keep), got {mask.dtype}"])
+    if mask.shape != (batch_size, seqlen):
+        expected = f"shape (batch_size={batch_size}, seqlen={seqlen})"
+        reject(ValueError, function, [f"{argument}: expected {expected}, got {tuple(mask.shape)}"])
+    return mask if mask.dtype is torch.bool else mask != 0
+
+
+def dropout_reasons(argument: str, value: float) -> list[str]:
+    """Why a dropout probability is not one, for modules, which learn of it before there is anything to drop."""
+    return [] if 0 <= value < 1 else [f"{argument}: expected a probability in [0, 1), got {value}"]

@@ -1,0 +1,187 @@
+"""The functions below the public ones that other projects call: one forward or backward pass, without autograd.
+
+Context parallelism, for one, runs attention block by block and merges results by their softmax_lse. Shapes and meanings
+are those of flash_attn_func and flash_attn_varlen_func; see there. Names and argument order: those of flash_attn 2.8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn import _checks
+from flash_attn.autograd import _attn_probs, _bwd, _fwd, draw_rng_state
+
+
+def _as_length(function: str, argument: str, value: Any) -> int:
+    length = value if type(value) is int else _checks.as_int(value)
+    if length is None:
+        expected = "int or 0-dim integer tensor"
+        _checks.reject(TypeError, function, [f"{argument}: expected {expected}, got {_checks.describe(value)}"])
+    return length
+
+
+def _as_max_seqlens(function: str, max_seqlen_q: Any, max_seqlen_k: Any) -> tuple[int, int]:
+    return _as_length(function, "max_seqlen_q", max_seqlen_q), _as_length(function, "max_seqlen_k", max_seqlen_k)
+
+
+def _run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: tuple[Any, ...],
+    policy: tuple[Any, ...],
+    return_softmax: bool,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, softmax_lse, S_dmask and rng_state. where and policy are the operators' arguments, rng_state excepted."""
+    dropout_p = policy[-1]
+    rng_state = draw_rng_state(q.device, generator) if dropout_p > 0 else None
+    out, softmax_lse = _fwd(q, k, v, *where, *policy, rng_state)
+    if rng_state is None:
+        return out, softmax_lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
+    if return_softmax:
+        s_dmask = _attn_probs(q, k, softmax_lse, *where, *policy, rng_state)
+    else:
+        s_dmask = q.new_empty(0)
+    return out, softmax_lse, s_dmask, rng_state
+
+
+def _empty_gradients(pairs: tuple[tuple[Tensor | None, Tensor], ...]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx for dx, x in pairs]
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward pass of flash_attn_func.
+
+    Returns:
+        (out, softmax_lse, S_dmask, rng_state). S_dmask is empty unless return_softmax is set and dropout_p > 0.
+        rng_state, int64[2], names the dropout mask for the backward pass; zeros when dropout_p is 0.
+    """
+    policy = (alibi_slopes, softmax_scale, causal, window_size_left, window_size_right, softcap, dropout_p)
+    return _run_forward(q, k, v, (None, None, 0, 0, None, None, None), policy, return_softmax)
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward pass of flash_attn_varlen_func; returns what _flash_attn_forward returns.
+
+    Args:
+        leftpad_k, seqused_k: (batch_size,) int32; of sequence b, keys leftpad_k[b] up to seqused_k[b] take part.
+        zero_tensors: without effect; nothing is ever left unwritten.
+    """
+    max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn_varlen_func", max_seqlen_q, max_seqlen_k)
+    where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table)
+    policy = (alibi_slopes, softmax_scale, causal, window_size_left, window_size_right, softcap, dropout_p)
+    return _run_forward(q, k, v, where, policy, return_softmax)
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Backward pass of flash_attn_func: fills dq, dk and dv.
+
+    Args:
+        dq, dk, dv: written; may be views of a larger buffer. None for a gradient that nobody wants.
+        rng_state: the one that _flash_attn_forward returned; needed when dropout_p > 0.
+
+    Returns:
+        softmax_d, rowsum(dout * out), in the shape of softmax_lse.
+    """
+    dq, dk, dv = _empty_gradients(((dq, q), (dk, k), (dv, v)))
+    return _bwd(
+        *(dout, None, q, k, v, out, softmax_lse, dq, dk, dv, None, None, 0, 0, None, None, alibi_slopes, softmax_scale),
+        *(causal, window_size_left, window_size_right, softcap, dropout_p, rng_state if dropout_p > 0 else None),
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """Backward pass of flash_attn_varlen_func; see _flash_attn_backward. zero_tensors is without effect."""
+    max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn varlen backward", max_seqlen_q, max_seqlen_k)
+    dq, dk, dv = _empty_gradients(((dq, q), (dk, k), (dv, v)))
+    return _bwd(
+        *(dout, None, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        *(None, None, alibi_slopes, softmax_scale, causal, window_size_left, window_size_right, softcap, dropout_p),
+        *(rng_state if dropout_p > 0 else None, deterministic or torch.are_deterministic_algorithms_enabled()),
+    )
+
+
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward

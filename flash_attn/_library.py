@@ -1,0 +1,61 @@
+"""Loads the compiled extension, which registers ``torch.ops.flash_attn``.
+
+Importing flash_attn never fails for want of the extension: without it there is one line of warning, and the first use
+of an operator raises that line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+_REMEDY = "rebuild it with `pip install --no-build-isolation .` in the source tree of flash-attn"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension module, if there is one, and the line that says what is wrong and what to do, if anything is."""
+    try:
+        module = importlib.import_module("flash_attn._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn._C":
+            reason = "is not built"
+        else:
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = f"does not load with torch {torch.__version__} ({lines[0]})"
+        return None, f"flash_attn: the compiled extension {reason}; {_REMEDY}"
+    built_for = str(module.build_info()["torch_version"])
+    if built_for.split("+")[0] == torch.__version__.split("+")[0]:
+        return module, ""
+    return module, f"flash_attn: the extension was built for torch {built_for}, not {torch.__version__}; {_REMEDY}"
+
+
+_extension, _trouble = _load()
+if _trouble:
+    warnings.warn(_trouble, stacklevel=2)
+
+
+def op(name: str) -> Callable[..., Any]:
+    """The operator ``torch.ops.flash_attn.<name>``, or a stand-in that raises when it is called."""
+    if _extension is not None and hasattr(torch.ops.flash_attn, name):
+        return getattr(torch.ops.flash_attn, name).default
+
+    def unavailable(*args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(_trouble)
+
+    return unavailable
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built for: torch_version, cuda_version, cpu_instruction_set, cuda_archs, max_head_dim.
+
+    Raises:
+        RuntimeError: the extension is not available.
+    """
+    if _extension is None:
+        raise RuntimeError(_trouble)
+    return dict(_extension.build_info())

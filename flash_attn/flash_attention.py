@@ -1,0 +1,184 @@
+"""The modules of FlashAttention's first version, FlashAttention and FlashMHA, over today's functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from flash_attn._checks import check_padding_mask, describe, dropout_reasons, reject
+from flash_attn.bert_padding import pad_input, unpad_input
+from flash_attn.flash_attn_interface import flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
+
+
+def _refuse_weights(function: str, need_weights: Any) -> None:
+    if need_weights is not False:
+        expected = "False, for attention weights are never formed"
+        reject(ValueError, function, [f"need_weights: expected {expected}, got {describe(need_weights)}"])
+
+
+class FlashAttention(nn.Module):
+    """Attention of packed queries, keys and values, without parameters.
+
+    Args:
+        softmax_scale: factor of the scores; None: head_dim ** -0.5.
+        attention_dropout: probability of dropping an attention weight while training.
+        device, dtype: accepted for the sake of existing code; there is nothing to allocate.
+    """
+
+    def __init__(
+        self,
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if reasons := dropout_reasons("attention_dropout", attention_dropout):
+            reject(ValueError, "FlashAttention", reasons)
+        self.softmax_scale = softmax_scale
+        self.dropout_p = attention_dropout
+
+    def forward(
+        self,
+        qkv: Tensor,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        cu_seqlens: Tensor | None = None,
+        max_s: Any = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attend.
+
+        Args:
+            qkv: (batch_size, seqlen, 3, num_heads, head_dim); with cu_seqlens (total, 3, num_heads, head_dim). Any
+                dtype, device and head_dim that flash_attn_func takes.
+            key_padding_mask: (batch_size, seqlen), bool, True for the tokens to keep. The result is that of each
+                sequence without its padding, and 0 at the padding.
+            causal: tokens do not see later ones.
+            cu_seqlens: (batch_size + 1,), int32, where each packed sequence starts.
+            max_s: with cu_seqlens: at least the length of the longest sequence.
+            need_weights: must be False.
+
+        Returns:
+            The output, of the shape of qkv without the 3, and None in place of the weights.
+        """
+        _refuse_weights("FlashAttention", need_weights)
+        options: dict[str, Any] = {
+            "dropout_p": self.dropout_p if self.training else 0.0,
+            "softmax_scale": self.softmax_scale,
+            "causal": causal,
+        }
+        if cu_seqlens is not None:
+            reasons = []
+            if key_padding_mask is not None:
+                reasons.append("key_padding_mask: expected None, for packed sequences have no padding, got a mask")
+            if max_s is None:
+                reasons.append("max_s: expected the length of the longest sequence, as cu_seqlens is given, got None")
+            if reasons:
+                reject(ValueError, "FlashAttention", reasons)
+            return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_s, **options), None
+        if key_padding_mask is None:
+            return flash_attn_qkvpacked_func(qkv, **options), None
+        batch_size, seqlen = qkv.shape[:2]
+        keep = check_padding_mask("FlashAttention", key_padding_mask, batch_size, seqlen)
+        packed, indices, cu_seqlens, max_seqlen, _ = unpad_input(qkv, keep)
+        out = flash_attn_varlen_qkvpacked_func(packed, cu_seqlens, max_seqlen, **options)
+        return pad_input(out, indices, batch_size, seqlen), None
+
+
+class FlashMHA(nn.Module):
+    """Multi-head self-attention with its projections: ``out, _ = FlashMHA(embed_dim, num_heads)(x)``.
+
+    The parameters are Wqkv, (3 * embed_dim, embed_dim), and out_proj. On any device, in any dtype and for any head_dim
+    that flash_attn_func takes.
+
+    Args:
+        embed_dim: width of the input and the output, a multiple of num_heads.
+        num_heads: number of heads.
+        bias: both projections have a bias.
+        batch_first: must be True.
+        attention_dropout: probability of dropping an attention weight while training.
+        causal: tokens do not see later ones.
+        device, dtype: of the parameters.
+        dropout: the only further keyword: another name of attention_dropout. If both are given they must agree.
+
+    Raises:
+        TypeError: another keyword than these.
+        ValueError: embed_dim is no multiple of num_heads; batch_first is False; dropout contradicts attention_dropout.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        bias: bool = True,
+        batch_first: bool = True,
+        attention_dropout: float = 0.0,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dropout = kwargs.pop("dropout", attention_dropout)
+        if kwargs:
+            reject(TypeError, "FlashMHA", [f"{name}: expected no argument of this name, got one" for name in kwargs])
+        reasons = dropout_reasons("attention_dropout", attention_dropout) or dropout_reasons("dropout", dropout)
+        if attention_dropout not in (0.0, dropout):
+            reasons.append(f"dropout: expected attention_dropout={attention_dropout}, got {dropout}")
+        if not batch_first:
+            reasons.append(f"batch_first: expected True, got {batch_first}")
+        if num_heads < 1 or embed_dim % num_heads != 0:
+            reasons.append(f"embed_dim: expected a multiple of num_heads, which is {num_heads}, got {embed_dim}")
+        if reasons:
+            reject(ValueError, "FlashMHA", reasons)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.causal = causal
+        self.Wqkv = nn.Linear(embed_dim, 3 * embed_dim, bias=bias, device=device, dtype=dtype)
+        self.inner_attn = FlashAttention(attention_dropout=dropout, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        """Attend.
+
+        Args:
+            x: (batch_size, seqlen, embed_dim).
+            key_padding_mask: (batch_size, seqlen), bool, True for the tokens to keep (torch.nn.MultiheadAttention
+                has it the other way round). The result is that of each sequence without its padding. At the padding,
+                whose content never matters, attention gives 0 and out_proj adds its bias.
+            need_weights: must be False.
+
+        Returns:
+            The output, (batch_size, seqlen, embed_dim), and None in place of the weights.
+        """
+        has_three_dims = isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() > 2
+        if has_three_dims or not isinstance(need_weights, bool):
+            raise TypeError(
+                "FlashMHA: expected self-attention, attn(x) or attn(x, key_padding_mask=mask), "
+                "got a call like that of attn(query, key, value)"
+            )
+        _refuse_weights("FlashMHA", need_weights)
+        if not isinstance(x, Tensor):
+            reject(TypeError, "FlashMHA", [f"x: expected torch.Tensor, got {describe(x)}"])
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            expected = f"shape (batch_size, seqlen, embed_dim={self.embed_dim})"
+            reject(ValueError, "FlashMHA", [f"x: expected {expected}, got {tuple(x.shape)}"])
+        if key_padding_mask is None:
+            return self.out_proj(self._attend(x)), None
+        batch_size, seqlen = x.shape[:2]
+        keep = check_padding_mask("FlashMHA", key_padding_mask, batch_size, seqlen)
+        packed, indices, cu_seqlens, max_seqlen, _ = unpad_input(x, keep)
+        context = pad_input(self._attend(packed, cu_seqlens, max_seqlen), indices, batch_size, seqlen)
+        return self.out_proj(context), None
+
+    def _attend(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        qkv = rearrange(self.Wqkv(x), "... (three h d) -> ... three h d", three=3, d=self.head_dim)
+        context, _ = self.inner_attn(qkv, causal=self.causal, cu_seqlens=cu_seqlens, max_s=max_seqlen)
+        return rearrange(context, "... h d -> ... (h d)")

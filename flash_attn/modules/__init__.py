@@ -1,0 +1,1 @@
+"""Attention as torch modules with parameters."""

@@ -1,0 +1,343 @@
+"""Multi-head attention with projections: self-attention and cross-attention, dense, padded and packed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flash_attn._checks import check_padding_mask, describe, dropout_reasons, reject
+from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary
+from flash_attn.modules.inner_attention import CrossAttention, FlashCrossAttention, FlashSelfAttention, SelfAttention
+from flash_attn.modules.padded_attention import attend_masked, attend_packed, is_packing_exact
+
+__all__ = [
+    "MHA",
+    "CrossAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "SelfAttention",
+    "get_alibi_slopes",
+]
+
+
+def get_alibi_slopes(nheads: int) -> list[float]:
+    """The slopes of ALiBi, a geometric sequence: Press et al., "Train Short, Test Long" (2022), section 3.
+
+    Where nheads is no power of two, every other slope of twice as many heads is put behind those of the next smaller
+    power, as the authors' program does.
+    """
+    power = 2 ** math.floor(math.log2(nheads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-8.0 * (i + 0.5) / power) for i in range(nheads - power)]
+    return slopes + between
+
+
+class _Packing(NamedTuple):
+    """Where the sequences of packed queries and keys lie; all None for a dense batch."""
+
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_k: int | None = None
+
+
+class MHA(nn.Module):
+    """Multi-head attention. The parameters are Wqkv, or Wq and Wkv for cross-attention, and out_proj.
+
+    Args:
+        embed_dim: width of the input and the output, a multiple of num_heads.
+        num_heads: number of query heads.
+        num_heads_kv: number of key and value heads, which divides num_heads; None: num_heads.
+        cross_attn: keys and values come from x_kv.
+        qkv_proj_bias, out_proj_bias: the projections have a bias.
+        dropout: probability of dropping an attention weight while training.
+        softmax_scale: factor of the scores; None: head_dim ** -0.5.
+        causal: tokens do not see later ones.
+        layer_idx: kept as an attribute.
+        dwconv: the projected rows go through a causal depthwise convolution over three positions.
+        rotary_emb_dim: how many numbers of every head rotary embeddings turn; 0: none.
+        rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved: as in RotaryEmbedding.
+        use_alibi: a penalty proportional to the distance is added to the scores.
+        window_size: (left, right) numbers of keys seen beside the diagonal; -1: no bound.
+        fused_bias_fc: must be False.
+        use_flash_attn: compute with flash_attn_func; otherwise with torch operations, in quadratic memory.
+        return_residual: forward returns the pair of the output and x.
+        checkpointing: attention is computed again in the backward pass.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: numbers of heads that do not divide; dropout outside [0, 1); fused_bias_fc.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_heads_kv: int | None = None,
+        cross_attn: bool = False,
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        dropout: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        layer_idx: int | None = None,
+        dwconv: bool = False,
+        rotary_emb_dim: int = 0,
+        rotary_emb_base: float = 10000.0,
+        rotary_emb_scale_base: float | None = None,
+        rotary_emb_interleaved: bool = False,
+        use_alibi: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        fused_bias_fc: bool = False,
+        use_flash_attn: bool = False,
+        return_residual: bool = False,
+        checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+        self._check_options(embed_dim, dropout, fused_bias_fc)
+        self.embed_dim = embed_dim
+        self.head_dim = embed_dim // num_heads
+        self.cross_attn, self.causal, self.layer_idx, self.dwconv = cross_attn, causal, layer_idx, dwconv
+        self.use_alibi, self.window_size, self.rotary_emb_dim = use_alibi, tuple(window_size), rotary_emb_dim
+        self.use_flash_attn, self.return_residual, self.checkpointing = use_flash_attn, return_residual, checkpointing
+        self._make_projections(qkv_proj_bias, out_proj_bias, {"device": device, "dtype": dtype})
+        if rotary_emb_dim > 0:
+            self.rotary_emb = RotaryEmbedding(
+                rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved, rotary_emb_scale_base, device
+            )
+        options: dict[str, Any] = {
+            "causal": causal,
+            "softmax_scale": self.head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            "attention_dropout": dropout,
+            "window_size": self.window_size,
+            "alibi_slopes": torch.tensor(get_alibi_slopes(num_heads), device=device) if use_alibi else None,
+        }
+        self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**options)
+        self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MHA:
+        """Compute the slopes once the module leaves the meta device, where they have no values."""
+        old = self.inner_attn.alibi_slopes
+        super()._apply(fn, recurse)
+        new = self.inner_attn.alibi_slopes
+        if old is not None and old.is_meta and new is not None and not new.is_meta:
+            slopes = torch.tensor(get_alibi_slopes(self.num_heads), device=new.device)
+            self.inner_attn.alibi_slopes = self.inner_cross_attn.alibi_slopes = slopes
+        return self
+
+    def _check_options(self, embed_dim: int, dropout: float, fused_bias_fc: bool) -> None:
+        reasons = dropout_reasons("dropout", dropout)
+        if self.num_heads < 1 or embed_dim % self.num_heads != 0:
+            reasons.append(f"embed_dim: expected a multiple of num_heads, which is {self.num_heads}, got {embed_dim}")
+        if self.num_heads_kv < 1 or self.num_heads % self.num_heads_kv != 0:
+            reasons.append(f"num_heads_kv: expected a divisor of num_heads={self.num_heads}, got {self.num_heads_kv}")
+        if fused_bias_fc:
+            reasons.append(
+                "fused_bias_fc: expected False, for the fused projection is not part of this package, got True"
+            )
+        if reasons:
+            reject(ValueError, "MHA", reasons)
+
+    def _make_projections(self, qkv_proj_bias: bool, out_proj_bias: bool, factory: dict[str, Any]) -> None:
+        q_dim, kv_dim = self.embed_dim, 2 * self.head_dim * self.num_heads_kv
+
+        def convolution(dim: int) -> nn.Conv1d:
+            return nn.Conv1d(dim, dim, kernel_size=3, padding=2, groups=dim, **factory)
+
+        if self.cross_attn:
+            self.Wq = nn.Linear(self.embed_dim, q_dim, bias=qkv_proj_bias, **factory)
+            self.Wkv = nn.Linear(self.embed_dim, kv_dim, bias=qkv_proj_bias, **factory)
+        else:
+            self.Wqkv = nn.Linear(self.embed_dim, q_dim + kv_dim, bias=qkv_proj_bias, **factory)
+        if self.dwconv and not self.cross_attn and self.num_heads_kv == self.num_heads:
+            self.dwconv_qkv = convolution(q_dim + kv_dim)
+        elif self.dwconv:
+            self.dwconv_q, self.dwconv_kv = convolution(q_dim), convolution(kv_dim)
+        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=out_proj_bias, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        x_kv: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        mixer_subset: Any = None,
+        inference_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: (batch_size, seqlen, embed_dim), or (total, embed_dim) with cu_seqlens.
+            x_kv: (batch_size, seqlen_k, embed_dim), or packed: the source of keys and values of cross-attention;
+                None: x.
+            key_padding_mask: bool, True for the tokens to keep: (batch_size, seqlen), or (batch_size, seqlen_k) of
+                x_kv. Positions and distances stay those of the padded batch. What padding holds never matters; in
+                self-attention attention gives 0 there, to which out_proj adds its bias.
+            cu_seqlens, max_seqlen: as in flash_attn_varlen_func; with use_flash_attn. Rotary positions count from
+                the start of each sequence.
+            mixer_subset: an index of the rows of x, such as slice(0, 1), that ask; all rows answer. For attention
+                that does not look at positions.
+            inference_params: must be None.
+            **kwargs: causal, in place of the module's own; cu_seqlens_k and max_seqlen_k, of packed x_kv.
+
+        Returns:
+            The output, of the shape of x; with return_residual, the pair of it and x.
+        """
+        if inference_params is not None:
+            raise NotImplementedError("MHA: inference_params, the cache of decoding, is not available yet; pass None")
+        causal = kwargs.pop("causal", None)
+        packing = _Packing(cu_seqlens, max_seqlen, kwargs.pop("cu_seqlens_k", None), kwargs.pop("max_seqlen_k", None))
+        causal = self.causal if causal is None else causal
+        self._check_call(x, x_kv, key_padding_mask, packing, mixer_subset, causal, kwargs)
+        keys = x if x_kv is None else x_kv
+        keep = None
+        if key_padding_mask is not None:
+            keep = check_padding_mask("MHA", key_padding_mask, *keys.shape[:2])
+            keys = keys.masked_fill(~keep[..., None], 0)
+        queries = keys if x_kv is None and not self.cross_attn else x
+        if mixer_subset is not None:
+            queries = queries[:, mixer_subset]
+        if (
+            not (self.cross_attn or x_kv is not None or mixer_subset is not None)
+            and self.num_heads_kv == self.num_heads
+        ):
+            context = self._attend_itself(queries, keep, packing, causal)
+        else:
+            context = self._attend_across(queries, keys, keep, packing, causal)
+        if keep is not None and not self.cross_attn and mixer_subset is None:
+            context = context.masked_fill(~keep[..., None, None], 0)
+        out = self.out_proj(rearrange(context, "... h d -> ... (h d)"))
+        return (out, x) if self.return_residual else out
+
+    def _check_call(
+        self,
+        x: Tensor,
+        x_kv: Tensor | None,
+        key_padding_mask: Tensor | None,
+        packing: _Packing,
+        mixer_subset: Any,
+        causal: bool,
+        unknown: dict[str, Any],
+    ) -> None:
+        if unknown:
+            reject(TypeError, "MHA", [f"{name}: expected no argument of this name, got one" for name in unknown])
+        sources = {"x": x} if x_kv is None else {"x": x, "x_kv": x_kv}
+        wrong = [
+            f"{name}: expected torch.Tensor, got {describe(y)}"
+            for name, y in sources.items()
+            if not isinstance(y, Tensor)
+        ]
+        if wrong:
+            reject(TypeError, "MHA", wrong)
+        is_packed = packing.cu_seqlens is not None
+        rows = ("total",) if is_packed else ("batch_size", "seqlen")
+        reasons = [
+            f"{name}: expected shape ({', '.join(rows)}, embed_dim={self.embed_dim}), got {tuple(y.shape)}"
+            for name, y in sources.items()
+            if y.dim() != len(rows) + 1 or y.shape[-1] != self.embed_dim
+        ]
+        if x_kv is not None and not self.cross_attn:
+            reasons.append("x_kv: expected None, as cross_attn is False, got a tensor")
+        if is_packed:
+            reasons += self._packing_reasons(x_kv, key_padding_mask, packing, mixer_subset)
+        needs_positions = causal or self.window_size != (-1, -1) or self.use_alibi or self.rotary_emb_dim > 0
+        if mixer_subset is not None and (needs_positions or self.dwconv):
+            expected = "None with causal, window_size, ALiBi, rotary embeddings and dwconv, which need all positions"
+            reasons.append(f"mixer_subset: expected {expected}, got {mixer_subset}")
+        if reasons:
+            reject(ValueError, "MHA", reasons)
+
+    def _packing_reasons(self, x_kv: Tensor | None, mask: Tensor | None, packing: _Packing, subset: Any) -> list[str]:
+        lengths: dict[str, Any] = {"max_seqlen": packing.max_seqlen}
+        if x_kv is not None:
+            lengths |= {"cu_seqlens_k": packing.cu_seqlens_k, "max_seqlen_k": packing.max_seqlen_k}
+        reasons = [
+            f"{name}: expected a value, as cu_seqlens is given, got None" for name, x in lengths.items() if x is None
+        ]
+        for name, value in (("key_padding_mask", mask), ("mixer_subset", subset)):
+            if value is not None:
+                reasons.append(f"{name}: expected None, as cu_seqlens is given, got {describe(value)}")
+        if not self.use_flash_attn or self.dwconv:
+            reasons.append("cu_seqlens: expected None, unless with use_flash_attn=True and dwconv=False, got a tensor")
+        return reasons
+
+    def _convolve(self, name: str, x: Tensor) -> Tensor:
+        """x (batch_size, seqlen, dim) through the convolution of this name; each row sees itself and two before it."""
+        if not self.dwconv:
+            return x
+        mixed = getattr(self, name)(rearrange(x, "b s d -> b d s"))[..., :-2]
+        return rearrange(mixed, "b d s -> b s d").contiguous()
+
+    def _rotate(self, q: Tensor, k: Tensor, packing: _Packing) -> None:
+        """Turn q and k, (..., heads, head_dim), in place."""
+        if self.rotary_emb_dim == 0:
+            return
+        cu_seqlens_k, max_seqlen_k = packing.cu_seqlens_k, packing.max_seqlen_k
+        if cu_seqlens_k is None:
+            cu_seqlens_k, max_seqlen_k = packing.cu_seqlens, packing.max_seqlen
+        if packing.max_seqlen is None or max_seqlen_k is None:
+            seqlen = max(q.shape[1], k.shape[1])
+        else:
+            seqlen = max(int(packing.max_seqlen), int(max_seqlen_k))
+        tables_q, tables_k = self.rotary_emb.tables(seqlen, like=q)
+        interleaved = self.rotary_emb.interleaved
+        apply_rotary(q, *tables_q, 0, packing.cu_seqlens, seqlen, interleaved=interleaved, inplace=True)
+        apply_rotary(k, *tables_k, 0, cu_seqlens_k, seqlen, interleaved=interleaved, inplace=True)
+
+    def _run(self, module: nn.Module, *tensors: Tensor, **options: Any) -> Tensor:
+        if self.checkpointing:
+            return checkpoint(module, *tensors, use_reentrant=False, **options)
+        return module(*tensors, **options)
+
+    def _attend_itself(self, x: Tensor, keep: Tensor | None, packing: _Packing, causal: bool) -> Tensor:
+        """Self-attention with as many heads for keys as for queries."""
+        qkv = self._convolve("dwconv_qkv", self.Wqkv(x))
+        qkv = rearrange(qkv, "... (three h d) -> ... three h d", three=3, d=self.head_dim)
+        self._rotate(qkv[..., 0, :, :], qkv[..., 1, :, :], packing)
+        if not self.use_flash_attn:
+            return self._run(self.inner_attn, qkv, causal=causal, key_padding_mask=keep)
+        if keep is None:
+            return self._run(
+                self.inner_attn, qkv, causal=causal, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen
+            )
+        return self._attend_padded(qkv[..., 0, :, :], qkv[..., 1:, :, :], keep, causal, is_self=True)
+
+    def _attend_across(
+        self, queries: Tensor, keys: Tensor, keep: Tensor | None, packing: _Packing, causal: bool
+    ) -> Tensor:
+        """Cross-attention, and self-attention of grouped or selected queries."""
+        if self.cross_attn:
+            q, kv = self.Wq(queries), self.Wkv(keys)
+        else:
+            qkv = self.Wqkv(keys)
+            q, kv = qkv[..., : self.embed_dim], qkv[..., self.embed_dim :]
+            if queries is not keys:
+                q = self.Wqkv(queries)[..., : self.embed_dim]
+        q = rearrange(self._convolve("dwconv_q", q), "... (h d) -> ... h d", d=self.head_dim)
+        kv = rearrange(self._convolve("dwconv_kv", kv), "... (two h d) -> ... two h d", two=2, d=self.head_dim)
+        self._rotate(q, kv[..., 0, :, :], packing)
+        if not self.use_flash_attn:
+            return self._run(self.inner_cross_attn, q, kv, causal=causal, key_padding_mask=keep)
+        if keep is None:
+            return self._run(self.inner_cross_attn, q, kv, causal=causal, **packing._asdict())
+        return self._attend_padded(q, kv, keep, causal, is_self=queries is keys and not self.cross_attn)
+
+    def _attend_padded(self, q: Tensor, kv: Tensor, keep: Tensor, causal: bool, is_self: bool) -> Tensor:
+        attend = partial(self._run, self.inner_cross_attn, causal=causal)
+        looks_at_distance = self.window_size != (-1, -1) or self.use_alibi
+        if is_packing_exact(keep, causal, looks_at_distance, is_self):
+            return attend_packed(attend, q, kv, keep, is_self)
+        return attend_masked(attend, q, kv, keep)

@@ -1,0 +1,76 @@
+"""Attention of padded batches by functions that know no padding masks, in memory linear in the sequence length.
+
+Packing cuts the padding out, which is fast. Where that would change the distances that a window, ALiBi or a causal mask
+looks at, one more number per head carries the mask instead: a masked key has a large negative one, so that its weight
+is zero, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+
+# Their product, times softmax_scale, is what a masked key's score is short of the others. Exact in every type.
+_QUERY_NUMBER, _MASKED_KEY_NUMBER = 2.0**8, -(2.0**15)
+
+
+def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_self: bool) -> bool:
+    """Attention of the packed tokens is attention of the padded ones.
+
+    Args:
+        keep: (batch_size, seqlen_k), bool, True for the keys to keep.
+        causal: of the mask. It looks at the order of queries and keys, and, if they differ, at their numbers.
+        looks_at_distance: there is a window, or ALiBi.
+        is_self: queries are packed like the keys.
+    """
+    if torch.compiler.is_compiling() or keep.device.type == "meta":
+        return False  # Packed shapes depend on the mask, which is not known here.
+    if not is_self:
+        return not (causal or looks_at_distance)
+    if not looks_at_distance:
+        return True
+    starts = keep[:, 1:] & ~keep[:, :-1]
+    return bool((starts.sum(dim=-1) + keep[:, :1].sum(dim=-1) <= 1).all())
+
+
+def attend_packed(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Tensor, is_self: bool) -> Tensor:
+    """Attention without the padding. Shapes: see attend_masked. Queries that are padding give 0."""
+    packed_kv, indices, cu_seqlens_k, max_seqlen_k, _ = unpad_input(kv, keep)
+    batch_size, seqlen_q = q.shape[:2]
+    if is_self:
+        packed_q = index_first_axis(q.flatten(0, 1), indices)
+        out = attend(packed_q, packed_kv, cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen_k)
+        return pad_input(out, indices, batch_size, seqlen_q)
+    out = attend(
+        q.flatten(0, 1),
+        packed_kv,
+        cu_seqlens=torch.arange(batch_size + 1, dtype=torch.int32, device=q.device) * seqlen_q,
+        max_seqlen=seqlen_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return out.unflatten(0, (batch_size, seqlen_q))
+
+
+def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Tensor) -> Tensor:
+    """Attention with the mask in one more number per head.
+
+    Args:
+        attend: attention of q and kv.
+        q: (batch_size, seqlen_q, num_heads, head_dim).
+        kv: (batch_size, seqlen_k, 2, num_heads_k, head_dim).
+        keep: (batch_size, seqlen_k), bool, True for the keys to keep.
+
+    Returns:
+        The output, of the shape of q; 0 for a query that sees masked keys only, for their values are 0.
+    """
+    kv = kv.masked_fill(~keep[:, :, None, None, None], 0)
+    key_number = torch.where(keep, 0.0, _MASKED_KEY_NUMBER).to(kv.dtype)
+    numbers = torch.stack([key_number, torch.zeros_like(key_number)], dim=-1)[..., None, None]
+    wide_kv = torch.cat([kv, numbers.expand(*kv.shape[:-1], 1)], dim=-1)
+    wide_q = torch.cat([q, torch.full_like(q[..., :1], _QUERY_NUMBER)], dim=-1)
+    return attend(wide_q, wide_kv)[..., : q.shape[-1]]

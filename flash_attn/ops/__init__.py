@@ -1,0 +1,1 @@
+"""Names of upstream operators that programs import."""

@@ -1,0 +1,1 @@
+"""Names of upstream Triton operators, over plain torch code that runs everywhere."""

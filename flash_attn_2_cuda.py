@@ -1,0 +1,148 @@
+"""The name of the compiled module of flash_attn 2.x, for programs that import it. Its functions run on every backend.
+
+Arguments and results are those of the compiled module, in its order; flash_attn.flash_attn_func says what they mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from flash_attn._kernel_interface import _flash_attn_backward, _flash_attn_varlen_backward, _run_forward
+from flash_attn.flash_attn_interface import flash_attn_with_kvcache
+
+__all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
+
+
+def _finish_forward(results: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor | None) -> list[Tensor]:
+    """The results as a list, with the output in the caller's buffer if there is one."""
+    if out is None:
+        return list(results)
+    return [out.copy_(results[0]), *results[1:]]
+
+
+def fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    gen_: torch.Generator | None,
+) -> list[Tensor]:
+    """Forward pass, dense: [out, softmax_lse, S_dmask, rng_state]. gen_ draws the dropout mask, if given."""
+    policy = (alibi_slopes_, softmax_scale, is_causal, window_size_left, window_size_right, softcap, p_dropout)
+    results = _run_forward(q, k, v, (None, None, 0, 0, None, None, None), policy, return_softmax, gen_)
+    return _finish_forward(results, out_)
+
+
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    leftpad_k_: Tensor | None,
+    block_table_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    gen_: torch.Generator | None,
+) -> list[Tensor]:
+    """Forward pass, packed: [out, softmax_lse, S_dmask, rng_state]. zero_tensors is without effect."""
+    where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k_, block_table_)
+    policy = (alibi_slopes_, softmax_scale, is_causal, window_size_left, window_size_right, softcap, p_dropout)
+    return _finish_forward(_run_forward(q, k, v, where, policy, return_softmax, gen_), out_)
+
+
+def _gradient_buffers(*pairs: tuple[Tensor | None, Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) if gradient is None else gradient for gradient, x in pairs]
+
+
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq_: Tensor | None,
+    dk_: Tensor | None,
+    dv_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    gen_: torch.Generator | None,
+    rng_state: Tensor | None,
+) -> list[Tensor]:
+    """Backward pass, dense: [dq, dk, dv, softmax_d]. The dropout mask is that of rng_state; gen_ is not used."""
+    gradients = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
+    options: tuple[Any, ...] = (p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap)
+    softmax_d = _flash_attn_backward(
+        *(dout, q, k, v, out, softmax_lse, *gradients, *options, alibi_slopes_, deterministic, rng_state)
+    )
+    return [*gradients, softmax_d]
+
+
+def varlen_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq_: Tensor | None,
+    dk_: Tensor | None,
+    dv_: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes_: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    gen_: torch.Generator | None,
+    rng_state: Tensor | None,
+) -> list[Tensor]:
+    """Backward pass, packed: [dq, dk, dv, softmax_d]. zero_tensors and gen_ are not used."""
+    gradients = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options: tuple[Any, ...] = (p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap)
+    softmax_d = _flash_attn_varlen_backward(
+        *(dout, q, k, v, out, softmax_lse, *gradients, *lengths, *options, alibi_slopes_, deterministic, rng_state)
+    )
+    return [*gradients, softmax_d]
+
+
+def fwd_kvcache(q: Tensor, kcache: Tensor, vcache: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise the error of flash_attn_with_kvcache, whose compiled part this would be."""
+    flash_attn_with_kvcache(q, kcache, vcache)
