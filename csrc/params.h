@@ -17,8 +17,8 @@ struct TensorView {
     int64_t batch_stride, row_stride, head_stride;
 };
 
-// One number per query and head: [batch_size, num_heads, seqlen_q] or, packed, [num_heads, total_q] with batch_stride 0.
-// Queries are contiguous. fp32, or fp64 where the elements are fp64. data may be null where a field is optional.
+// One number per query and head: [batch_size, num_heads, seqlen_q] or, packed, [num_heads, total_q] with batch_stride
+// 0. Queries are contiguous. fp32, or fp64 where the elements are fp64. data may be null where a field is optional.
 struct RowView {
     void* data;
     int64_t batch_stride, head_stride;

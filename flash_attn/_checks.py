@@ -43,6 +43,19 @@ def as_int(value: Any) -> Any:
         return None
 
 
+def integers(function: str, **values: Any) -> list[int]:
+    """The values, each an int or a numpy integer, as ints.
+
+    Raises:
+        TypeError: some are not; all of them are named.
+    """
+    converted = {name: as_int(value) for name, value in values.items()}
+    wrong = [name for name, value in converted.items() if value is None]
+    if wrong:
+        reject(TypeError, function, [f"{name}: expected int, got {describe(values[name])}" for name in wrong])
+    return list(converted.values())
+
+
 def as_float(value: Any) -> Any:
     """A float (or a symbolic one) from a real number, else None. A tensor is refused: its gradient would be lost."""
     if isinstance(value, (bool, torch.SymFloat)):

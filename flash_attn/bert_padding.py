@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from flash_attn._checks import reject
+
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """The rows of input, (first_axis_dim, ...), that indices, (num_selected,), names: (num_selected, ...)."""
@@ -44,6 +46,12 @@ def unpad_input(
         max_seqlen: the length of the longest sequence, an int.
         seqused: (batch_size,), int32, the number of tokens per sequence that attention_mask keeps.
     """
+    masks = {"attention_mask": attention_mask} | ({} if unused_mask is None else {"unused_mask": unused_mask})
+    rows = tuple(hidden_states.shape[:2])
+    wrong = [name for name, mask in masks.items() if mask.shape != rows]
+    if wrong:
+        expected = f"expected shape (batch_size, seqlen) = {rows}"
+        reject(ValueError, "unpad_input", [f"{name}: {expected}, got {tuple(masks[name].shape)}" for name in wrong])
     keep = attention_mask != 0
     seqused = keep.sum(dim=-1, dtype=torch.int32)
     seqlens = seqused

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flash_attn._checks import check_padding_mask, describe, dropout_reasons, reject
+from flash_attn._checks import check_padding_mask, describe, dropout_reasons, integers, reject
 from flash_attn.bert_padding import pad_input, unpad_input
 from flash_attn.flash_attn_interface import flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 
@@ -126,6 +126,7 @@ class FlashMHA(nn.Module):
         dropout = kwargs.pop("dropout", attention_dropout)
         if kwargs:
             reject(TypeError, "FlashMHA", [f"{name}: expected no argument of this name, got one" for name in kwargs])
+        embed_dim, num_heads = integers("FlashMHA", embed_dim=embed_dim, num_heads=num_heads)
         reasons = dropout_reasons("attention_dropout", attention_dropout) or dropout_reasons("dropout", dropout)
         if attention_dropout not in (0.0, dropout):
             reasons.append(f"dropout: expected attention_dropout={attention_dropout}, got {dropout}")

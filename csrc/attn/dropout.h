@@ -1,8 +1,8 @@
 // Which weights dropout drops: Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with a
 // counter made of (batch, head, row, key), so that the answer does not depend on tiles, threads or the device.
 //
-// One call yields eight 16-bit numbers. They belong to the pairs {row, row + 8} x {key, key + 8, key + 16, key + 24} of a
-// 16 x 32 block. A thread of mma.sync or wgmma holds both rows and all of those keys in its accumulators, so it uses
+// One call yields eight 16-bit numbers. They belong to the pairs {row, row + 8} x {key, key + 8, key + 16, key + 24} of
+// a 16 x 32 block. A thread of mma.sync or wgmma holds both rows and all of those keys in its accumulators, so it uses
 // every number that it computes; with transposed scores it holds half of the keys and uses half of the numbers.
 #pragma once
 #include "host_device.h"

@@ -86,9 +86,9 @@ std::vector<QueryTile> query_tiles(const Problem& p) {
     return tiles;
 }
 
-// How many tasks share the keys of one sequence and head. Each has a dQ buffer, so there are only as many as it takes to
-// keep threads busy where heads are few. It depends on the shape of one sequence, never on the batch or the number of
-// threads, so that the order of summation, hence every bit of dQ, does not either.
+// How many tasks share the keys of one sequence and head. Each has a dQ buffer, so there are only as many as it takes
+// to keep threads busy where heads are few. It depends on the shape of one sequence, never on the batch or the number
+// of threads, so that the order of summation, hence every bit of dQ, does not either.
 int num_splits(const Problem& p, int seqlen_k) { return clamp(min(16 / p.num_heads_k, ceil_div(seqlen_k, 256)), 1, 8); }
 
 // Consecutive sequences whose dQ buffers are alive at a time.

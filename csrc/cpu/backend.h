@@ -16,8 +16,8 @@ protected:
 
 struct Host {
     virtual int num_threads() const = 0;
-    // Runs task.run(i, scratch) for every i in [0, count), in any order and on any thread, and returns when all are done.
-    // scratch is 64-byte aligned, scratch_bytes long and not initialised.
+    // Runs task.run(i, scratch) for every i in [0, count), in any order and on any thread, and returns when all are
+    // done. scratch is 64-byte aligned, scratch_bytes long and not initialised.
     virtual void parallel(int64_t count, size_t scratch_bytes, const Task& task) = 0;
     // 64-byte aligned memory, not initialised, that lives until the pass returns.
     virtual void* workspace(size_t bytes) = 0;

@@ -1,7 +1,7 @@
-// Backward pass (FlashAttention-2, algorithm 2). A task owns some key tiles of one key head; for each it visits the query
-// tiles that see it: S = Q K^T and dP = dO V^T with lanes over keys (K^T and V^T are packed once per key tile), then
-// P = exp2(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and dsoftmax_sum
-// say all that a query must know of its other keys, so nothing is reduced within a vector.
+// Backward pass (FlashAttention-2, algorithm 2). A task owns some key tiles of one key head; for each it visits the
+// query tiles that see it: S = Q K^T and dP = dO V^T with lanes over keys (K^T and V^T are packed once per key tile),
+// then P = exp(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and
+// dsoftmax_sum say all that a query must know of its other keys, so nothing is reduced within a vector.
 #pragma once
 #include "cpu/tile.h"
 
@@ -321,8 +321,8 @@ static size_t bwd_preprocess_scratch(const BwdParams& params) {
     return size_t(2 * 64) * params.problem.head_dim_v * sizeof(double) + 128;
 }
 
-// dQ of one head of one sequence: the sum over splits, in their order, scaled. dlse joins dsoftmax_sum only now: dS adds
-// it to the difference dP - rowsum(dout * out), which may be far smaller than either.
+// dQ of one head of one sequence: the sum over splits, in their order, scaled. dlse joins dsoftmax_sum only now: dS
+// adds it to the difference dP - rowsum(dout * out), which may be far smaller than either.
 template <class E> static void bwd_finish(const BwdParams& params, const BwdTask& task, int head) {
     using T = Compute<E>;
     const Problem& p = params.problem;

@@ -1,6 +1,6 @@
-// Forward pass of one query tile of one head (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and O^T += V^T P^T.
-// Lanes run over queries, so maxima, sums and rescaling need no reduction within a vector, a last partial key tile
-// needs no padding, and rows of K and V are read number by number without packing. Only Q is transposed, and O back.
+// Forward pass of one query tile of one head (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and
+// O^T += V^T P^T. Lanes run over queries, so maxima, sums and rescaling need no reduction within a vector, a last
+// partial key tile needs no padding, and rows of K and V are read number by number. Only Q is transposed, and O back.
 #pragma once
 #include "cpu/tile.h"
 
@@ -168,7 +168,7 @@ private:
             store(b_.factor + (group + x) * L, factor);
             sum[x] = load(row_sum) * factor;
         }
-        // The maximum is subtracted first: the greatest weight is exactly 1, so that a lone key gives exactly its value.
+        // The maximum is subtracted first: the greatest weight is exactly 1, and a lone key gives exactly its value.
         const auto weight = [&](int key, int x) {
             const Vec<T> e = exp2((load(s + key * kPanel + x * L) - offset[x]) * score_.scale_log2);
             sum[x] += e;

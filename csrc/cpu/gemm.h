@@ -1,6 +1,6 @@
-// Small matrix products on packed tiles: C (rows x columns) from A (rows x depth) and B (depth x columns), where columns
-// is a multiple of the vector length. A is read one number at a time and broadcast, so it needs no packing and may be
-// transposed; B and C are read by whole vectors. The accumulators of a micro tile stay in registers.
+// Small matrix products on packed tiles: C (rows x columns) from A (rows x depth) and B (depth x columns), where
+// columns is a multiple of the vector length. A is read one number at a time and broadcast, so it needs no packing and
+// may be transposed; B and C are read by whole vectors. The accumulators of a micro tile stay in registers.
 #pragma once
 #include "cpu/vec.h"
 

@@ -37,9 +37,7 @@ struct ProblemArgs {
     bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
 };
 
-struct FwdArgs {
-    ProblemArgs problem;
-};
+struct FwdArgs { ProblemArgs problem; };
 
 struct BwdArgs {
     ProblemArgs problem;
@@ -85,7 +83,14 @@ Tensor bwd_op(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, c
     return implementation({{Pass::kBackward, q, k, &v, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q),
                             std::move(max_seqlen_k), seqused_k, leftpad_k, no_block_table, alibi_slopes, softmax_scale,
                             causal, window_size_left, window_size_right, softcap, dropout_p, rng_state},
-                           dout, dlse, out, softmax_lse, dq, dk, dv, deterministic});
+                           dout,
+                           dlse,
+                           out,
+                           softmax_lse,
+                           dq,
+                           dk,
+                           dv,
+                           deterministic});
 }
 
 template <Tensor (*implementation)(const ProbsArgs&)>

@@ -3,14 +3,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
+#include <array>
 #include "ops/arguments.h"
 
 namespace flash_attn {
 namespace {
-
-using torch::autograd::variable_list;
 
 struct Fwd {
     using Signature = decltype(fwd_op<nullptr>);
@@ -34,37 +34,76 @@ bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0
 bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
 template <class T> bool has_tangent(const T&) { return false; }
 
-variable_list as_list(const FwdResult& result) { return {std::get<0>(result), std::get<1>(result)}; }
-variable_list as_list(const Tensor& result) { return {result}; }
-void from_list(const variable_list& list, FwdResult& result) { result = {list[0], list[1]}; }
-void from_list(const variable_list& list, Tensor& result) { result = list[0]; }
+// The results of an op.
+std::array<const Tensor*, 2> results(const FwdResult& r) { return {&std::get<0>(r), &std::get<1>(r)}; }
+std::array<const Tensor*, 1> results(const Tensor& r) { return {&r}; }
 
-// Runs an op so that a backward pass through its results raises.
-template <class Op> struct NoBackward : torch::autograd::Function<NoBackward<Op>> {
-    template <class Call, class... Args>
-    static variable_list forward(torch::autograd::AutogradContext*, const Call& call, const Args&... args) {
-        return as_list(call(args...));
+// The arguments that an op writes.
+template <class Op, class... Args> auto written_arguments(const Args&... args) {
+    if constexpr (std::is_same_v<Op, Bwd>) {
+        const std::tuple<const Args&...> all(args...);
+        return std::array<const Tensor*, 3>{&std::get<7>(all), &std::get<8>(all), &std::get<9>(all)};
+    } else {
+        return std::array<const Tensor*, 0>{};
     }
-    static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
-        TORCH_CHECK(false, Op::kName, ": the op alone has no backward; call flash_attn.flash_attn_func or "
-                    "flash_attn.flash_attn_varlen_func, which are differentiable once");
+}
+
+void append_edge(torch::autograd::edge_list& edges, const Tensor& t) {
+    if (t.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(t));
+}
+void append_edge(torch::autograd::edge_list& edges, const OptionalTensor& t) {
+    if (t) append_edge(edges, *t);
+}
+template <class T> void append_edge(torch::autograd::edge_list&, const T&) {}
+
+// An edge to a node that raises when backward reaches it. Nodes are held by one smart pointer in some releases of torch and
+// by another one in others.
+template <class Edge = torch::autograd::Edge>
+Edge raising_edge(const char* op, torch::autograd::edge_list inputs, const Tensor& result) {
+    using Pointer = decltype(Edge::function);
+    auto* const error =
+        new torch::autograd::Error(c10::str(op,
+                                            ": the op alone has no backward; call flash_attn.flash_attn_func or "
+                                            "flash_attn.flash_attn_varlen_func, which are differentiable once"),
+                                   std::move(inputs));
+    error->add_input_metadata(result);
+    if constexpr (requires { Pointer::unsafe_steal_from_new(error); }) {
+        return {Pointer::unsafe_steal_from_new(error), 0};
+    } else {
+        return {Pointer(error), 0};
     }
-};
+}
 
 template <class Op, class Signature = typename Op::Signature> struct Autograd;
 
 template <class Op, class Result, class... Args> struct Autograd<Op, Result(Args...)> {
     static Result run(c10::DispatchKeySet keys, Args... args) {
-        static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Op::kName, "").template typed<Result(Args...)>();
         TORCH_CHECK(!(has_tangent(args) || ...), Op::kName, ": forward-mode differentiation (torch.func.jvp, ",
                     "torch.autograd.forward_ad) is not supported; use reverse mode");
-        const auto call = [keys](Args... args) {
-            at::AutoDispatchBelowAutograd guard;
-            return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
-        };
-        if (!(at::GradMode::is_enabled() && (requires_grad(args) || ...))) return call(std::forward<Args>(args)...);
-        Result result;
-        from_list(NoBackward<Op>::apply(call, args...), result);
+        const bool is_recorded = at::GradMode::is_enabled() && (requires_grad(args) || ...);
+        return is_recorded ? call_recorded(keys, args...) : call(keys, std::forward<Args>(args)...);
+    }
+
+private:
+    static Result call(c10::DispatchKeySet keys, Args... args) {
+        static const auto op =
+            c10::Dispatcher::singleton().findSchemaOrThrow(Op::kName, "").template typed<Result(Args...)>();
+        at::AutoDispatchBelowAutograd guard;
+        return op.redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
+    }
+    // Makes all that the op computes depend on what it was given, for a backward pass to find and refuse.
+    static Result call_recorded(c10::DispatchKeySet keys, const std::decay_t<Args>&... args) {
+        const auto written = written_arguments<Op>(args...);
+        for (const Tensor* t : written) torch::autograd::check_inplace(*t, /*requires_grad=*/true);
+        torch::autograd::edge_list inputs;
+        (append_edge(inputs, args), ...);
+        Result result = call(keys, args...);
+        for (const Tensor* t : results(result)) {
+            torch::autograd::impl::set_gradient_edge(*t, raising_edge(Op::kName, inputs, *t));
+        }
+        for (const Tensor* t : written) {
+            torch::autograd::impl::rebase_history(*t, raising_edge(Op::kName, inputs, *t));
+        }
         return result;
     }
 };
@@ -74,21 +113,20 @@ template <class Signature> struct CountWrites;
 
 template <class Result, class... Args> struct CountWrites<Result(Args...)> {
     static Result run(c10::DispatchKeySet keys, Args... args) {
-        static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Bwd::kName, "").template typed<Result(Args...)>();
-        const std::tuple<const Args&...> all(args...);
-        const Tensor gradients[] = {std::get<7>(all), std::get<8>(all), std::get<9>(all)};
+        static const auto op =
+            c10::Dispatcher::singleton().findSchemaOrThrow(Bwd::kName, "").template typed<Result(Args...)>();
         Result result = [&] {
             at::AutoDispatchBelowADInplaceOrView guard;
-            return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, std::forward<Args>(args)...);
+            return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
         }();
-        for (const Tensor& gradient : gradients) gradient.unsafeGetTensorImpl()->bump_version();
+        for (const Tensor* t : written_arguments<Bwd>(args...)) t->unsafeGetTensorImpl()->bump_version();
         return result;
     }
 };
 
 void no_vmap(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
-    TORCH_CHECK(false, toString(op.operator_name()), ": torch.vmap is not supported; the first dimension of q, k and v ",
-                "is a batch already");
+    TORCH_CHECK(false, toString(op.operator_name()),
+                ": torch.vmap is not supported; the first dimension of q, k and v ", "is a batch already");
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // The ops on the CPU: check, allocate, fill what lies outside of sequences, run the kernels.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #include <limits>
 #include "cpu/backend.h"
@@ -30,9 +29,10 @@ void fill_tail(const Tensor& tensor, int64_t dim, const int32_t* cu_seqlens, int
 class Gradient {
 public:
     explicit Gradient(const Tensor& target)
-        : target_(target),
-          written_(is_last_dim_contiguous(target) ? c10::MaybeOwned<Tensor>::borrowed(target)
-                                                  : c10::MaybeOwned<Tensor>::owned(at::empty(target.sizes(), target.options()))) {}
+        : target_(target), written_(is_last_dim_contiguous(target)
+                                        ? c10::MaybeOwned<Tensor>::borrowed(target)
+                                        : c10::MaybeOwned<Tensor>::owned(at::empty(target.sizes(), target.options()))) {
+    }
     const Tensor& operator*() const { return *written_; }
     void finish() const {
         if (!written_.unsafeIsBorrowed()) target_.copy_(*written_);
@@ -115,7 +115,8 @@ Tensor attn_probs_cpu(const ProbsArgs& args) {
     if (has_pairs(problem)) {
         const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
         TorchHost host;
-        cpu::run_attn_probs({problem, row_view_of(*softmax_lse, args.problem.packed()), probs.mutable_data_ptr()}, host);
+        cpu::run_attn_probs({problem, row_view_of(*softmax_lse, args.problem.packed()), probs.mutable_data_ptr()},
+                            host);
     }
     return probs;
 }

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/SmallVector.h>
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include "cpu/backend.h"

@@ -270,7 +270,7 @@ void Validator::check_block_table() {
 }
 
 void Validator::check_rng_state() {
-    if (!(args_.dropout_p > 0)) return;
+    if (!(args_.dropout_p > 0 && args_.dropout_p < 1)) return;
     if (!args_.rng_state) {
         return reasons_.add("rng_state", "an int64 tensor of shape (2,), as dropout_p is above 0", "None");
     }
@@ -282,7 +282,8 @@ void Validator::check_rng_state() {
 c10::SmallVector<Dim, 4> Validator::dims_like(bool is_q, bool is_v) const {
     c10::SmallVector<Dim, 4> dims;
     if (!packed_) dims.push_back({"batch_size", batch_size_});
-    dims.push_back(is_q ? Dim{packed_ ? "total_q" : "seqlen_q", rows_q_} : Dim{packed_ ? "total_k" : "seqlen_k", rows_k_});
+    dims.push_back(is_q ? Dim{packed_ ? "total_q" : "seqlen_q", rows_q_}
+                        : Dim{packed_ ? "total_k" : "seqlen_k", rows_k_});
     dims.push_back(is_q ? Dim{"num_heads", num_heads_} : Dim{"num_heads_k", num_heads_k_});
     dims.push_back(is_v ? Dim{"head_dim_v", head_dim_v_} : Dim{"head_dim", head_dim_});
     return dims;

@@ -13,8 +13,8 @@ public:
     void check() {
         const bool paged = paged_.block_table;
         if (seqlens_.cu_seqlens_q) {
-            check_cu_seqlens("q", seqlens_.cu_seqlens_q, &seqlens_.total_q, seqlens_.seqlen_q);
-            check_cu_seqlens("k", seqlens_.cu_seqlens_k, paged ? nullptr : &seqlens_.total_k, seqlens_.seqlen_k);
+            check_cu_seqlens('q', seqlens_.cu_seqlens_q, &seqlens_.total_q, seqlens_.seqlen_q);
+            check_cu_seqlens('k', seqlens_.cu_seqlens_k, paged ? nullptr : &seqlens_.total_k, seqlens_.seqlen_k);
         }
         if (seqlens_.seqused_k) check_seqused();
         if (seqlens_.leftpad_k) check_leftpad();
@@ -26,26 +26,25 @@ private:
     static std::string at(const char* name, int64_t i) { return c10::str(name, '[', i, ']'); }
 
     // Each kind of mistake is told once, where it occurs first.
-    void check_cu_seqlens(const char* suffix, const int32_t* cu_seqlens, const int64_t* total, int32_t max_seqlen) {
-        const std::string name = c10::str("cu_seqlens_", suffix);
+    void check_cu_seqlens(char side, const int32_t* cu_seqlens, const int64_t* total, int32_t max_seqlen) {
+        const char* name = side == 'q' ? "cu_seqlens_q" : "cu_seqlens_k";
         const int batch_size = problem_.batch_size;
-        if (cu_seqlens[0] != 0) reasons_.add(at(name.c_str(), 0), "0", cu_seqlens[0]);
+        if (cu_seqlens[0] != 0) reasons_.add(at(name, 0), "0", cu_seqlens[0]);
         int longest = 0;
         bool ordered = true;
         for (int b = 0; b < batch_size; ++b) {
             if (cu_seqlens[b + 1] < cu_seqlens[b] && ordered) {
-                reasons_.add(at(name.c_str(), b + 1), c10::str("at least ", at(name.c_str(), b), '=', cu_seqlens[b]),
+                reasons_.add(at(name, b + 1), c10::str("at least ", at(name, b), '=', cu_seqlens[b]),
                              cu_seqlens[b + 1]);
                 ordered = false;
             }
             if (length(cu_seqlens, b) > length(cu_seqlens, longest)) longest = b;
         }
         if (total && cu_seqlens[batch_size] > *total) {
-            reasons_.add(at(name.c_str(), batch_size), c10::str("at most total_", suffix, '=', *total),
-                         cu_seqlens[batch_size]);
+            reasons_.add(at(name, batch_size), c10::str("at most total_", side, '=', *total), cu_seqlens[batch_size]);
         }
         if (batch_size > 0 && length(cu_seqlens, longest) > max_seqlen) {
-            reasons_.add(c10::str("max_seqlen_", suffix),
+            reasons_.add(c10::str("max_seqlen_", side),
                          c10::str("at least ", length(cu_seqlens, longest), ", the length of sequence ", longest),
                          max_seqlen);
         }
@@ -61,15 +60,17 @@ private:
         for (int b = 0; b < problem_.batch_size; ++b) {
             const int64_t leftpad = seqlens_.leftpad_k[b], used = used_k(b);
             if (leftpad >= 0 && leftpad <= used) continue;
-            return reasons_.add(at("leftpad_k", b), c10::str("a number from 0 to ", used, ", the keys in use"), leftpad);
+            return reasons_.add(at("leftpad_k", b), c10::str("a number from 0 to ", used, ", the keys in use"),
+                                leftpad);
         }
     }
     void check_block_table() {
         for (int b = 0; b < problem_.batch_size; ++b) {
             const int64_t pages = (used_k(b) + paged_.page_size - 1) / paged_.page_size;
             if (pages > paged_.max_pages) {
-                reasons_.add("block_table", c10::str("at least ", pages, " pages of ", paged_.page_size, " rows for the ",
-                                                     used_k(b), " keys of sequence ", b),
+                reasons_.add("block_table",
+                             c10::str("at least ", pages, " pages of ", paged_.page_size, " rows for the ", used_k(b),
+                                      " keys of sequence ", b),
                              c10::str("max_pages=", paged_.max_pages));
                 return;
             }

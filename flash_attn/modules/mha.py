@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn._checks import check_padding_mask, describe, dropout_reasons, reject
+from flash_attn._checks import check_padding_mask, describe, dropout_reasons, integers, reject
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary
 from flash_attn.modules.inner_attention import CrossAttention, FlashCrossAttention, FlashSelfAttention, SelfAttention
 from flash_attn.modules.padded_attention import attend_masked, attend_packed, is_packing_exact
@@ -103,11 +103,13 @@ class MHA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+        num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+        embed_dim, self.num_heads, self.num_heads_kv = integers(
+            "MHA", embed_dim=embed_dim, num_heads=num_heads, num_heads_kv=num_heads_kv
+        )
         self._check_options(embed_dim, dropout, fused_bias_fc)
         self.embed_dim = embed_dim
-        self.head_dim = embed_dim // num_heads
+        self.head_dim = embed_dim // self.num_heads
         self.cross_attn, self.causal, self.layer_idx, self.dwconv = cross_attn, causal, layer_idx, dwconv
         self.use_alibi, self.window_size, self.rotary_emb_dim = use_alibi, tuple(window_size), rotary_emb_dim
         self.use_flash_attn, self.return_residual, self.checkpointing = use_flash_attn, return_residual, checkpointing
@@ -121,7 +123,7 @@ class MHA(nn.Module):
             "softmax_scale": self.head_dim**-0.5 if softmax_scale is None else softmax_scale,
             "attention_dropout": dropout,
             "window_size": self.window_size,
-            "alibi_slopes": torch.tensor(get_alibi_slopes(num_heads), device=device) if use_alibi else None,
+            "alibi_slopes": torch.tensor(get_alibi_slopes(self.num_heads), device=device) if use_alibi else None,
         }
         self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**options)
         self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**options)
