@@ -28,8 +28,8 @@ except ModuleNotFoundError as error:
 
 import pybind11  # after torch, whose absence is the more likely one
 
-# -O3, not -O2: a tenth of the CPU backend's speed. Math functions set no errno and floating point does not trap, or loops
-# with them would not become vector code. Vectors as arguments of inlined functions would set off -Wpsabi.
+# -O3, not -O2: a tenth of the CPU backend's speed. Math functions set no errno and floating point does not trap, or
+# loops with them would not become vector code. Vectors as arguments of inlined functions would set off -Wpsabi.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0", "-Wno-psabi"]
 
 
@@ -51,7 +51,8 @@ def cuda_home() -> str | None:
     """The top of the CUDA toolkit, asked of nvcc itself: the nvcc on PATH may be a wrapper in some other folder."""
     try:
         # The commands of a dry run go to standard error.
-        dry_run = subprocess.run(["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+        command = ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"]
+        dry_run = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return cpp_extension.CUDA_HOME
     top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
@@ -79,7 +80,8 @@ def extension():
     cxx_sources = sources("cpu/*.cpp", "ops/*.cpp")
     if reason is not None:
         print(f"flash-attn: building for CPU only: {reason}")
-        return cpp_extension.CppExtension("flash_attn._C", cxx_sources, extra_compile_args={"cxx": cxx_flags}, **options)
+        options["extra_compile_args"] = {"cxx": cxx_flags}
+        return cpp_extension.CppExtension("flash_attn._C", cxx_sources, **options)
     print(f"flash-attn: building for CPU and CUDA {torch.version.cuda}, with the toolkit in {home}")
     cpp_extension.CUDA_HOME = home
     cxx_flags.append(f'-DFLASH_ATTN_CUDA_VERSION="{torch.version.cuda}"')

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,9 @@ def _run_backward(
     # with dynamic shapes, inductor (torch 2.13) forgets where in the buffer such views begin.
     is_compiling = torch.compiler.is_compiling()
     q, k, v = config.split(inputs)
-    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ((q, k, v) if is_compiling else inputs)]
+    buffers = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in ((q, k, v) if is_compiling else inputs)
+    ]
     _bwd(
         *(torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, softmax_lse),
         *(buffers if is_compiling else config.split(buffers)),
@@ -100,28 +103,6 @@ def _run_backward(
         config.deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     return join_layout(config.layout, buffers) if is_compiling else tuple(buffers)
-
-
-class _Gradients(torch.autograd.Function):
-    """_run_backward as a function that depends on its arguments and refuses to be differentiated.
-
-    Without it, second derivatives would not fail but come out too small: torch does not know that gradients depend on
-    the tensors saved for them.
-    """
-
-    forward = staticmethod(_run_backward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        """Refuse."""
-        raise RuntimeError(
-            "flash_attn: gradients of gradients are not supported; where they are needed, use plain attention, such as "
-            "torch.nn.functional.scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH"
-        )
 
 
 class FlashAttention(torch.autograd.Function):
@@ -150,14 +131,16 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Run the backward operator, as part of a graph only if one is made (which compilers do not do)."""
-        makes_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run = _Gradients.apply if makes_graph else _run_backward
-        grads = run(ctx.config, dout, dlse, *ctx.saved_tensors)
+        """Run the backward operator, whose results refuse to be differentiated again."""
+        grads = _run_backward(ctx.config, dout, dlse, *ctx.saved_tensors)
         needed = ctx.needs_input_grad[_NUM_CONSTANTS:]
         return (None,) * _NUM_CONSTANTS + tuple(
             grad if need else None for grad, need in zip(grads, needed, strict=True)
         )
+
+
+# torch asks for it in every call, and would take 10 microseconds to find it out each time.
+FlashAttention.forward.__signature__ = inspect.signature(FlashAttention.forward)  # type: ignore[attr-defined]
 
 
 def _cast_for_autocast(inputs: Sequence[Tensor], device_type: str) -> tuple[Tensor, ...]:

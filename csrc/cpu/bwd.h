@@ -91,15 +91,15 @@ private:
     }
 
     void load_keys() {
-        const int count = keys_.end - keys_.begin;
+        const int count = keys_.end - keys_.begin, padded = round_up(count, L);
         const int64_t first = seq_.first_row_k + keys_.begin;
         collect_rows<E>(p_.v, task_.batch, first, task_.head_k, count, b_.rows);
-        PackE::transposed(b_.rows, count, kKeys, p_.head_dim_v, {b_.v_t, kKeys});
+        PackE::transposed(b_.rows, count, padded, p_.head_dim_v, {b_.v_t, kKeys});
         collect_rows<E>(p_.k, task_.batch, first, task_.head_k, count, b_.rows);
-        PackE::transposed(b_.rows, count, kKeys, p_.head_dim, {b_.k_t, kKeys});
-        PackE::by_row(b_.rows, count, kKeys, p_.head_dim, row_, {b_.k_by_row, row_});
-        memset(b_.dk, 0, sizeof(T) * kKeys * row_);
-        memset(b_.dv, 0, sizeof(T) * kKeys * row_v_);
+        PackE::transposed(b_.rows, count, padded, p_.head_dim, {b_.k_t, kKeys});
+        PackE::by_row(b_.rows, count, padded, p_.head_dim, row_, {b_.k_by_row, row_});
+        memset(b_.dk, 0, sizeof(T) * count * row_);
+        memset(b_.dv, 0, sizeof(T) * count * row_v_);
     }
 
     void load_queries(int head, Range rows) {
@@ -245,7 +245,7 @@ private:
     bool nonfinite(int padded) const {
         return holds_nonfinite<Operand>({b_.q_by_row, row_}, padded / kDepth, row_) ||
                holds_nonfinite<Operand>({b_.dout_by_row, row_v_}, padded / kDepth, row_v_) ||
-               holds_nonfinite<Operand>({b_.k_by_row, row_}, kKeys / kDepth, row_);
+               holds_nonfinite<Operand>({b_.k_by_row, row_}, ceil_div(keys_.end - keys_.begin, kDepth), row_);
     }
 
     // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied.
@@ -290,35 +290,40 @@ private:
     Range keys_{0, 0};                            // the key tile
 };
 
+constexpr int kPreprocessRows = 64;
+
 // dsoftmax_sum = rowsum(dout * out), for one head of one sequence, added up in the order of dP = dO V^T: where a query
 // sees one key only, out is v, and dP - dsoftmax_sum is exactly 0 as it should be.
-template <class E> static void bwd_preprocess(const BwdParams& params, int batch, int head, void* scratch) {
+template <class E, class Dot> static void bwd_preprocess(const BwdParams& params, int batch, int head, void* scratch) {
     using T = Compute<E>;
-    using Transpose = Pack<E, PlainDot<T>>;
-    constexpr int kRows = 64;
+    using Operand = typename Dot::Operand;
+    using PackE = Pack<E, Dot>;
+    constexpr int kRows = kPreprocessRows;
     const Problem& p = params.problem;
     const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
     Arena arena(scratch);
-    T *out_t = arena.take<T>(kRows * p.head_dim_v),
-      *dout_t = arena.take<T>(kRows * p.head_dim_v);  // [head_dim_v][kRows]
+    const int depth = PackE::depth_of(p.head_dim_v);
+    // [depth][kRows]
+    Operand *out_t = arena.take<Operand>(kRows * depth), *dout_t = arena.take<Operand>(kRows * depth);
     for (int row0 = 0; row0 < seq.seqlen_q; row0 += kRows) {
         const int count = min(kRows, seq.seqlen_q - row0);
         const E* rows[kRows];
         collect_rows<E>(params.out, batch, seq.first_row_q + row0, head, count, rows);
-        Transpose::transposed(rows, count, kRows, p.head_dim_v, {out_t, kRows});
+        PackE::transposed(rows, count, kRows, p.head_dim_v, {out_t, kRows});
         collect_rows<E>(params.dout, batch, seq.first_row_q + row0, head, count, rows);
-        Transpose::transposed(rows, count, kRows, p.head_dim_v, {dout_t, kRows});
+        PackE::transposed(rows, count, kRows, p.head_dim_v, {dout_t, kRows});
         T sums[kRows];
         for (int i = 0; i < kRows; i += kLanes<T>) {
             Vec<T> sum{};
-            for (int d = 0; d < p.head_dim_v; ++d) sum += load(out_t + d * kRows + i) * load(dout_t + d * kRows + i);
+            for (int k = 0; k < depth; ++k)
+                sum = Dot::multiply_add(sum, load(dout_t + k * kRows + i), load(out_t + k * kRows + i));
             store(sums + i, sum);
         }
         memcpy(row_ptr<T>(params.dsoftmax_sum, batch, seq.first_row_q + row0, head), sums, sizeof(T) * count);
     }
 }
 static size_t bwd_preprocess_scratch(const BwdParams& params) {
-    return size_t(2 * 64) * params.problem.head_dim_v * sizeof(double) + 128;
+    return size_t(2 * kPreprocessRows) * params.problem.head_dim_v * sizeof(double);
 }
 
 // dQ of one head of one sequence: the sum over splits, in their order, scaled. dlse joins dsoftmax_sum only now: dS

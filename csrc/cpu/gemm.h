@@ -12,15 +12,15 @@ template <class T> struct PlainDot {
     using Accum = T;
     using Operand = T;
     static constexpr int kDepth = 1;
-    FA_INLINE Vec<T> multiply_add(Vec<T> c, T a, Vec<T> b) { return c + a * b; }
+    FA_INLINE Vec<T> multiply_add(Vec<T> c, Vec<T> a, Vec<T> b) { return c + a * b; }
 };
 #if FA_BF16_DOT
 struct Bf16Dot {
     using Accum = float;
     using Operand = uint32_t;
     static constexpr int kDepth = 2;
-    FA_INLINE Vec<float> multiply_add(Vec<float> c, uint32_t a, Vec<uint32_t> b) {
-        return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+    FA_INLINE Vec<float> multiply_add(Vec<float> c, Vec<uint32_t> a, Vec<uint32_t> b) {
+        return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
     }
 };
 #endif
@@ -60,7 +60,7 @@ static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::
         for (int n = 0; n < kVectors; ++n) bv[n] = load(b + k * b_stride + n * L);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
-            const typename Dot::Operand am = kTransposedA ? a[k * a_stride + m] : a[m * a_stride + k];
+            const auto am = splat<typename Dot::Operand>(kTransposedA ? a[k * a_stride + m] : a[m * a_stride + k]);
 #pragma GCC unroll 8
             for (int n = 0; n < kVectors; ++n) acc[m][n] = Dot::multiply_add(acc[m][n], am, bv[n]);
         }

@@ -13,7 +13,7 @@ template <class E, class Dot> static Kernels make_kernels() {
         .fwd = [](const FwdParams& p, const FwdTask& task,
                   void* scratch) { FwdTile<E, Dot>(p, task, Arena(scratch)).run(); },
         .bwd_preprocess_scratch = bwd_preprocess_scratch,
-        .bwd_preprocess = bwd_preprocess<E>,
+        .bwd_preprocess = bwd_preprocess<E, Dot>,
         .bwd_scratch = BwdSlice<E, Dot>::scratch_bytes,
         .bwd = [](const BwdParams& p, const BwdTask& task,
                   void* scratch) { BwdSlice<E, Dot>(p, task, Arena(scratch)).run(); },

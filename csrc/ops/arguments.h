@@ -13,9 +13,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 enum class Pass { kForward, kBackward, kProbs };
 
-// The part that all ops share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k, num_heads_k,
-// head_dim], v [batch_size, seqlen_k, num_heads_k, head_dim_v]. Packed, when cu_seqlens are given: q [total_q, num_heads,
-// head_dim], and so on. Paged: k [num_pages, page_size, num_heads_k, head_dim].
+// The part that all ops share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k,
+// num_heads_k, head_dim], v [batch_size, seqlen_k, num_heads_k, head_dim_v]. Packed, when cu_seqlens are given:
+// q [total_q, num_heads, head_dim], and so on. Paged: k [num_pages, page_size, num_heads_k, head_dim].
 struct ProblemArgs {
     Pass pass;
     const Tensor& q;

@@ -1,5 +1,5 @@
-// The ops are not differentiable by themselves: flash_attn.flash_attn_func is, through torch.autograd.Function. Asking an
-// op for a derivative must raise, since torch's default is to go on without one, which ends in wrong gradients.
+// The ops are not differentiable by themselves: flash_attn.flash_attn_func is, through torch.autograd.Function. Asking
+// an op for a derivative must raise, since torch's default is to go on without one, which ends in wrong gradients.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -12,17 +12,26 @@
 namespace flash_attn {
 namespace {
 
+constexpr const char* kUseFunctions =
+    "the op alone has no backward; call flash_attn.flash_attn_func or flash_attn.flash_attn_varlen_func, which are "
+    "differentiable once";
+
 struct Fwd {
     using Signature = decltype(fwd_op<nullptr>);
     static constexpr const char* kName = "flash_attn::fwd";
+    static constexpr const char* kNoBackward = kUseFunctions;
 };
 struct Bwd {
     using Signature = decltype(bwd_op<nullptr>);
     static constexpr const char* kName = "flash_attn::bwd";
+    static constexpr const char* kNoBackward =
+        "gradients of gradients are not supported; where they are needed, use plain attention, such as "
+        "torch.nn.functional.scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH";
 };
 struct AttnProbs {
     using Signature = decltype(attn_probs_op<nullptr>);
     static constexpr const char* kName = "flash_attn::attn_probs";
+    static constexpr const char* kNoBackward = kUseFunctions;
 };
 
 // What any argument says about derivatives.
@@ -56,16 +65,12 @@ void append_edge(torch::autograd::edge_list& edges, const OptionalTensor& t) {
 }
 template <class T> void append_edge(torch::autograd::edge_list&, const T&) {}
 
-// An edge to a node that raises when backward reaches it. Nodes are held by one smart pointer in some releases of torch and
-// by another one in others.
+// An edge to a node that raises when backward reaches it. Nodes are held by one smart pointer in some releases of torch
+// and by another one in others.
 template <class Edge = torch::autograd::Edge>
-Edge raising_edge(const char* op, torch::autograd::edge_list inputs, const Tensor& result) {
+Edge raising_edge(const char* op, const char* reason, torch::autograd::edge_list inputs, const Tensor& result) {
     using Pointer = decltype(Edge::function);
-    auto* const error =
-        new torch::autograd::Error(c10::str(op,
-                                            ": the op alone has no backward; call flash_attn.flash_attn_func or "
-                                            "flash_attn.flash_attn_varlen_func, which are differentiable once"),
-                                   std::move(inputs));
+    auto* const error = new torch::autograd::Error(c10::str(op, ": ", reason), std::move(inputs));
     error->add_input_metadata(result);
     if constexpr (requires { Pointer::unsafe_steal_from_new(error); }) {
         return {Pointer::unsafe_steal_from_new(error), 0};
@@ -99,10 +104,10 @@ private:
         (append_edge(inputs, args), ...);
         Result result = call(keys, args...);
         for (const Tensor* t : results(result)) {
-            torch::autograd::impl::set_gradient_edge(*t, raising_edge(Op::kName, inputs, *t));
+            torch::autograd::impl::set_gradient_edge(*t, raising_edge(Op::kName, Op::kNoBackward, inputs, *t));
         }
         for (const Tensor* t : written) {
-            torch::autograd::impl::rebase_history(*t, raising_edge(Op::kName, inputs, *t));
+            torch::autograd::impl::rebase_history(*t, raising_edge(Op::kName, Op::kNoBackward, inputs, *t));
         }
         return result;
     }

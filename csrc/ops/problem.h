@@ -10,8 +10,8 @@ namespace flash_attn {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-// Types, devices, ranks, shapes and numbers, all that can be known without reading a tensor. Sizes may be symbolic. Raises
-// ValueError with all reasons.
+// Types, devices, ranks, shapes and numbers, all that can be known without reading a tensor. Sizes may be symbolic.
+// Raises ValueError with all reasons.
 void validate(const FwdArgs& args);
 void validate(const BwdArgs& args);
 void validate(const ProbsArgs& args);
@@ -23,8 +23,8 @@ c10::SymDimVector probs_sizes(const ProblemArgs& args);
 // float32, or float64 for float64 elements.
 at::ScalarType lse_type(const ProblemArgs& args);
 
-// The values of cu_seqlens, seqused_k, leftpad_k and block_table, which must lie in host memory. Raises ValueError with all
-// reasons.
+// The values of cu_seqlens, seqused_k, leftpad_k and block_table, which must lie in host memory. Raises ValueError with
+// all reasons.
 void validate_values(const ProblemArgs& args, const Problem& problem);
 
 // A Problem over validated arguments. Layouts that kernels cannot read are copied, and the copies live as long as this.
