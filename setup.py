@@ -26,8 +26,6 @@ except ModuleNotFoundError as error:
         "    pip install torch setuptools pybind11 ninja && pip install --no-build-isolation ."
     )
 
-import pybind11  # after torch, whose absence is the more likely one
-
 # -O3, not -O2: a tenth of the CPU backend's speed. Math functions set no errno and floating point does not trap, or
 # loops with them would not become vector code. Vectors as arguments of inlined functions would set off -Wpsabi.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0", "-Wno-psabi"]
@@ -38,7 +36,7 @@ def version() -> str:
     text = (ROOT / "flash_attn" / "_version.py").read_text()
     match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     if match is None:
-        sys.exit("flash_attn/_version.py: no line __version__ = \"...\"")
+        sys.exit('flash_attn/_version.py: no line __version__ = "..."')
     return match.group(1)
 
 
@@ -61,6 +59,8 @@ def cuda_home() -> str | None:
 
 def extension():
     """The extension for this machine; says in one line which it is and why."""
+    import pybind11  # here, so that torch is missed first
+
     cuda_sources = sources("**/*.cu")
     home = os.environ.get("CUDA_HOME") or cuda_home()
     reason = (

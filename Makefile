@@ -1,0 +1,128 @@
+# `make demo` and `make test` need python3 (3.10 or newer, with its headers), g++ and make. Whatever else they need they
+# set up themselves, and reuse: a virtual environment, the dependencies, the compiled extension.
+#
+#   make test VENV= PYTHON=python3     the ambient interpreter instead; nothing is downloaded or installed
+#   make test ARGS='-k varlen -x'      arguments for pytest, the demo or the benchmark
+#   make build MAX_JOBS=1              compile with one process
+
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+CXX    ?= g++
+
+BUILD_TOOLS := 'setuptools>=77.0.3' 'pybind11>=2.13' ninja
+# Their versions are pinned in one place, for the hooks and for `make lint`.
+LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yaml))
+
+file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
+ifeq ($(strip $(VENV)),)
+PY    := $(PYTHON)
+BUILT := build/.built-with-$(call file_name,$(PYTHON))
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY          := $(VENV)/bin/python
+BUILT       := build/.built-with-$(call file_name,$(VENV))
+READY       := $(VENV)/.ready-$(call file_name,$(TORCH))
+LINT_READY  := $(VENV)/.lint-$(call file_name,$(LINT_TOOLS))
+endif
+
+# Folders too, so that a file that has gone counts as a change.
+SOURCES := setup.py pyproject.toml flash_attn/_version.py \
+    $(shell find csrc -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+
+# Says what starts and, when the shell of the recipe ends, how it went and how long it took.
+define step
+step='$(1)'; start=$$(date +%s); printf '\n==> %s\n' "$$step"; \
+trap 'status=$$?; outcome=done; [ $$status -eq 0 ] || outcome=FAILED; \
+    printf "==> %s: %s after %d s\n" "$$step" $$outcome $$(($$(date +%s) - start))' EXIT; set -e
+endef
+# After ||: says what is missing, and what to do.
+fail = { echo '$(1)' >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build test demo bench lint format clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(READY) ## the virtual environment with torch and what compiling needs
+
+build: $(BUILT) ## compile the extension, in place
+
+test: $(BUILT) ## all tests
+	@$(call step,test); \
+	$(PY) -m pytest $(ARGS)
+
+demo: $(BUILT) ## train a small GPT on real text, measure attention, save the figures
+	@$(call step,demo); \
+	$(PY) examples/train_gpt.py $(ARGS)
+
+bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
+	@$(call step,bench); \
+	for script in attention memory overhead; do $(PY) benchmarks/bench_$$script.py $(ARGS); done
+
+lint: $(LINT_READY) ## ruff, mypy, clang-format and shellcheck, changing nothing
+	@$(call step,lint); failed=0; \
+	scripts=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'); \
+	$(PY) -m ruff check . || failed=1; \
+	$(PY) -m ruff format --check . || failed=1; \
+	$(PY) -m mypy || failed=1; \
+	"$$scripts/clang-format" --dry-run --Werror $(CXX_FILES) || failed=1; \
+	"$$scripts/shellcheck" .ci/run || failed=1; \
+	exit $$failed
+
+format: $(LINT_READY) ## rewrite the sources the way that lint wants them
+	@$(call step,format); \
+	scripts=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'); \
+	$(PY) -m ruff check --fix .; \
+	$(PY) -m ruff format .; \
+	"$$scripts/clang-format" -i $(CXX_FILES)
+
+clean: ## remove what was built; the virtual environment stays
+	rm -rf build dist *.egg-info flash_attn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find flash_attn tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv
+
+$(READY):
+	@$(call step,virtual environment $(VENV)); \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    $(call fail,$(PYTHON): Python 3.10 or newer is needed; choose one with PYTHON=...); \
+	$(PYTHON) -m venv $(VENV) || \
+	    $(call fail,$(PYTHON) makes no virtual environment: on Debian and Ubuntu run apt-get install python3-venv); \
+	pip="$(PY) -m pip install --disable-pip-version-check"; \
+	$$pip '$(TORCH)' $(BUILD_TOOLS); \
+	rm -f $(VENV)/.ready-*; \
+	touch $@
+
+$(LINT_READY): $(READY)
+	@$(call step,lint tools); \
+	$(PY) -m pip install --disable-pip-version-check --quiet $(LINT_TOOLS); \
+	rm -f $(VENV)/.lint-*; \
+	touch $@
+
+# setup.py compiles into build/, where only what changed is compiled again, and puts the extension beside the Python files.
+# The virtual environment finds this folder by a .pth file (pip install --editable would compile everything anew each
+# time), the ambient interpreter by PYTHONPATH; both find the metadata in flash_attn.egg-info.
+$(BUILT): $(SOURCES) $(READY)
+	@$(call step,build); \
+	command -v $(CXX) >/dev/null || \
+	    $(call fail,$(CXX): no such compiler; on Debian and Ubuntu run apt-get install g++); \
+	test -e "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	    $(call fail,$(PY): no Python.h; on Debian and Ubuntu run apt-get install python3-dev); \
+	mkdir -p build; \
+	rm -f build/.built-with-*; \
+	$(PY) setup.py build_ext --inplace; \
+	$(PY) setup.py --quiet egg_info; \
+	$(if $(VENV),$(register)) \
+	touch $@
+
+# The dependencies of the package and of its extras, and the package itself.
+define register
+grep -v '^\[' flash_attn.egg-info/requires.txt >build/requirements.txt; \
+$(PY) -m pip install --disable-pip-version-check --quiet --requirement build/requirements.txt; \
+echo '$(CURDIR)' >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/flash_attn_checkout.pth";
+endef

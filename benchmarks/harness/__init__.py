@@ -1,0 +1,1 @@
+"""What the benchmark scripts share: cases, implementations, timing, memory, machine description, reports."""

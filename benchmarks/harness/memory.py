@@ -1,0 +1,76 @@
+"""Peak memory of one function call, and how much memory is free."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory(function: Callable[[], None], device: str) -> int:
+    """Bytes that `function` needs above what the process holds when it is called."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident_bytes()
+    function()
+    return max(0, _peak_resident_bytes() - before)
+
+
+def _resident_bytes() -> int:
+    """What the process holds now; on Linux this also restarts the recording of the peak."""
+    if not STATUS.exists():
+        return _peak_resident_bytes()
+    with contextlib.suppress(OSError):  # read-only /proc: an earlier, higher peak may then hide a small one
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _peak_resident_bytes() -> int:
+    """On Linux from /proc: getrusage would count the parent process as well, which is larger."""
+    if STATUS.exists():
+        return _status_bytes("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status_bytes(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a new allocation could use without swapping, limits of a container included."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return min(_host_available_bytes(), _container_available_bytes())
+
+
+def _host_available_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def _container_available_bytes() -> int:
+    """What is left under a cgroup (v2) memory limit; a very large number where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used)

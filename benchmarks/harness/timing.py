@@ -1,0 +1,93 @@
+"""Timing by turns: every round calls each implementation once, so that a slow moment of the machine hits all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+SHORTEST_SAMPLE = 5e-4  # seconds; quicker calls are repeated within a sample
+SLOW = 4.0  # an implementation this many times slower than the quickest sits out some rounds
+L2_FLUSH_BYTES = 256 * 2**20
+
+Context = Callable[[], contextlib.AbstractContextManager]
+
+
+@dataclass
+class Contestant:
+    """A function to time, the context it needs, and its samples (round number -> seconds per call)."""
+
+    function: Callable[[], object]
+    context: Context = contextlib.nullcontext
+    calls: int = 1  # per sample
+    stride: int = 1  # takes part in every stride-th round
+    samples: dict[int, float] = field(default_factory=dict)
+
+    def median(self) -> float:
+        """Seconds per call."""
+        return statistics.median(self.samples.values())
+
+    def ratio_to(self, other: Contestant) -> float:
+        """Median over common rounds of own time / the other's time: above 1 when the other is quicker."""
+        return statistics.median(self.samples[n] / other.samples[n] for n in self.samples if n in other.samples)
+
+
+class Stopwatch:
+    """Seconds per call of a function, on a CPU by the clock and on a GPU by events, there with a cold L2 cache."""
+
+    def __init__(self, device: str):
+        self.device = device
+        size = L2_FLUSH_BYTES if device == "cuda" else 0
+        self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def __call__(self, function: Callable[[], object], calls: int = 1) -> float:
+        """Time `calls` calls in a row."""
+        if self.device != "cuda":
+            started = time.perf_counter()
+            for _ in range(calls):
+                function()
+            return (time.perf_counter() - started) / calls
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+
+def race(
+    contestants: Mapping[str, Contestant], device: str, budget: float, min_rounds: int = 5, max_rounds: int = 200
+) -> int:
+    """Time all contestants by turns for about `budget` seconds, filling in their samples; returns the rounds."""
+    stopwatch = Stopwatch(device)
+    _warm_up(contestants, stopwatch)
+    started = time.perf_counter()
+    for number in range(max_rounds):
+        for contestant in contestants.values():
+            if number % contestant.stride == 0:
+                with contestant.context():
+                    contestant.samples[number] = stopwatch(contestant.function, contestant.calls)
+        spent = time.perf_counter() - started
+        if (spent > budget and number + 1 >= min_rounds) or spent > 6 * budget:
+            return number + 1
+    return max_rounds
+
+
+def _warm_up(contestants: Mapping[str, Contestant], stopwatch: Stopwatch) -> None:
+    """Two calls of each; the second one decides how often each is called."""
+    estimates = {}
+    for name, contestant in contestants.items():
+        with contestant.context():
+            stopwatch(contestant.function)
+            estimates[name] = stopwatch(contestant.function)
+    quickest = min(estimates.values())
+    for name, contestant in contestants.items():
+        contestant.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
+        contestant.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))

@@ -1,0 +1,15 @@
+"""One progress bar for the whole demo: lively on a terminal, a few lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+
+def progress_bar(total: int, description: str, unit: str) -> tqdm:
+    """A tqdm bar on stderr."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, desc=description, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True
+    )

@@ -1,0 +1,289 @@
+"""What is tested: one frozen, plain description per attention problem, and the tables of them.
+
+A Case knows nothing of torch, so the same tables can drive another backend. `inputs.py` turns a Case into tensors.
+"""
+
+import dataclasses
+import itertools
+import random
+from dataclasses import dataclass
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem. Sequences are rows of a dense batch (all of one length) or, if packed, lie end to end."""
+
+    seqlens_q: tuple[int, ...]
+    seqlens_k: tuple[int, ...]
+    dtype: str = "float32"
+    num_heads: int = 2
+    num_heads_k: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 64
+    packed: bool = False
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    softmax_scale: float | None = None
+    alibi: str = ""  # "heads": (num_heads,), "batch": (batch_size, num_heads)
+    dropout_p: float = 0.0
+    seqused_k: tuple[int, ...] | None = None
+    leftpad_k: tuple[int, ...] | None = None
+    page_size: int = 0  # 0: keys and values are not paged
+    unused_rows: int = 0  # rows of the packed tensors past the last sequence
+    lse_grad: bool = False  # whether softmax_lse gets a gradient too
+    seqlen_k_if_empty: int = 0  # a dense batch of no sequences still has a length
+    seqlen_q_if_empty: int = 0
+    seed: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.seqlens_q)
+
+    @property
+    def seqlen_q(self) -> int:
+        """The longest sequence of queries."""
+        return max(self.seqlens_q, default=self.seqlen_q_if_empty)
+
+    @property
+    def seqlen_k(self) -> int:
+        """The longest sequence of keys."""
+        return max(self.seqlens_k, default=self.seqlen_k_if_empty)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The window in force: causal attention sees nothing to the right."""
+        return (self.window_size[0], 0) if self.causal else self.window_size
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def only_in_op(self) -> bool:
+        """Whether the public functions have no argument for this."""
+        return self.seqused_k is not None or self.leftpad_k is not None
+
+    @property
+    def name(self) -> str:
+        """Every field that is not at its default."""
+        parts = [self.dtype, f"q{_lengths(self.seqlens_q)}", f"k{_lengths(self.seqlens_k)}"]
+        parts += [f"h{self.num_heads}/{self.num_heads_k}", f"d{self.head_dim}/{self.head_dim_v}"]
+        shown = {"seqlens_q", "seqlens_k", "dtype", "num_heads", "num_heads_k", "head_dim", "head_dim_v", "seed"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in shown and value != field.default:
+                parts.append(field.name if value is True else f"{field.name}={value}".replace(" ", ""))
+        return "-".join(parts)
+
+
+def _lengths(seqlens: tuple[int, ...]) -> str:
+    if len(seqlens) > 1 and len(set(seqlens)) == 1:
+        return f"{len(seqlens)}x{seqlens[0]}"
+    return ",".join(map(str, seqlens))
+
+
+def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
+    """Rows such that every value of every axis meets every value of every other axis in at least one row."""
+    rng = random.Random(seed)
+    names = list(axes)
+    left = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(axes[names[a]]))
+        for j in range(len(axes[names[b]]))
+    }
+    queue = sorted(left)
+    rng.shuffle(queue)
+    rows = []
+    for a, i, b, j in queue:
+        if (a, i, b, j) not in left:
+            continue
+        row = {a: i, b: j}
+        for axis in rng.sample(range(len(names)), len(names)):
+            if axis not in row:
+                choices = rng.sample(range(len(axes[names[axis]])), len(axes[names[axis]]))
+                row[axis] = max(choices, key=lambda value: sum(_pair(axis, value, *o) in left for o in row.items()))
+        left -= {_pair(*one, *two) for one, two in itertools.combinations(row.items(), 2)}
+        rows.append({names[axis]: axes[names[axis]][value] for axis, value in sorted(row.items())})
+    return rows
+
+
+def _pair(a: int, i: int, b: int, j: int) -> tuple[int, int, int, int]:
+    return (a, i, b, j) if a < b else (b, j, a, i)
+
+
+EDGES = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 300]
+LENGTHS = [(n, n) for n in EDGES] + [
+    (1, 300), (300, 1), (17, 129), (129, 17), (64, 255), (255, 64), (128, 127), (63, 65), (15, 300), (0, 5), (5, 0),
+]  # fmt: skip
+HEAD_DIMS = [
+    (1, 1), (8, 8), (13, 13), (13, 40), (40, 24), (64, 64), (64, 128), (96, 96), (128, 128), (128, 64), (192, 128),
+    (256, 256),
+]  # fmt: skip
+MASKS = [
+    {},
+    {"causal": True},
+    {"window_size": (0, 0)},
+    {"window_size": (5, 3)},
+    {"window_size": (-1, 7)},
+    {"window_size": (30, -1)},
+    {"window_size": (100, 0)},
+    {"causal": True, "window_size": (16, 50)},
+]
+SCORES = [{}, {"softmax_scale": 0.3}, {"softcap": 1.5}, {"softcap": 20.0, "softmax_scale": 0.9}]
+BATCHES = [
+    {"batch": 1},
+    {"batch": 2},
+    {"batch": 2, "packed": True},
+    {"batch": 3, "packed": True, "uneven": True},
+    {"batch": 2, "packed": True, "uneven": True, "unused_rows": 3},
+]
+
+
+def _sequences(lengths: tuple[int, int], batch: int = 1, uneven: bool = False) -> dict:
+    """Lengths of a batch; uneven ones put a shorter sequence first and an empty one in the middle."""
+    pairs = [lengths] * batch
+    if uneven:
+        pairs[0] = (lengths[0] // 3, lengths[1] // 2)
+    if uneven and batch > 2:
+        pairs[1] = (0, lengths[1] // 4)
+    return {"seqlens_q": tuple(q for q, _ in pairs), "seqlens_k": tuple(k for _, k in pairs)}
+
+
+def table() -> list[Case]:
+    """Every pair of values of every two axes, for the public functions, forward and backward."""
+    axes = {
+        "dtype": list(DTYPES),
+        "heads": [(1, 1), (2, 2), (4, 2), (3, 1)],
+        "dims": HEAD_DIMS,
+        "lengths": LENGTHS,
+        "mask": MASKS,
+        "score": SCORES,
+        "alibi": ["", "heads", "batch"],
+        "dropout_p": [0.0, 0.0, 0.17],
+        "batch": BATCHES,
+        "lse_grad": [False, True],
+    }
+    cases = []
+    for seed, row in enumerate(pairwise(axes)):
+        batch = dict(row["batch"])
+        lengths = _sequences(row["lengths"], batch.pop("batch"), batch.pop("uneven", False))
+        named = {key: row[key] for key in ("dtype", "alibi", "dropout_p", "lse_grad")}
+        dims = {"head_dim": row["dims"][0], "head_dim_v": row["dims"][1]}
+        heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}
+        cases.append(Case(**lengths, **dims, **heads, **row["mask"], **row["score"], **batch, **named, seed=seed))
+    return cases
+
+
+def edge_cases() -> list[Case]:
+    """Sizes that the table does not have: no batch, no rows, empty sequences anywhere, the largest and many heads."""
+    empty = [
+        Case((), (), seqlen_q_if_empty=5, seqlen_k_if_empty=7),
+        Case((0, 0), (7, 7)),
+        Case((7, 7), (0, 0), causal=True),
+        Case((0,), (0,)),
+        Case((), (), packed=True, unused_rows=4),
+        Case((), (), packed=True),
+        Case((0, 0), (0, 0), packed=True),
+        Case((0, 5, 9), (4, 5, 9), packed=True, causal=True),
+        Case((5, 0, 9), (5, 4, 9), packed=True, causal=True, num_heads=4),
+        Case((5, 9, 0), (5, 9, 4), packed=True),
+        Case((4, 5, 9), (0, 5, 9), packed=True),
+        Case((5, 4, 9), (5, 0, 9), packed=True, causal=True),
+        Case((5, 9, 4), (5, 9, 0), packed=True, unused_rows=2),
+        Case((0, 1, 0, 1), (3, 9, 0, 1), packed=True, num_heads=6),
+        Case((76, 34, 146), (1, 1, 1), packed=True, causal=True, softmax_scale=1.0),
+        Case((0, 0, 200), (0, 1, 333), packed=True, causal=True),
+    ]
+    lengths = [((33,), (70,)), ((129,), (129,))]
+    large = [
+        Case(q, k, dtype=dtype, head_dim=dim, head_dim_v=dim_v, causal=causal)
+        for (q, k), dtype in itertools.product(lengths, DTYPES)
+        for dim, dim_v, causal in [(512, 512, True), (512, 31, False), (7, 512, True)]
+    ]
+    heads = [
+        Case((40,), (50,), num_heads=16, num_heads_k=heads_k, head_dim=16, head_dim_v=16, causal=True)
+        for heads_k in (16, 8, 1)
+    ]
+    few = [
+        Case((1, 1), (n, n), dtype=dtype, num_heads=8, num_heads_k=2, head_dim=40, head_dim_v=40, causal=True)
+        for n, dtype in itertools.product((1, 2, 257, 1024), DTYPES)
+    ]
+    with_type = [dataclasses.replace(c, dtype=dtype) for c in empty for dtype in ("float32", "bfloat16")]
+    return [dataclasses.replace(c, lse_grad=i % 2 == 1) for i, c in enumerate(with_type + large + heads + few)]
+
+
+def key_range_cases() -> list[Case]:
+    """seqused_k and leftpad_k, dense and packed; each meets every other feature."""
+    axes = {
+        "dtype": list(DTYPES),
+        "packed": [False, True],
+        "keys": [
+            {"seqused_k": (0, 70, 33)},
+            {"seqused_k": (130, 1, 64), "leftpad_k": (3, 0, 64)},
+            {"leftpad_k": (0, 129, 17)},
+            {"seqused_k": (129, 128, 65), "leftpad_k": (65, 127, 1)},
+        ],
+        "mask": [{}, {"causal": True}, {"window_size": (20, 9)}],
+        "score": SCORES[:3],
+        "alibi": ["", "batch"],
+        "dropout_p": [0.0, 0.25],
+        "heads": [(2, 2), (4, 2)],
+        "lse_grad": [False, True],
+    }
+    cases = []
+    for seed, row in enumerate(pairwise(axes)):
+        rest = {key: row[key] for key in ("dtype", "packed", "alibi", "dropout_p", "lse_grad")}
+        heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}
+        lengths = ((70, 70, 70), (130, 130, 130)) if not row["packed"] else ((70, 1, 140), (130, 129, 65))
+        keys = {name: tuple(map(min, value, lengths[1])) for name, value in row["keys"].items()}
+        dims = {"head_dim": 24, "head_dim_v": 40}
+        cases.append(Case(*lengths, **keys, **row["mask"], **row["score"], **heads, **dims, **rest, seed=seed))
+    return cases
+
+
+def paged_cases() -> list[Case]:
+    """Keys and values in pages, with and without seqused_k and leftpad_k: forward only."""
+    axes = {
+        "dtype": list(DTYPES),
+        "page_size": [1, 3, 16, 37, 256],
+        "lengths": [((5, 0, 70), (129, 3, 0)), ((1, 1, 1), (1, 300, 64)), ((65, 33, 2), (65, 200, 1))],
+        "keys": [{}, {"seqused_k": (1, 2, 0)}, {"leftpad_k": (1, 2, 0)}],
+        "mask": [{}, {"causal": True}, {"window_size": (40, 5)}],
+        "alibi": ["", "heads"],
+        "dropout_p": [0.0, 0.25],
+        "heads": [(2, 2), (4, 1)],
+    }
+    cases = []
+    for seed, row in enumerate(pairwise(axes)):
+        rest = {key: row[key] for key in ("dtype", "page_size", "alibi", "dropout_p")}
+        heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}
+        dims = {"head_dim": 32, "head_dim_v": 20}
+        cases.append(
+            Case(*row["lengths"], **row["keys"], **row["mask"], **heads, **dims, **rest, packed=True, seed=seed)
+        )
+    return cases
+
+
+def small_table() -> list[Case]:
+    """A few cases of every type that reach every kernel path, for runs that are repeated in many settings."""
+    axes = {
+        "dtype": list(DTYPES),
+        "dims": [(64, 64), (13, 40), (128, 128), (256, 96)],
+        "lengths": [((129,), (300,)), ((70, 0, 131), (33, 9, 200)), ((1,), (257,)), ((200,), (64,))],
+        "mask": [{}, {"causal": True}, {"window_size": (33, 5)}],
+        "score": [{}, {"softcap": 3.0, "alibi": "heads"}],
+        "dropout_p": [0.0, 0.3],
+        "heads": [(2, 2), (4, 2)],
+    }
+    cases = []
+    for seed, row in enumerate(pairwise(axes)):
+        dims = {"head_dim": row["dims"][0], "head_dim_v": row["dims"][1]}
+        heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}
+        packed = len(row["lengths"][0]) > 1
+        rest = {"dtype": row["dtype"], "dropout_p": row["dropout_p"], "packed": packed, "lse_grad": seed % 2 == 0}
+        cases.append(Case(*row["lengths"], **dims, **heads, **row["mask"], **row["score"], **rest, seed=seed))
+    return cases

@@ -1,0 +1,228 @@
+"""Runs a Case through the package and compares it with the reference: one check forward, one backward."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+import flash_attn
+from cases import Case
+from compare import assert_bitwise, assert_finite, compare
+from inputs import Inputs, eps_of, lse_dtype, make_inputs, sequences
+from reference import ORDERS, Result, attention, attn_probs, visible
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch hands out uninitialised holds NaN, so that what is left unwritten shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    was_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(was_on)
+
+
+def lengths_of(case: Case, x: Inputs) -> dict:
+    """The arguments of the ops that say where sequences lie."""
+    longest = (case.seqlen_q, case.seqlen_k) if case.packed else (0, 0)
+    return {
+        "cu_seqlens_q": x.cu_seqlens_q,
+        "cu_seqlens_k": x.cu_seqlens_k,
+        "max_seqlen_q": longest[0],
+        "max_seqlen_k": longest[1],
+        "seqused_k": x.seqused_k,
+        "leftpad_k": x.leftpad_k,
+    }
+
+
+def scores_of(case: Case, x: Inputs) -> dict:
+    """The arguments of the ops that say what the weights are."""
+    return {
+        "alibi_slopes": x.alibi_slopes,
+        "softmax_scale": case.softmax_scale,
+        "causal": case.causal,
+        "window_size_left": case.window_size[0],
+        "window_size_right": case.window_size[1],
+        "softcap": case.softcap,
+        "dropout_p": case.dropout_p,
+        "rng_state": x.rng_state,
+    }
+
+
+def op_fwd(case: Case, x: Inputs) -> Tensors:
+    """(out, softmax_lse) of the op."""
+    paged = {"block_table": x.block_table}
+    return torch.ops.flash_attn.fwd(x.q, x.k, x.v, **lengths_of(case, x), **paged, **scores_of(case, x))
+
+
+def op_bwd(case: Case, x: Inputs, out: torch.Tensor, lse: torch.Tensor, grads: Tensors | None = None) -> Tensors:
+    """(dq, dk, dv, dsoftmax_sum) of the op."""
+    dq, dk, dv = grads or tuple(torch.empty_like(t) for t in (x.q, x.k, x.v))
+    dlse = x.dlse if case.lse_grad else None
+    arguments = {**lengths_of(case, x), **scores_of(case, x), "deterministic": True}
+    dsoftmax_sum = torch.ops.flash_attn.bwd(x.dout, dlse, x.q, x.k, x.v, out, lse, dq, dk, dv, **arguments)
+    return dq, dk, dv, dsoftmax_sum
+
+
+def op_probs(case: Case, x: Inputs, lse: torch.Tensor) -> torch.Tensor:
+    """The weights of the op, sign bit set where dropped."""
+    paged = {"block_table": x.block_table}
+    q, k = x.q.detach(), x.k.detach()
+    return torch.ops.flash_attn.attn_probs(q, k, lse.detach(), **lengths_of(case, x), **paged, **scores_of(case, x))
+
+
+def public(case: Case, x: Inputs) -> Tensors:
+    """(out, softmax_lse, S_dmask) of the public function. Dropout draws from torch's generator."""
+    shared = {
+        "dropout_p": case.dropout_p,
+        "softmax_scale": case.softmax_scale,
+        "causal": case.causal,
+        "window_size": case.window_size,
+        "softcap": case.softcap,
+        "alibi_slopes": x.alibi_slopes,
+        "return_attn_probs": True,
+    }
+    torch.manual_seed(case.seed)
+    if not case.packed:
+        return flash_attn.flash_attn_func(x.q, x.k, x.v, **shared)
+    lengths = (x.cu_seqlens_q, x.cu_seqlens_k, case.seqlen_q, case.seqlen_k)
+    return flash_attn.flash_attn_varlen_func(x.q, x.k, x.v, *lengths, **shared, block_table=x.block_table)
+
+
+@dataclass
+class Run:
+    """What came out, and which weights were kept (None without dropout)."""
+
+    out: torch.Tensor
+    softmax_lse: torch.Tensor
+    probs: torch.Tensor
+    keep: torch.Tensor | None
+
+
+def run_forward(case: Case, x: Inputs) -> Run:
+    """Through the public function if it has arguments for the case, through the op if not."""
+    out, lse, probs = (*op_fwd(case, x), None) if case.only_in_op else public(case, x)
+    if probs is None or case.dropout_p == 0:
+        probs = op_probs(case, x, lse)
+    return Run(out, lse, probs, ~torch.signbit(probs) if case.dropout_p > 0 else None)
+
+
+def plain_attention(case: Case, x: Inputs, keep, grads: bool = False) -> list[Result]:
+    """Attention done plainly in the type of the inputs, in several orders: a single one may be exact by luck.
+
+    softmax_lse is as float32 has it where the type is narrower.
+    """
+    dtype = x.q.dtype
+    results = [attention(case, x, keep, dtype, grads, order) for order in ORDERS]
+    if dtype in (torch.bfloat16, torch.float16) and not grads:
+        for result, order in zip(results, ORDERS, strict=True):
+            result.softmax_lse = attention(case, x, keep, torch.float32, order=order).softmax_lse
+    return results
+
+
+def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> float:
+    """How large what cancels is in gradients of scores, times other (k for dq, q for dk).
+
+    A query that sees a single key has gradients of zero. Plain attention subtracts a number from itself. We subtract
+    rowsum(dout * out) from a product that has the same terms in the same order, unless dropout has rescaled out; and a
+    product over very many numbers, added up one after the other, is less exact than plain attention's sum of blocks.
+    """
+    if case.dropout_p == 0 and max(case.head_dim, case.head_dim_v) <= 256:
+        return 0.0
+    products = (x.dout.double() * ref.out).nan_to_num(0)
+    sizes = products.norm(dim=-1) if x.q.dtype in (torch.bfloat16, torch.float16) else products.abs().sum(-1)
+    single = torch.zeros(sizes.shape[:-1], dtype=torch.bool, device=sizes.device)
+    for s in sequences(case):
+        shape = (s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start)
+        s.of(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device).sum(1) == 1
+    largest = max(other.abs().double().nan_to_num(0).flatten().tolist(), default=0.0)
+    return case.scale * sizes[single].norm().item() * largest
+
+
+def check_forward(case: Case, device: str = "cpu") -> None:
+    """out, softmax_lse and the weights."""
+    x = make_inputs(case, device)
+    with poisoned_memory():
+        run = run_forward(case, x)
+    ref, plain = attention(case, x, run.keep), plain_attention(case, x, run.keep)
+    assert_finite("out", ref.out, case.name)
+    compare("out", run.out, ref.out, [p.out for p in plain], context=case.name)
+    compare("softmax_lse", run.softmax_lse, ref.softmax_lse, [p.softmax_lse for p in plain], context=case.name)
+    assert run.out.dtype == x.q.dtype
+    assert run.softmax_lse.dtype == lse_dtype(x.q.dtype)
+    ref_probs = attn_probs(case, x)
+    scores_error = 64 * eps_of(lse_dtype(x.q.dtype)) * ref_probs
+    compare("attn_probs", run.probs.abs(), ref_probs, [ref_probs + scores_error], context=case.name)
+
+
+def check_backward(case: Case, device: str = "cpu") -> None:
+    """dq, dk, dv with a random dout and, if the case says so, dlse; and dsoftmax_sum."""
+    x = make_inputs(case, device)
+    with poisoned_memory():
+        if case.only_in_op:
+            run = run_forward(case, x)
+            *grads, dsoftmax_sum = op_bwd(case, x, run.out, run.softmax_lse)
+        else:
+            run, grads = _public_backward(case, x)
+            *op_grads, dsoftmax_sum = op_bwd(case, x, run.out, run.softmax_lse)
+            if case.dropout_p == 0:
+                for name, got, expected in zip(("dq", "dk", "dv"), grads, op_grads, strict=True):
+                    assert_bitwise(f"{name} by autograd and by the op", got, expected, case.name)
+    ref, plain = attention(case, x, run.keep, grads=True), plain_attention(case, x, run.keep, grads=True)
+    sizes = [cancelling_size(case, x, ref, other) for other in (x.k, x.q)] + [0.0]
+    for name, got, size in zip(("dq", "dk", "dv"), grads, sizes, strict=True):
+        assert_finite(name, getattr(ref, name), case.name)
+        compare(name, got, getattr(ref, name), [getattr(p, name) for p in plain], 3.0, size, case.name)
+    _check_dsoftmax_sum(case, x, run, dsoftmax_sum)
+
+
+def _public_backward(case: Case, x: Inputs) -> tuple[Run, Tensors]:
+    leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    own = Inputs(**{**x.__dict__, "q": leaves[0], "k": leaves[1], "v": leaves[2]})
+    run = run_forward(case, own)
+    outputs, gradients = [run.out], [x.dout]
+    if case.lse_grad:
+        outputs, gradients = [run.out, run.softmax_lse], [x.dout, x.dlse]
+    grads = torch.autograd.grad(outputs, leaves, gradients)
+    return Run(run.out.detach(), run.softmax_lse.detach(), run.probs, run.keep), grads
+
+
+def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Tensor) -> None:
+    """Rows that see no key have no derivative: there, only that the value is one is asked for."""
+    assert dsoftmax_sum.dtype == run.softmax_lse.dtype
+    assert dsoftmax_sum.shape == run.softmax_lse.shape
+    dlse = x.dlse if case.lse_grad else torch.zeros_like(x.dlse)
+    sees_any = torch.isfinite(run.softmax_lse)
+
+    def expected(dtype: torch.dtype) -> torch.Tensor:
+        products = (run.out.to(dtype) * x.dout.to(dtype)).sum(-1).transpose(-1, -2)
+        return torch.where(sees_any, products - dlse.to(dtype), 0.0)
+
+    got = torch.where(sees_any, dsoftmax_sum, 0.0)
+    size = (run.out.double() * x.dout.double()).abs().sum(-1).transpose(-1, -2) + dlse.abs()
+    slack = torch.where(sees_any, 2 * eps_of(dsoftmax_sum.dtype) * size, 0.0)
+    compare("dsoftmax_sum", got, expected(torch.float64), [expected(torch.float64) + slack], context=case.name)
+
+
+def main() -> None:
+    """Runs the small table, for tests that need a process of their own; says how many cases passed."""
+    from cases import small_table
+
+    torch.set_num_threads(1)
+    cases = small_table()
+    for case in cases:
+        check_forward(case)
+        check_backward(case)
+    sys.stdout.write(f"passed {len(cases)} on {flash_attn.build_info()['cpu_instruction_set']}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The tensors of a Case, and how its sequences lie in them."""
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from cases import Case
+
+
+@dataclass
+class Inputs:
+    """What an op is given. k_rows and v_rows are k and v as rows, also where k and v are pools of pages."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k_rows: torch.Tensor
+    v_rows: torch.Tensor
+    dout: torch.Tensor
+    dlse: torch.Tensor
+    alibi_slopes: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    leftpad_k: torch.Tensor | None
+    block_table: torch.Tensor | None
+    rng_state: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Rows of one sequence of the batch. batch is None where the tensors are packed."""
+
+    index: int
+    batch: int | None
+    rows_q: slice
+    rows_k: slice
+
+    def of(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+        return tensor[rows] if self.batch is None else tensor[self.batch, rows]
+
+
+def sequences(case: Case) -> list[Sequence]:
+    """Where each sequence lies, with the keys that seqused_k and leftpad_k leave."""
+    starts_q = [0, *accumulate(case.seqlens_q)]
+    starts_k = [0, *accumulate(case.seqlens_k)]
+    found = []
+    for b in range(case.batch_size):
+        begin = case.leftpad_k[b] if case.leftpad_k else 0
+        end = case.seqused_k[b] if case.seqused_k else case.seqlens_k[b]
+        begin = min(begin, end)
+        if case.packed:
+            rows_q = slice(starts_q[b], starts_q[b + 1])
+            found.append(Sequence(b, None, rows_q, slice(starts_k[b] + begin, starts_k[b] + end)))
+        else:
+            found.append(Sequence(b, b, slice(0, case.seqlens_q[b]), slice(begin, end)))
+    return found
+
+
+def eps_of(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_inputs(case: Case, device: str = "cpu", padding: float = math.nan) -> Inputs:
+    """Random tensors. Rows that no sequence uses hold padding: it must not matter what that is."""
+    generator = torch.Generator().manual_seed(1000 + case.seed)
+    dtype = getattr(torch, case.dtype)
+
+    def rows(lengths: tuple[int, ...], length: int, *dims: int) -> torch.Tensor:
+        shape = (sum(lengths) + case.unused_rows,) if case.packed else (case.batch_size, length)
+        return torch.randn(*shape, *dims, generator=generator, dtype=torch.float64)
+
+    q = rows(case.seqlens_q, case.seqlen_q, case.num_heads, case.head_dim)
+    k = rows(case.seqlens_k, case.seqlen_k, case.num_heads_k, case.head_dim)
+    v = rows(case.seqlens_k, case.seqlen_k, case.num_heads_k, case.head_dim_v)
+    dout = rows(case.seqlens_q, case.seqlen_q, case.num_heads, case.head_dim_v)
+    dlse = rows(case.seqlens_q, case.seqlen_q, case.num_heads)
+    used_q, used_k = torch.zeros(q.shape[:-2], dtype=torch.bool), torch.zeros(k.shape[:-2], dtype=torch.bool)
+    for s in sequences(case):
+        s.of(used_q, s.rows_q)[:] = True
+        s.of(used_k, s.rows_k)[:] = True
+    for tensor, used in [(q, used_q), (k, used_k), (v, used_k), (dout, used_q), (dlse, used_q)]:
+        tensor[~used] = padding
+    dlse = dlse.transpose(-1, -2).contiguous().to(device, lse_dtype(dtype))
+    q, k, v, dout = (t.to(device, dtype) for t in (q, k, v, dout))
+    k_pages, v_pages, block_table = (k, v, None) if not case.page_size else _to_pages(case, k, v, padding, generator)
+    return Inputs(
+        q, k_pages, v_pages, k, v, dout, dlse, _alibi_slopes(case, generator, device),
+        _cu_seqlens(case, case.seqlens_q, device), _cu_seqlens(case, case.seqlens_k, device),
+        _int32(case.seqused_k, device), _int32(case.leftpad_k, device), block_table,
+        torch.tensor([12345 + case.seed, 64], device=device) if case.dropout_p > 0 else None,
+    )  # fmt: skip
+
+
+def _int32(values: tuple[int, ...] | None, device: str) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _cu_seqlens(case: Case, lengths: tuple[int, ...], device: str) -> torch.Tensor | None:
+    return _int32((0, *accumulate(lengths)), device) if case.packed else None
+
+
+def _alibi_slopes(case: Case, generator: torch.Generator, device: str) -> torch.Tensor | None:
+    if not case.alibi:
+        return None
+    shape = (case.num_heads,) if case.alibi == "heads" else (case.batch_size, case.num_heads)
+    return (torch.rand(shape, generator=generator) * 0.3).to(device)
+
+
+def _to_pages(case: Case, k: torch.Tensor, v: torch.Tensor, padding: float, generator: torch.Generator):
+    """The rows of k and v in shuffled pages of a pool that has two pages more than are needed."""
+    needed = [-(-n // case.page_size) for n in case.seqlens_k]
+    num_pages = sum(needed) + 2
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    block_table = torch.zeros(case.batch_size, max(needed) + 1, dtype=torch.int32)
+    pools = [torch.full((num_pages, case.page_size, *t.shape[1:]), padding, dtype=t.dtype) for t in (k, v)]
+    row = 0
+    for b, length in enumerate(case.seqlens_k):
+        for page in range(needed[b]):
+            block_table[b, page] = order.pop()
+            rows = min(case.page_size, length - page * case.page_size)
+            for pool, tensor in zip(pools, (k, v), strict=True):
+                pool[block_table[b, page], :rows] = tensor[row : row + rows].cpu()
+            row += rows
+    return pools[0].to(k.device), pools[1].to(k.device), block_table.to(k.device)

@@ -1,0 +1,79 @@
+// The policies of csrc/attn/ as C functions, for test_mask.py.
+#include <cstdint>
+
+#include "attn/dropout.h"
+#include "attn/mask.h"
+#include "attn/paged_kv.h"
+#include "attn/seqlen.h"
+
+using namespace flash_attn;
+
+namespace {
+
+WindowMask make_mask(const int32_t* m) { return {m[0], m[1], m[2], m[3]}; }
+
+}  // namespace
+
+extern "C" {
+
+// Masks are four numbers: seqlen_q, seqlen_k, left, right.
+bool mask_keep(const int32_t* mask, int row, int key) { return make_mask(mask).keep(row, key); }
+
+void mask_keys_of(const int32_t* mask, int begin, int end, int32_t* out) {
+    const Range keys = make_mask(mask).keys_of({begin, end});
+    out[0] = keys.begin, out[1] = keys.end;
+}
+
+void mask_rows_of(const int32_t* mask, int begin, int end, int32_t* out) {
+    const Range rows = make_mask(mask).rows_of({begin, end});
+    out[0] = rows.begin, out[1] = rows.end;
+}
+
+bool mask_covers(const int32_t* mask, int row_begin, int row_end, int key_begin, int key_end) {
+    return make_mask(mask).covers({row_begin, row_end}, {key_begin, key_end});
+}
+
+// Answers for all rows and keys, and for all ranges begin < end in the order of begin, then end.
+void mask_tables(const int32_t* m, uint8_t* keep, int32_t* keys_of, int32_t* rows_of, uint8_t* covers) {
+    const WindowMask mask = make_mask(m);
+    for (int row = 0; row < mask.seqlen_q; ++row)
+        for (int key = 0; key < mask.seqlen_k; ++key) *keep++ = mask.keep(row, key);
+    for (int begin = 0; begin < mask.seqlen_q; ++begin)
+        for (int end = begin + 1; end <= mask.seqlen_q; ++end, keys_of += 2) mask_keys_of(m, begin, end, keys_of);
+    for (int begin = 0; begin < mask.seqlen_k; ++begin)
+        for (int end = begin + 1; end <= mask.seqlen_k; ++end, rows_of += 2) mask_rows_of(m, begin, end, rows_of);
+    for (int a = 0; a < mask.seqlen_q; ++a)
+        for (int b = a + 1; b <= mask.seqlen_q; ++b)
+            for (int c = 0; c < mask.seqlen_k; ++c)
+                for (int d = c + 1; d <= mask.seqlen_k; ++d) *covers++ = mask.covers({a, b}, {c, d});
+}
+
+// sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether there is
+// one.
+void sequence(const int32_t* cu_q, const int32_t* cu_k, const int32_t* seqused_k, const int32_t* leftpad_k,
+              const int32_t* block_table, const int32_t* sizes, int batch, int64_t* out) {
+    const Seqlens seqlens{cu_q, cu_k, seqused_k, leftpad_k, sizes[0], sizes[1], sizes[2], sizes[3]};
+    const PagedKv paged{block_table, sizes[4], sizes[4], sizes[5], sizes[6]};
+    const Sequence s = sequence_at(seqlens, paged, batch);
+    out[0] = s.first_row_q, out[1] = s.seqlen_q, out[2] = s.first_row_k, out[3] = s.seqlen_k;
+}
+
+int64_t row_offset(const int64_t* strides, const int32_t* block_table, const int32_t* sizes, int batch, int64_t row) {
+    const TensorView view{nullptr, strides[0], strides[1], strides[2]};
+    return kv_row_offset(view, {block_table, sizes[0], sizes[0], sizes[1], sizes[2]}, batch, row);
+}
+
+void philox_words(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
+    const PhiloxOutput words = philox(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+    for (int i = 0; i < 4; ++i) out[i] = words.word[i];
+}
+
+void drops(uint32_t threshold, uint64_t seed, uint64_t offset, int batch, int head, int num_heads, int rows, int keys,
+           uint8_t* out) {
+    const DropoutMask mask({threshold, seed, offset}, batch, head, num_heads);
+    for (int row = 0; row < rows; ++row)
+        for (int key = 0; key < keys; ++key) *out++ = mask.drops(uint32_t(row), uint32_t(key));
+}
+
+double rescale(uint32_t threshold) { return dropout_rescale({threshold, 0, 0}); }
+}

@@ -1,0 +1,156 @@
+"""Attention as the formula says: the whole matrix, an explicit mask, gradients by autograd.
+
+In float64 it is what results are compared with; in the type of the inputs it is the plain attention whose error
+measures how large an error may be.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cases import Case
+from inputs import Inputs, Sequence, lse_dtype, sequences
+
+
+@dataclass
+class Result:
+    """Outputs and, if asked for, gradients, laid out as the op lays them out."""
+
+    out: torch.Tensor
+    softmax_lse: torch.Tensor
+    dq: torch.Tensor | None = None
+    dk: torch.Tensor | None = None
+    dv: torch.Tensor | None = None
+
+
+def visible(seqlen_q: int, seqlen_k: int, window: tuple[int, int], device="cpu") -> torch.Tensor:
+    """Which keys each query sees: (seqlen_q, seqlen_k), True where it does. -1 is unbounded."""
+    row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
+    key = torch.arange(seqlen_k, device=device)[None, :]
+    mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if window[0] >= 0:
+        mask &= key >= row - window[0]
+    if window[1] >= 0:
+        mask &= key <= row + window[1]
+    return mask
+
+
+def distances(seqlen_q: int, seqlen_k: int, device="cpu") -> torch.Tensor:
+    """How far each key is from each query, aligned at the end of both: what ALiBi multiplies."""
+    row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
+    return (row - torch.arange(seqlen_k, device=device)[None, :]).abs()
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """Weights are dropped with probability threshold / 65536: the nearest to dropout_p that is below 1."""
+    return min(round(dropout_p * 65536), 65535)
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order sums are added up and when scores are scaled: it changes nothing but rounding."""
+
+    keys_reversed: bool = False
+    dims_reversed: bool = False
+    scale_first: bool = False
+    rows_added: bool = False  # products of one row are sums of another kind than those of many
+
+
+USUAL = Order()
+ORDERS = [
+    USUAL,
+    Order(keys_reversed=True, scale_first=True),
+    Order(dims_reversed=True, rows_added=True),
+    Order(keys_reversed=True, dims_reversed=True, scale_first=True, rows_added=True),
+]
+
+
+def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USUAL):
+    """q (seqlen_q, num_heads, head_dim) and so on: out (seqlen_q, num_heads, head_dim_v), softmax_lse and weights.
+
+    keep (num_heads, seqlen_q, seqlen_k) is False where a weight is dropped.
+    """
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    mask = visible(q.shape[1], k.shape[1], case.window, q.device)
+    distance = distances(q.shape[1], k.shape[1], q.device)
+    if order.keys_reversed:
+        k, v, mask, distance = k.flip(1), v.flip(1), mask.flip(1), distance.flip(1)
+        keep = keep if keep is None else keep.flip(2)
+    if order.dims_reversed:
+        q, k = q.flip(2), k.flip(2)
+    rows = q.shape[1]
+    if order.rows_added:
+        q = torch.cat([q, q.new_zeros(q.shape[0], 16, q.shape[2])], 1)
+    scores = (q * case.scale) @ k.transpose(1, 2) if order.scale_first else q @ k.transpose(1, 2) * case.scale
+    scores = scores[:, :rows]
+    if case.softcap > 0:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if slopes is not None:
+        scores = scores - (slopes[:, None, None].to(torch.float64) * distance).to(scores.dtype)
+    sees_any = mask.any(1)
+    masked = scores.masked_fill(~mask & sees_any[:, None], -torch.inf)
+    probs = torch.softmax(masked, -1).masked_fill(~mask, 0.0)
+    lse = torch.logsumexp(masked.to(lse_dtype(q.dtype)), -1).masked_fill(~sees_any, -torch.inf)
+    weights = probs
+    if keep is not None:
+        rescale = 65536 / (65536 - dropout_threshold(case.dropout_p))
+        weights = torch.where(keep, probs * rescale, 0.0)
+    return (weights @ v).transpose(0, 1), lse, probs.flip(2) if order.keys_reversed else probs
+
+
+def attention(
+    case: Case, x: Inputs, keep=None, dtype: torch.dtype = torch.float64, grads: bool = False, order: Order = USUAL
+) -> Result:
+    """The whole batch, computed in dtype. keep (batch_size, num_heads, seqlen_q, seqlen_k) comes from dropout."""
+    q, k, v = (t.detach().to(dtype).requires_grad_(grads) for t in (x.q, x.k_rows, x.v_rows))
+    outs, lses = [], []
+    for s in sequences(case):
+        own_keep = None if keep is None else _part(keep, s)
+        tensors = (s.of(q, s.rows_q), s.of(k, s.rows_k), s.of(v, s.rows_k))
+        out, lse, _ = one_sequence(case, *tensors, slopes_of(x, s), own_keep, order)
+        outs.append(out)
+        lses.append(lse)
+    out, lse = _join(case, x, outs, lses, dtype)
+    result = Result(out.detach(), lse.detach())
+    if grads:
+        loss = (out * x.dout.to(dtype)).nansum()
+        if case.lse_grad:
+            seen = torch.isfinite(lse.detach()) & torch.isfinite(x.dlse)
+            loss = loss + torch.where(seen, lse * x.dlse.to(lse.dtype), 0.0).to(dtype).sum()
+        result.dq, result.dk, result.dv = torch.autograd.grad(loss, (q, k, v), materialize_grads=True)
+    return result
+
+
+def slopes_of(x: Inputs, s: Sequence) -> torch.Tensor | None:
+    if x.alibi_slopes is None:
+        return None
+    return x.alibi_slopes if x.alibi_slopes.dim() == 1 else x.alibi_slopes[s.index]
+
+
+def _part(matrix: torch.Tensor, s: Sequence) -> torch.Tensor:
+    rows, keys = s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start
+    return matrix[s.index, :, :rows, :keys]
+
+
+def _join(case: Case, x: Inputs, outs: list, lses: list, dtype: torch.dtype):
+    """One tensor from those of the sequences; unused rows of packed tensors are like those of an empty sequence."""
+    if not case.packed:
+        shape = (*x.q.shape[:3], x.v_rows.shape[-1])
+        out = torch.stack(outs) if outs else x.q.new_zeros(shape, dtype=dtype, requires_grad=True)
+        lse_shape = (shape[0], shape[2], shape[1])
+        return out, torch.stack(lses) if lses else x.q.new_zeros(lse_shape, dtype=lse_dtype(dtype))
+    rest = (case.num_heads, case.head_dim_v)
+    outs = [*outs, x.q.new_zeros(case.unused_rows, *rest, dtype=dtype, requires_grad=True)]
+    unused = x.dlse.new_full((case.num_heads, case.unused_rows), -torch.inf, dtype=lse_dtype(dtype))
+    lses = [*lses, unused]
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def attn_probs(case: Case, x: Inputs) -> torch.Tensor:
+    """The softmax weights of float64 before dropout: (batch_size, num_heads, seqlen_q, seqlen_k), 0 outside."""
+    probs = torch.zeros(case.batch_size, case.num_heads, case.seqlen_q, case.seqlen_k, dtype=torch.float64)
+    for s in sequences(case):
+        tensors = [s.of(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))]
+        _part(probs, s)[:] = one_sequence(case, *tensors, slopes_of(x, s))[2]
+    return probs

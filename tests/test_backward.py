@@ -1,0 +1,76 @@
+"""The backward pass against gradients of the float64 reference, taken by autograd."""
+
+import pytest
+import torch
+
+from cases import Case, edge_cases, key_range_cases, table
+from check import check_backward, op_bwd, op_fwd
+from compare import assert_bitwise
+from inputs import make_inputs
+
+
+@pytest.mark.parametrize("case", table(), ids=lambda case: case.name)
+def test_table(case):
+    check_backward(case)
+
+
+@pytest.mark.parametrize("case", edge_cases(), ids=lambda case: case.name)
+def test_edges(case):
+    check_backward(case)
+
+
+@pytest.mark.parametrize("case", key_range_cases(), ids=lambda case: case.name)
+def test_key_ranges(case):
+    check_backward(case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_without_keys_take_either_infinity(dtype, packed):
+    """Such a row has softmax_lse -inf here and +inf elsewhere: both will do, whatever gradients come to it."""
+    case = Case((70,), (40,), dtype=dtype, causal=True, packed=packed, lse_grad=True)
+    x = make_inputs(case)
+    out, lse = op_fwd(case, x)
+    empty = torch.isneginf(lse)
+    assert empty.sum() == 30 * case.num_heads
+    expected = op_bwd(case, x, out, lse)
+    x.dlse[empty] = torch.nan
+    rows = empty.transpose(-1, -2)
+    x.dout[rows] = torch.nan
+    got = op_bwd(case, x, out, torch.where(empty, torch.inf, lse))
+    for name, a, b in zip(("dq", "dk", "dv"), got, expected, strict=False):
+        assert_bitwise(name, a, b)
+    assert (got[0][rows] == 0).all()
+
+
+def test_only_some_inputs_need_gradients():
+    """Every subset of q, k and v that needs gradients gets the same ones, also with a head_dim that is not even."""
+    import flash_attn
+
+    case = Case((33,), (65,), head_dim=59, head_dim_v=59)
+    x = make_inputs(case)
+
+    def grads(needed):
+        leaves = {name: getattr(x, name).clone().requires_grad_(name in needed) for name in "qkv"}
+        out = flash_attn.flash_attn_func(*leaves.values())
+        assert out.shape == x.dout.shape
+        return torch.autograd.grad(out, [leaves[name] for name in needed], x.dout)
+
+    expected = dict(zip("qkv", grads("qkv"), strict=True))
+    for needed in ("q", "k", "v", "qk", "qv", "kv"):
+        for name, grad in zip(needed, grads(needed), strict=True):
+            assert_bitwise(f"d{name} when {needed} need gradients", grad, expected[name])
+
+
+def test_one_output_unused():
+    """A loss of softmax_lse alone, and one of out alone, leave the other output without a gradient."""
+    import flash_attn
+
+    leaves = [torch.randn(1, 20, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out, lse, _ = flash_attn.flash_attn_func(*leaves, return_attn_probs=True)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), leaves, retain_graph=True, materialize_grads=True)
+    assert [bool((grad != 0).any()) for grad in (dq, dk, dv)] == [True, True, False]
+    both = torch.autograd.grad(out.sum() + lse.sum(), leaves, retain_graph=True)
+    alone = torch.autograd.grad(out.sum(), leaves)
+    for total, part, other in zip(both, alone, (dq, dk, dv), strict=True):
+        torch.testing.assert_close(total, part + other, rtol=1e-12, atol=1e-13)

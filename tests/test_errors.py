@@ -1,0 +1,188 @@
+"""Bad calls: one error that names function, argument, expectation and what came, before anything is computed."""
+
+import re
+
+import pytest
+import torch
+
+import flash_attn
+from bad_calls import CALLS, SHAPES, VALUES, backward, dense, varlen
+
+ROWS = SHAPES + VALUES
+ONLY_IN_OPS = {"seqused_k", "leftpad_k", "rng_state", "block_table", "cu_seqlens_q", "cu_seqlens_k"}
+
+
+def name_of(row) -> str:
+    call, changes, _ = row
+    shown = [f"{key}={tuple(x.shape) if isinstance(x, torch.Tensor) else x}" for key, x in changes.items()]
+    return f"{call}-{'-'.join(shown)}".replace(" ", "")
+
+
+def run_op(call: str, arguments: dict):
+    return getattr(torch.ops.flash_attn, CALLS[call][1])(**arguments)
+
+
+def rejection(call: str, arguments: dict) -> str:
+    with pytest.raises(ValueError) as error:
+        run_op(call, arguments)
+    return str(error.value)
+
+
+def assert_explains(text: str, call: str, reasons: list) -> None:
+    """One line if there is one reason; otherwise their number and a line each."""
+    prefix, lines = CALLS[call][2], text.splitlines()
+    if len(reasons) == 1:
+        assert len(lines) == 1, text
+        found = [lines[0].removeprefix(prefix)]
+    else:
+        assert lines[0] == f"{prefix}{len(reasons)} problems:", text
+        assert all(line.startswith("  - ") for line in lines[1:]), text
+        found = [line[4:] for line in lines[1:]]
+    assert text.startswith(prefix), text
+    for argument, expected, got in reasons:
+        pattern = f"{re.escape(argument)}: expected .*{re.escape(expected)}.*, got .*{re.escape(got)}"
+        assert any(re.fullmatch(pattern + ".*", line) for line in found), f"{pattern}\n{text}"
+
+
+def to_meta(arguments: dict) -> dict:
+    return {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_message(row):
+    """The text is complete; outputs are untouched; the next good call works."""
+    call, changes, reasons = row
+    arguments = {**CALLS[call][0](), **changes}
+    written = {name: arguments[name].clone() for name in ("dq", "dk", "dv") if name in arguments}
+    assert_explains(rejection(call, arguments), call, reasons)
+    for name, before in written.items():
+        assert torch.equal(arguments[name], before), f"{name} was written"
+    result = run_op(call, CALLS[call][0]())
+    assert all(torch.isfinite(x).any() for x in (result if isinstance(result, tuple) else (result,)))
+
+
+def expand_of_meta(row) -> dict:
+    """The arguments of a row on the device meta; a shared one stays shared."""
+    call, changes, _ = row
+    arguments = to_meta({**CALLS[call][0](), **changes})
+    for name, x in changes.items():
+        if isinstance(x, torch.Tensor) and 0 in x.stride():
+            arguments[name] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return arguments
+
+
+@pytest.mark.parametrize("row", SHAPES, ids=name_of)
+def test_meta_says_the_same(row):
+    call, changes, _ = row
+    assert rejection(call, expand_of_meta(row)) == rejection(call, {**CALLS[call][0](), **changes})
+
+
+@pytest.mark.parametrize("row", VALUES, ids=name_of)
+def test_meta_does_not_look_at_values(row):
+    result = run_op(row[0], expand_of_meta(row))
+    assert all(x.is_meta for x in (result if isinstance(result, tuple) else (result,)))
+
+
+def is_public(row) -> bool:
+    """Whether a public function has all that is changed among its arguments."""
+    call, changes, _ = row
+    of_varlen = {"block_table", "cu_seqlens_q", "cu_seqlens_k"} if call in ("varlen", "paged") else set()
+    return call in ("dense", "varlen", "paged") and not set(changes) & (ONLY_IN_OPS - of_varlen)
+
+
+PUBLIC = [row for row in ROWS if is_public(row)]
+
+
+def call_public(call: str, a: dict):
+    options = {name: a[name] for name in ("dropout_p", "softmax_scale", "causal", "softcap", "alibi_slopes")}
+    options["window_size"] = (a["window_size_left"], a["window_size_right"])
+    if call == "dense":
+        return flash_attn.flash_attn_func(a["q"], a["k"], a["v"], **options)
+    lengths = (a["cu_seqlens_q"], a["cu_seqlens_k"], a["max_seqlen_q"], a["max_seqlen_k"])
+    return flash_attn.flash_attn_varlen_func(a["q"], a["k"], a["v"], *lengths, **options, block_table=a["block_table"])
+
+
+@pytest.mark.parametrize("row", PUBLIC, ids=name_of)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_public_functions_say_the_same(row, requires_grad):
+    call, changes, reasons = row
+    if any(x is None for x in changes.values()):
+        return check_missing_lengths(changes)
+    a = {**CALLS[call][0](), **changes}
+    for name in "qkv":
+        if requires_grad and a[name].is_floating_point():
+            a[name] = a[name].detach().requires_grad_()
+    with pytest.raises(ValueError) as error:
+        call_public(call, a)
+    assert_explains(str(error.value), call, reasons)
+
+
+def check_missing_lengths(changes: dict) -> None:
+    """None is of the wrong type where a public function has no default."""
+    a = {**varlen(), **changes}
+    with pytest.raises(TypeError, match=f"flash_attn_varlen_func: {next(iter(changes))}: expected .*, got NoneType"):
+        flash_attn.flash_attn_varlen_func(a["q"], a["k"], a["v"], a["cu_seqlens_q"], a["cu_seqlens_k"], 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        *(("dense", name) for name in ("k", "v", "alibi_slopes", "seqused_k", "leftpad_k", "rng_state")),
+        *(("varlen", name) for name in ("cu_seqlens_q", "cu_seqlens_k")),
+        ("paged", "block_table"),
+        *(("backward", name) for name in ("k", "v", "dout", "out", "softmax_lse", "dlse", "dq", "dk", "dv")),
+    ],
+)
+def test_devices(call, name):
+    """A tensor on another device than q is named with both devices, whichever of them is which."""
+    good = CALLS[call][0]()
+    optional = {
+        "alibi_slopes": torch.ones(4),
+        "dlse": torch.ones(2, 4, 5),
+        "rng_state": torch.zeros(2, dtype=torch.int64),
+    }
+    optional.update(seqused_k=torch.ones(2, dtype=torch.int32), leftpad_k=torch.zeros(2, dtype=torch.int32))
+    good.update({key: value for key, value in optional.items() if key == name})
+    good["dropout_p"] = 0.5 if name == "rng_state" else 0.0
+    run_op(call, good)
+    text = rejection(call, {**good, name: good[name].to("meta")})
+    assert_explains(text, call, [(name, "device cpu like q", "meta")])
+    text = rejection(call, {**to_meta(good), name: good[name]})
+    assert_explains(text, call, [(name, "device meta like q", "cpu")])
+
+
+def test_other_kinds_of_tensors():
+    """What is no plain tensor in memory is refused by name, not read as if it were one."""
+    call = dense()
+    call["q"], call["k"], call["v"] = (call[name].to_sparse() for name in "qkv")
+    with pytest.raises(NotImplementedError, match="flash_attn::fwd"):
+        torch.ops.flash_attn.fwd(**call)
+
+
+def test_rejected_backward_writes_nothing():
+    """Not even memory that was never initialised: NaN stays NaN."""
+    call = backward()
+    for name in ("dq", "dk", "dv"):
+        call[name].fill_(torch.nan)
+    call["dout"] = call["dout"][:1]
+    assert_explains(rejection("backward", call), "backward", [("dout", "batch_size=2", "(1, 5, 4, 6)")])
+    assert all(torch.isnan(call[name]).all() for name in ("dq", "dk", "dv"))
+
+
+def test_autograd_rejects_before_drawing():
+    """A rejected call with dropout leaves the program able to go on with the same random numbers."""
+    x = [t.requires_grad_() for t in (torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8))]
+    with pytest.raises(ValueError, match="softcap"):
+        flash_attn.flash_attn_func(*x, dropout_p=0.5, softcap=-1.0)
+    out = flash_attn.flash_attn_func(*x, dropout_p=0.5)
+    out.sum().backward()
+    assert torch.isfinite(x[0].grad).all()
+
+
+@pytest.mark.parametrize("p", [1.0, -0.5, 2.0, float("nan")])
+def test_bad_probability_draws_nothing_it_needs(p):
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"flash_attn_func: dropout_p: expected .*\[0, 1\), got"):
+        flash_attn.flash_attn_func(torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8), p)
+    torch.set_rng_state(before)
+    assert torch.isfinite(flash_attn.flash_attn_func(*(torch.ones(1, 3, 2, 8) for _ in range(3)), 0.5)).all()

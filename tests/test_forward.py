@@ -1,0 +1,69 @@
+"""The forward pass against the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+
+from cases import Case, edge_cases, key_range_cases, paged_cases, table
+from check import check_forward, op_fwd, op_probs
+from inputs import make_inputs
+from reference import visible
+
+
+@pytest.mark.parametrize("case", table(), ids=lambda case: case.name)
+def test_table(case):
+    check_forward(case)
+
+
+@pytest.mark.parametrize("case", edge_cases(), ids=lambda case: case.name)
+def test_edges(case):
+    check_forward(case)
+
+
+@pytest.mark.parametrize("case", key_range_cases(), ids=lambda case: case.name)
+def test_key_ranges(case):
+    check_forward(case)
+
+
+@pytest.mark.parametrize("case", paged_cases(), ids=lambda case: case.name)
+def test_paged(case):
+    check_forward(case)
+
+
+PICTURES = {
+    ((2, 5), True, (-1, -1)): ["11110", "11111"],
+    ((5, 2), True, (-1, -1)): ["00", "00", "00", "10", "11"],
+    ((5, 2), False, (-1, -1)): ["11", "11", "11", "11", "11"],
+    ((2, 5), False, (1, -1)): ["00111", "00011"],
+    ((5, 2), False, (1, 1)): ["00", "00", "10", "11", "11"],
+    ((3, 3), True, (1, 2)): ["100", "110", "011"],
+    ((3, 3), False, (0, 0)): ["100", "010", "001"],
+    ((3, 4), False, (-1, 1)): ["1110", "1111", "1111"],
+}
+
+
+def seen(lengths, causal, window_size):
+    """Where the op gives a key any weight, as a matrix; checks that rows without one say so."""
+    case = Case(*((n,) for n in lengths), "float64", 1, 1, 2, 2, causal=causal, window_size=window_size)
+    x = make_inputs(case)
+    out, lse = op_fwd(case, x)
+    weights = op_probs(case, x, lse)[0, 0] > 0
+    assert torch.equal(torch.isneginf(lse[0, 0]), ~weights.any(1))
+    assert torch.equal((out[0, :, 0] == 0).all(1), ~weights.any(1))
+    return weights
+
+
+@pytest.mark.parametrize(("lengths", "causal", "window_size"), PICTURES)
+def test_alignment(lengths, causal, window_size):
+    """The last query and the last key are on the diagonal, whatever the lengths."""
+    picture = ["".join("01"[int(x)] for x in row) for row in seen(lengths, causal, window_size)]
+    assert picture == PICTURES[lengths, causal, window_size]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_of_all_small_shapes(causal):
+    for lengths in itertools.product(range(5), repeat=2):
+        for window in itertools.product(range(-1, 5), repeat=2):
+            expected = visible(*lengths, (window[0], 0 if causal else window[1]))
+            assert torch.equal(seen(lengths, causal, window), expected), (lengths, window)
