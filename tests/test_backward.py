@@ -1,9 +1,12 @@
 """The backward pass against gradients of the float64 reference, taken by autograd."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
-from cases import Case, edge_cases, key_range_cases, table
+from cases import DTYPES, Case, edge_cases, key_range_cases, table
 from check import check_backward, op_bwd, op_fwd
 from compare import assert_bitwise
 from inputs import make_inputs
@@ -41,6 +44,23 @@ def test_rows_without_keys_take_either_infinity(dtype, packed):
     for name, a, b in zip(("dq", "dk", "dv"), got, expected, strict=False):
         assert_bitwise(name, a, b)
     assert (got[0][rows] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_rows_marked_as_seeing_nothing_take_no_part(dtype, infinity):
+    """A row whose softmax_lse is infinite has gradients of zero and adds none to keys, whatever the mask shows it."""
+    case = Case((70, 70), (200, 200), dtype=dtype)
+    x = make_inputs(case)
+    out, lse = op_fwd(case, x)
+    few = dataclasses.replace(case, seqlens_q=(40, 40))
+    rows = {name: getattr(x, name)[:, :40] for name in ("q", "dout")}
+    expected = op_bwd(few, dataclasses.replace(x, **rows, dlse=x.dlse[..., :40]), out[:, :40], lse[..., :40])
+    lse[..., 40:] = infinity
+    dq, dk, dv, _ = op_bwd(case, x, out, lse)
+    assert (dq[:, 40:] == 0).all()
+    for name, got, want in zip(("dq", "dk", "dv"), (dq[:, :40], dk, dv), expected, strict=False):
+        assert_bitwise(name, got, want)
 
 
 def test_only_some_inputs_need_gradients():

@@ -140,3 +140,19 @@ def test_any_nan_stays_nan(dtype, payload):
         assert torch.isnan(out[0, rows, 1, 3]).all(), name
         assert torch.isnan(dq[0, rows, 1]).all(), name
         assert not torch.isnan(out[:, :, 0]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_nan_among_gradients_of_softmax_lse_stays_nan(dtype):
+    """It comes in a wider type than the gradients have, so that all of its bits can be ones when it is rounded."""
+    case = Case((20,), (20,), dtype=dtype, head_dim=8, head_dim_v=8, causal=True, lse_grad=True)
+    x = make_inputs(case)
+    integer = {4: torch.int32, 8: torch.int64}[x.dlse.element_size()]
+    x.dlse[0, 1, 4] = torch.tensor([-1], dtype=integer).view(x.dlse.dtype)[0]
+    dq, dk, dv, _ = op_bwd(case, x, *op_fwd(case, x))
+    expected = torch.zeros(20, dtype=torch.bool)
+    expected[4] = True
+    assert torch.equal(torch.isnan(dq[0, :, 1]).all(1), expected)
+    assert torch.equal(torch.isnan(dk[0, :, 1]).all(1), torch.arange(20) <= 4)
+    assert not torch.isnan(dv).any()
+    assert not torch.isnan(dk[0, :, 0]).any()

@@ -102,8 +102,6 @@ def _special() -> Iterator[Case]:
         yield _square("alibi", dtype, 2048, causal=True, alibi=True)
         yield _square("softcap", dtype, 2048, causal=True, softcap=30.0)
         yield _square("dropout", dtype, 2048, causal=True, dropout_p=0.1)
-        yield _square("tiny", dtype, 1, num_heads=1, num_heads_k=1)
-        yield _square("tiny", dtype, 32, num_heads=4, num_heads_k=4, batch_size=2, head_dim=32)
 
 
 def _decode() -> Iterator[Case]:
