@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -21,6 +22,9 @@ def _load() -> tuple[ModuleType | None, str]:
     """The extension module, if there is one, and the line that says what is wrong and what to do, if anything is."""
     try:
         module = importlib.import_module("flash_attn._C")
+        if Path(str(module.__file__)).parent != Path(__file__).parent:
+            # The path of this package may hold other copies of it; theirs may be of another version.
+            raise ModuleNotFoundError(name="flash_attn._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn._C":
             reason = "is not built"

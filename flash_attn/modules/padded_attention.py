@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 
 # Their product, times softmax_scale, is what a masked key's score is short of the others. Exact in every type.
-_QUERY_NUMBER, _MASKED_KEY_NUMBER = 2.0**8, -(2.0**15)
+_QUERY_NUMBER, _MASKED_KEY_NUMBER = 2.0**15, -(2.0**15)
 
 
 def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_self: bool) -> bool:
