@@ -42,6 +42,8 @@ _extension, _trouble = _load()
 if _trouble:
     warnings.warn(_trouble, stacklevel=2)
 
+MAX_HEAD_DIM: int = _extension.build_info()["max_head_dim"] if _extension is not None else 0
+
 
 def op(name: str) -> Callable[..., Any]:
     """The operator ``torch.ops.flash_attn.<name>``, or a stand-in that raises when it is called."""

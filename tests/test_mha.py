@@ -285,6 +285,11 @@ WRONG = {
             key_padding_mask=torch.ones(1, 9).bool(),
         ), ValueError, "key_padding_mask",
     ),
+    "no room for the mask": (
+        lambda: MHA(512, 1, window_size=(2, 2), use_flash_attn=True)(
+            torch.zeros(1, 3, 512), key_padding_mask=torch.tensor([[True, False, True]])
+        ), ValueError, "head_dim: expected at most 511",
+    ),
     "x_kv without cross_attn": (lambda: make()(*inputs_of({"cross_attn": True})), ValueError, "x_kv"),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flash_attn._library import MAX_HEAD_DIM
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 
 # Their product, times softmax_scale, is what a masked key's score is short of the others. Exact in every type.
@@ -67,7 +68,14 @@ def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
 
     Returns:
         The output, of the shape of q; 0 for a query that sees masked keys only, for their values are 0.
+
+    Raises:
+        ValueError: head_dim leaves no room for the number.
     """
+    limit = MAX_HEAD_DIM - 1
+    if q.shape[-1] > limit:
+        expected = f"at most {limit} with this key_padding_mask and a window, ALiBi or cross attention that is causal"
+        raise ValueError(f"MHA: head_dim: expected {expected}, got {q.shape[-1]}")
     kv = kv.masked_fill(~keep[:, :, None, None, None], 0)
     key_number = torch.where(keep, 0.0, _MASKED_KEY_NUMBER).to(kv.dtype)
     numbers = torch.stack([key_number, torch.zeros_like(key_number)], dim=-1)[..., None, None]
