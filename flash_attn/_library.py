@@ -42,7 +42,7 @@ _extension, _trouble = _load()
 if _trouble:
     warnings.warn(_trouble, stacklevel=2)
 
-MAX_HEAD_DIM: int = _extension.build_info()["max_head_dim"] if _extension is not None else 0
+MAX_HEAD_DIM: int = _extension.build_info().get("max_head_dim", 0) if _extension is not None else 0
 
 
 def op(name: str) -> Callable[..., Any]:
