@@ -132,10 +132,9 @@ def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> 
     """How large what cancels is in gradients of scores, times other (k for dq, q for dk).
 
     A query that sees a single key has gradients of zero. Plain attention subtracts a number from itself. We subtract
-    rowsum(dout * out) from a product that has the same terms in the same order, unless dropout has rescaled out; and a
-    product over very many numbers, added up one after the other, is less exact than plain attention's sum of blocks.
+    rowsum(dout * out) from a product that has the same terms in the same order, unless dropout has rescaled out.
     """
-    if case.dropout_p == 0 and max(case.head_dim, case.head_dim_v) <= 256:
+    if case.dropout_p == 0:
         return 0.0
     products = (x.dout.double() * ref.out).nan_to_num(0)
     sizes = products.norm(dim=-1) if x.q.dtype in (torch.bfloat16, torch.float16) else products.abs().sum(-1)

@@ -126,10 +126,10 @@ private:
         const Range part{round_down(first, L), round_up(last, L)};
         const int count = rows.end - rows.begin, padded = round_up(count, kDepth), columns = part.end - part.begin;
         load_queries(head, rows);
-        gemm<Dot, Update::kStore, false>(padded, columns, PackE::depth_of(p_.head_dim), {b_.q, row_q_},
-                                         {b_.k_t + part.begin, kKeys}, {b_.s + part.begin, kKeys});
-        gemm<Dot, Update::kStore, false>(padded, columns, PackE::depth_of(p_.head_dim_v), {b_.dout, row_dout_},
-                                         {b_.v_t + part.begin, kKeys}, {b_.dp + part.begin, kKeys});
+        gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim), {b_.q, row_q_},
+                                {b_.k_t + part.begin, kKeys}, {b_.s + part.begin, kKeys});
+        gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim_v), {b_.dout, row_dout_},
+                                {b_.v_t + part.begin, kKeys}, {b_.dp + part.begin, kKeys});
         const bool covered = mask_.covers(rows, {keys_.begin + part.begin, keys_.begin + part.end});
         const ScoreFn<T> score(p_.score, task_.batch, head);
         if (score.modified) modify_scores(score, rows, part);
@@ -315,8 +315,12 @@ template <class E, class Dot> static void bwd_preprocess(const BwdParams& params
         T sums[kRows];
         for (int i = 0; i < kRows; i += kLanes<T>) {
             Vec<T> sum{};
-            for (int k = 0; k < depth; ++k)
-                sum = Dot::multiply_add(sum, load(dout_t + k * kRows + i), load(out_t + k * kRows + i));
+            for (int k0 = 0; k0 < depth; k0 += kLongestSum) {
+                Vec<T> part{};
+                for (int k = k0; k < min(k0 + kLongestSum, depth); ++k)
+                    part = Dot::multiply_add(part, load(dout_t + k * kRows + i), load(out_t + k * kRows + i));
+                sum += part;
+            }
             store(sums + i, sum);
         }
         memcpy(row_ptr<T>(params.dsoftmax_sum, batch, seq.first_row_q + row0, head), sums, sizeof(T) * count);

@@ -105,9 +105,9 @@ private:
                          min(round_up(max(seen.end - tile_.begin, 0), kDepth), tile_.end - tile_.begin)};
         if (part.empty()) return;
         const int vectors = ceil_div(rows.end - rows.begin, L), depth = PackE::depth_of(p_.head_dim);
-        gemm<Dot, Update::kStore, false>(
-            part.end - part.begin, vectors * L, depth, {b_.k + int64_t(part.begin) * depth, depth},
-            {b_.q_t + int64_t(panel) * depth * kPanel, kPanel}, {b_.s + part.begin * kPanel, kPanel});
+        gemm_over_head_dim<Dot>(part.end - part.begin, vectors * L, depth, {b_.k + int64_t(part.begin) * depth, depth},
+                                {b_.q_t + int64_t(panel) * depth * kPanel, kPanel},
+                                {b_.s + part.begin * kPanel, kPanel});
         const bool covered = mask_.covers(rows, {tile_.begin + part.begin, tile_.begin + part.end});
         if (score_.modified) modify_scores(rows.begin, part, vectors);
         if (!covered) mask_scores(rows.begin, part, vectors);

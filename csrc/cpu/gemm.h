@@ -27,7 +27,8 @@ struct Bf16Dot {
 
 enum class Update {
     kStore,       // C = A B
-    kAdd,         // C = C + A B
+    kAdd,         // C = C + A B, every product added to C
+    kAddSum,      // the same, with the products summed up first
     kRescaleAdd,  // C = C * factor[column] + A B
 };
 
@@ -48,7 +49,7 @@ static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
         for (int n = 0; n < kVectors; ++n) {
-            if constexpr (kUpdate == Update::kStore) acc[m][n] = Vec<T>{};
+            if constexpr (kUpdate == Update::kStore || kUpdate == Update::kAddSum) acc[m][n] = Vec<T>{};
             if constexpr (kUpdate == Update::kAdd) acc[m][n] = load(c + m * c_stride + n * L);
             if constexpr (kUpdate == Update::kRescaleAdd)
                 acc[m][n] = load(c + m * c_stride + n * L) * load(factor + n * L);
@@ -68,7 +69,10 @@ static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < kVectors; ++n) store(c + m * c_stride + n * L, acc[m][n]);
+        for (int n = 0; n < kVectors; ++n) {
+            if constexpr (kUpdate == Update::kAddSum) acc[m][n] += load(c + m * c_stride + n * L);
+            store(c + m * c_stride + n * L, acc[m][n]);
+        }
 }
 
 // The last rows of a column block, one micro tile of exactly that height.
@@ -109,6 +113,20 @@ static __attribute__((noinline)) void gemm(int rows, int columns, int depth, Mat
     advance(std::integral_constant<int, kVectors>{});
     if constexpr (kVectors > 2) advance(std::integral_constant<int, 2>{});
     advance(std::integral_constant<int, 1>{});
+}
+
+// The longest sum over head_dim that is added up number by number. Longer ones are sums of such sums, with smaller
+// rounding errors.
+constexpr int kLongestSum = 128;
+
+// C = A B over head_dim, in sums of at most kLongestSum.
+template <class Dot>
+static void gemm_over_head_dim(int rows, int columns, int depth, Matrix<const typename Dot::Operand> a,
+                               Matrix<const typename Dot::Operand> b, Matrix<typename Dot::Accum> c) {
+    gemm<Dot, Update::kStore, false>(rows, columns, min(depth, kLongestSum), a, b, c);
+    for (int k = kLongestSum; k < depth; k += kLongestSum)
+        gemm<Dot, Update::kAddSum, false>(rows, columns, min(depth - k, kLongestSum), {a.data + k, a.stride},
+                                          {b.data + k * b.stride, b.stride}, c);
 }
 
 }  // namespace flash_attn::cpu::FA_ISA
