@@ -8,7 +8,7 @@
 
 namespace flash_attn {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 // The bias of ALiBi (Press et al., "Train short, test long", section 3), symmetric so that it needs no causal mask.
 template <class T> FA_HOST_DEVICE T alibi_bias(T slope, T distance) {
