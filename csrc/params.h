@@ -56,6 +56,7 @@ struct ScoreParams {
 struct DropoutParams {
     uint32_t threshold;  // a weight is dropped iff its 16 random bits are below: probability threshold / 2^16; 0: off
     uint64_t seed, offset;
+    const int64_t* state;  // [2]: seed and offset in device memory, or null where the two fields above hold
 };
 
 // What every pass is given.

@@ -70,10 +70,10 @@ void philox_words(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
 
 void drops(uint32_t threshold, uint64_t seed, uint64_t offset, int batch, int head, int num_heads, int rows, int keys,
            uint8_t* out) {
-    const DropoutMask mask({threshold, seed, offset}, batch, head, num_heads);
+    const DropoutMask mask({threshold, seed, offset, nullptr}, batch, head, num_heads);
     for (int row = 0; row < rows; ++row)
         for (int key = 0; key < keys; ++key) *out++ = mask.drops(uint32_t(row), uint32_t(key));
 }
 
-double rescale(uint32_t threshold) { return dropout_rescale({threshold, 0, 0}); }
+double rescale(uint32_t threshold) { return dropout_rescale({threshold, 0, 0, nullptr}); }
 }

@@ -34,9 +34,13 @@ struct DropoutMask {
     uint32_t threshold, batch_head, seed_low, seed_high, offset;
 
     FA_HOST_DEVICE DropoutMask(const DropoutParams& p, int batch, int head, int num_heads)
-        : threshold(p.threshold), batch_head(uint32_t(batch) * uint32_t(num_heads) + uint32_t(head)),
-          seed_low(uint32_t(p.seed)), seed_high(uint32_t(p.seed >> 32) ^ uint32_t(p.offset >> 32)),
-          offset(uint32_t(p.offset)) {}
+        : threshold(p.threshold), batch_head(uint32_t(batch) * uint32_t(num_heads) + uint32_t(head)) {
+        const uint64_t seed = p.state ? uint64_t(p.state[0]) : p.seed;
+        const uint64_t full_offset = p.state ? uint64_t(p.state[1]) : p.offset;
+        seed_low = uint32_t(seed);
+        seed_high = uint32_t(seed >> 32) ^ uint32_t(full_offset >> 32);
+        offset = uint32_t(full_offset);
+    }
 
     // The eight numbers that (row, key) shares with its block: word i holds row (low half) and row + 8 (high half)
     // of key + 8 i, for row and key in the first octet of the block.

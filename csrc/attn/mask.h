@@ -13,6 +13,7 @@ struct Range {
 };
 
 struct WindowMask {
+    static constexpr bool kHidesKeys = true;  // from some queries and not from others
     int seqlen_q, seqlen_k;
     int left, right;
 
@@ -33,5 +34,26 @@ struct WindowMask {
         return keys.begin >= first_key(rows.end - 1) && keys.end - 1 <= last_key(rows.begin);
     }
 };
+
+// Every query sees every key: a window without bounds, with less to compute.
+struct FullMask {
+    static constexpr bool kHidesKeys = false;
+    int seqlen_q, seqlen_k;
+
+    FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
+    FA_HOST_DEVICE Range keys_of(Range) const { return {0, seqlen_k}; }
+    FA_HOST_DEVICE Range rows_of(Range) const { return {0, seqlen_q}; }
+    FA_HOST_DEVICE bool covers(Range, Range keys) const { return keys.end <= seqlen_k; }
+};
+
+FA_HOST_DEVICE bool is_full(const Window& w) { return w.left >= kMaxSeqlen && w.right >= kMaxSeqlen; }
+
+// The mask of one sequence.
+template <class Mask> FA_HOST_DEVICE Mask make_mask(int seqlen_q, int seqlen_k, const Window& w) {
+    if constexpr (Mask::kHidesKeys)
+        return {seqlen_q, seqlen_k, w.left, w.right};
+    else
+        return {seqlen_q, seqlen_k};
+}
 
 }  // namespace flash_attn

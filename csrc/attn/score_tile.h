@@ -1,0 +1,99 @@
+// Scores of a register tile: scale, softcap, ALiBi (attn/score.h) and dropout (attn/dropout.h). Two policies, since
+// what is not asked for must cost nothing: PlainScores are products times the softmax scale, ModifiedScores are the
+// rest.
+//
+// Scores leave apply() such that exp2(scale_log2 * score - ...) is the softmax.
+#pragma once
+#include "attn/dropout.h"
+#include "attn/scheduler.h"
+#include "attn/score.h"
+#include "attn/seqlen.h"
+#include "ptx/math.h"
+#include "tile/acc_tile.h"
+
+namespace flash_attn {
+
+struct PlainScores {
+    static constexpr bool kModified = false;
+    float scale_log2;
+
+    FA_DEVICE PlainScores(const Problem& p, int, int, const Sequence&)
+        : scale_log2(float(p.score.softmax_scale * kLog2e)) {}
+    template <class Tile> FA_DEVICE void apply(Tile&, int, int) const {}
+};
+
+// tanh to about 1e-7. The instruction tanh.approx is off by 5e-4, which a softcap of 50 makes an error of 0.025.
+FA_DEVICE float tanh_of(float x) { return 1.f - 2.f * ptx::reciprocal(ptx::exp2(x * float(2 * kLog2e)) + 1.f); }
+
+struct ModifiedScores {
+    static constexpr bool kModified = true;
+    static constexpr float scale_log2 = float(kLog2e);  // scores are natural logarithms
+    float scale, softcap, slope;
+    int shift;
+    DropoutMask dropout;
+    float dropout_scale;
+
+    FA_DEVICE ModifiedScores(const Problem& p, int batch, int head, const Sequence& seq)
+        : scale(float(p.score.softmax_scale)), softcap(float(p.score.softcap)),
+          slope(alibi_slope(p.score, batch, head)), shift(seq.seqlen_k - seq.seqlen_q),
+          dropout(p.dropout, batch, head, p.num_heads), dropout_scale(float(dropout_rescale(p.dropout))) {}
+
+    FA_DEVICE float bias(int row, int key) const { return alibi_bias(slope, float(row + shift - key)); }
+
+    // row0 and key0 are the tile's corner in the score matrix.
+    template <int kRows, int kCols> FA_DEVICE void apply(AccTile<kRows, kCols>& s, int row0, int key0) const {
+        if (softcap > 0.f) {
+            const float inner = scale / softcap;
+            s.for_each([&](int, int, float& x) { x = softcap * tanh_of(x * inner); });
+        } else {
+            s.for_each([&](int, int, float& x) { x *= scale; });
+        }
+        if (slope == 0.f) return;
+        s.for_each([&](int r, int column, float& x) { x += bias(row0 + lane_row(r), key0 + column); });
+    }
+
+    // d cap(x) / dx from the score itself, so that nothing has to be kept for it.
+    FA_DEVICE float cap_derivative(float score, int row, int key) const {
+        return softcap_derivative((score - bias(row, key)) / softcap);
+    }
+
+    // f(value, whether it is dropped) for every element.
+    template <int kRows, int kCols, class F>
+    FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, int row0, int key0, F f) const {
+        // One call of Philox serves 32 keys, of which narrower tiles hold one half.
+        constexpr int kKeys = kCols % kDropoutBlockKeys == 0 ? kDropoutBlockKeys : 16;
+#pragma unroll
+        for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+            for (int j = 0; j < kCols / kKeys; ++j)
+#pragma unroll
+                for (int b = 0; b < 2; ++b) {
+                    const int key = key0 + kKeys * j;
+                    const PhiloxOutput drawn = dropout.block(row0 + lane_row(2 * i), key + lane_column() + b);
+                    const bool upper = kKeys == 16 && key / 16 % 2;
+#pragma unroll
+                    for (int w = 0; w < kKeys / 8; ++w) {
+                        const uint32_t word = upper ? drawn.word[(w + 2) % 4] : drawn.word[w];
+                        float* const x = &t.x[i][(kKeys / 8 * j + w) * 4 + b];
+                        f(x[0], (word & 0xffffu) < dropout.threshold);
+                        f(x[2], (word >> 16) < dropout.threshold);
+                    }
+                }
+    }
+    template <int kRows, int kCols> FA_DEVICE void drop(AccTile<kRows, kCols>& p, int row0, int key0) const {
+        if (dropout.threshold == 0) return;
+        for_each_drawn(p, row0, key0, [](float& x, bool dropped) { x = dropped ? 0.f : x; });
+    }
+    // Dropped weights get a set sign bit, kept ones a clear one.
+    template <int kRows, int kCols> FA_DEVICE void mark_dropped(AccTile<kRows, kCols>& p, int row0, int key0) const {
+        if (dropout.threshold == 0) return;
+        for_each_drawn(p, row0, key0, [](float& x, bool dropped) {
+            x = ptx::bits_float((ptx::float_bits(x) & 0x7fffffffu) | uint32_t(dropped) << 31);
+        });
+    }
+};
+
+// Whether mark_dropped() marked this weight.
+FA_DEVICE bool is_dropped(float weight) { return ptx::float_bits(weight) >> 31; }
+
+}  // namespace flash_attn

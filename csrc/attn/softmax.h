@@ -1,0 +1,79 @@
+// The running softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018);
+// FlashAttention-2, section 3.1. A thread keeps the statistics of its own rows, in the log2 domain.
+#pragma once
+#include "attn/score.h"
+#include "ptx/math.h"
+#include "ptx/sync.h"
+#include "tile/acc_tile.h"
+
+namespace flash_attn {
+
+// What the mask hides gets the score -infinity; row0 and key0 are the tile's corner in the score matrix.
+template <int kRows, int kCols, class Mask>
+FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, int row0, int key0) {
+    s.for_each([&](int r, int column, float& x) {
+        if (!mask.keep(row0 + lane_row(r), key0 + column)) x = -ptx::infinity();
+    });
+}
+
+// Over the four lanes that share a row.
+FA_DEVICE float quad_max(float x) {
+    x = fmaxf(x, ptx::shfl_xor(x, 1));
+    return fmaxf(x, ptx::shfl_xor(x, 2));
+}
+FA_DEVICE float quad_sum(float x) {
+    x += ptx::shfl_xor(x, 1);
+    return x + ptx::shfl_xor(x, 2);
+}
+
+template <int kLaneRows> struct OnlineSoftmax {
+    float row_max[kLaneRows], row_sum[kLaneRows];  // sums are of this lane's columns only, until finish()
+    float offset[kLaneRows];                       // row_max in the log2 domain
+
+    FA_DEVICE OnlineSoftmax() {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            row_max[r] = -ptx::infinity();
+            row_sum[r] = 0.f;
+        }
+    }
+    // Takes account of the greatest of these scores: rescales what was summed up before, in `out` too.
+    template <int kRows, int kCols, int kOutCols>
+    FA_DEVICE void raise_max(const AccTile<kRows, kCols>& s, AccTile<kRows, kOutCols>& out, float scale_log2) {
+        float fix[kLaneRows];
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) fix[r] = row_max[r];
+        s.for_each([&](int r, int, float x) { row_max[r] = fmaxf(row_max[r], x); });
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            row_max[r] = quad_max(row_max[r]);
+            // Where nothing is visible yet, infinity - infinity must not come up.
+            offset[r] = row_max[r] == -ptx::infinity() ? 0.f : row_max[r] * scale_log2;
+            fix[r] = ptx::exp2(fix[r] * scale_log2 - offset[r]);
+            row_sum[r] *= fix[r];
+        }
+        out.for_each([&](int r, int, float& x) { x *= fix[r]; });
+    }
+    // Turns scores into weights relative to the greatest, and adds them up.
+    template <int kRows, int kCols> FA_DEVICE void weigh(AccTile<kRows, kCols>& s, float scale_log2) {
+        s.for_each([&](int r, int, float& x) {
+            x = ptx::exp2(x * scale_log2 - offset[r]);
+            row_sum[r] += x;
+        });
+    }
+    // Divides by the sums; a row without a visible key becomes 0. lse: natural logarithm of the sum of exponentials.
+    template <int kRows, int kCols>
+    FA_DEVICE void finish(AccTile<kRows, kCols>& out, float scale_log2, float weight_scale, float (&lse)[kLaneRows]) {
+        float factor[kLaneRows];
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            row_sum[r] = quad_sum(row_sum[r]);
+            const bool empty = row_sum[r] == 0.f;
+            factor[r] = empty ? 0.f : weight_scale * ptx::reciprocal(row_sum[r]);
+            lse[r] = empty ? -ptx::infinity() : (row_max[r] * scale_log2 + ptx::log2(row_sum[r])) * float(1 / kLog2e);
+        }
+        out.for_each([&](int r, int, float& x) { x *= factor[r]; });
+    }
+};
+
+}  // namespace flash_attn

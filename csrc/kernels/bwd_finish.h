@@ -1,0 +1,41 @@
+// After the backward pass: dQ from the fp32 workspace to where it belongs, scaled. One block per tile of queries, with
+// the threads that the main kernel had.
+#pragma once
+#include "attn/dq_accum.h"
+#include "attn/rows.h"
+#include "kernels/bwd_preprocess.h"
+#include "tile/store_rows.h"
+
+namespace flash_attn {
+
+template <class Config> FA_KERNEL(Config::kThreads, 1) bwd_finish(FA_GRID_CONSTANT BwdKernelParams params) {
+    using Element = typename Config::Element;
+    using GridDq = typename Config::GridDq;
+    constexpr int M = Config::kBlockM;
+    const BwdParams& pass = params.pass;
+    const Problem& p = pass.problem;
+    const auto [m, head, batch] = query_grid(p, M).at(ptx::block_idx());
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const int row0 = m * M + GridDq::row0();
+    if (m * M >= seq.seqlen_q) return;
+
+    const int64_t tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
+    const float* const sums = dq_sums<Config::kDqTileElements>(params.accum, head, tile);
+    const float scale = float(p.score.softmax_scale);
+    Element* const rows = row_of<Element>(pass.dq, batch, head, seq.first_row_q + row0);
+#pragma unroll
+    for (int part = 0; part < Config::kDqParts; ++part) {
+        typename GridDq::Acc dq;
+#pragma unroll
+        for (int i = 0; i < dq.kRowBlocks; ++i)
+#pragma unroll
+            for (int j = 0; j < dq.kPerBlock; ++j) {
+                const int at = part * Config::kDqPartElements + (i * dq.kPerBlock + j) * Config::kThreads;
+                dq.x[i][j] = ptx::load(sums + at) * scale;
+            }
+        const int col0 = Config::dq_col0(part);
+        store_rows(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
+    }
+}
+
+}  // namespace flash_attn

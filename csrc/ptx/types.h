@@ -1,0 +1,82 @@
+// Element types, thread coordinates, shared memory and conversions between fp32 and pairs of 16-bit elements.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "host_device.h"
+
+#define FA_DEVICE __device__ __forceinline__
+// Blocks of max_threads threads; ptxas keeps to as few registers as min_blocks of them on one multiprocessor need.
+#define FA_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+#define FA_GRID_CONSTANT const __grid_constant__
+
+namespace flash_attn {
+
+// Plain bits: the headers that define CUDA's own types cost a second of compile time per file.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+namespace ptx {
+
+// The dynamic shared memory of the block. 1024 bytes is what the widest swizzle of TMA and wgmma repeats after.
+extern __shared__ __align__(1024) char dynamic_smem[];
+FA_DEVICE char* smem() { return dynamic_smem; }
+// PTX ISA, "State Spaces": instructions on shared memory take a 32-bit address within its window.
+FA_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Where something lies in shared memory, as those instructions take it.
+struct SmemPtr {
+    uint32_t address;
+
+    FA_DEVICE explicit SmemPtr(uint32_t a) : address(a) {}
+    FA_DEVICE SmemPtr(const void* p) : address(smem_address(p)) {}
+    FA_DEVICE SmemPtr operator+(int bytes) const { return SmemPtr(address + static_cast<uint32_t>(bytes)); }
+};
+FA_DEVICE SmemPtr flip_bits(SmemPtr p, int bits) { return SmemPtr(p.address ^ static_cast<uint32_t>(bits)); }
+// The same address, which the compiler now takes for a number of its own: what is added to it stays an immediate of the
+// instruction. Otherwise it adds constants to the base first, and keeps a register for every sum.
+FA_DEVICE SmemPtr pin(SmemPtr p) {
+    asm("" : "+r"(p.address));
+    return p;
+}
+
+FA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
+FA_DEVICE int block_idx() { return static_cast<int>(blockIdx.x); }
+
+FA_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+FA_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+FA_DEVICE float infinity() { return bits_float(0x7f800000u); }
+
+// PTX ISA, "Data Movement and Conversion Instructions: cvt". To nearest, ties to even; denormals are kept, NaN becomes
+// 0x7fff, and what is too large for the type becomes infinity.
+template <class Element> FA_DEVICE uint32_t pack(float lo, float hi) {
+    static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
+    uint32_t pair;
+    if constexpr (std::is_same_v<Element, bf16>)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+    return pair;
+}
+
+template <class Element> FA_DEVICE float unpack_lo(uint32_t pair) {
+    static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
+    if constexpr (std::is_same_v<Element, bf16>) return bits_float(pair << 16);
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(pair)));
+    return x;
+}
+template <class Element> FA_DEVICE float unpack_hi(uint32_t pair) {
+    if constexpr (std::is_same_v<Element, bf16>) return bits_float(pair & 0xffff0000u);
+    return unpack_lo<Element>(pair >> 16);
+}
+
+// Whether either half is an infinity or a NaN: its exponent is all ones.
+template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
+    static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
+    constexpr uint32_t kExponent = std::is_same_v<Element, bf16> ? 0x7f80u : 0x7c00u;
+    return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
+}
+
+}  // namespace ptx
+}  // namespace flash_attn

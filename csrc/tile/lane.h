@@ -1,0 +1,18 @@
+// Which part of a tile a thread holds. mma.sync fixes it: lane t of a warp holds rows t / 4 and t / 4 + 8 of every 16,
+// and columns 2 (t % 4) and the one after it of every 8.
+#pragma once
+#include "ptx/types.h"
+
+namespace flash_attn {
+
+constexpr int kWarpThreads = 32;
+
+FA_DEVICE int lane_id() { return ptx::thread_idx() % kWarpThreads; }
+FA_DEVICE int warp_id() { return ptx::thread_idx() / kWarpThreads; }
+
+// The row of a tile that the lane's r-th row is: r counts 0, 1 in the first 16 rows, 2, 3 in the next, and so on.
+FA_DEVICE int lane_row(int r) { return r / 2 * 16 + r % 2 * 8 + lane_id() / 4; }
+// The first of the lane's two columns in the first 8.
+FA_DEVICE int lane_column() { return lane_id() % 4 * 2; }
+
+}  // namespace flash_attn
