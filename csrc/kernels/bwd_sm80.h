@@ -56,8 +56,6 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     const typename Config::TileQ sQ{sV.end()}, sDout{sQ.end()};
     const typename Config::TileS sP{sDout.end()}, sDS{sP.end()};
     const typename Config::Rows sLse{sDS.end()}, sDsoftmaxSum{sLse.end()};
-    // Rows past the sequence are zeros, log-sum-exp and dsoftmax_sum too: they weigh 1 and contribute zero to every
-    // sum.
     const auto load_q = [&](int head, int m) {
         const int64_t row = seq.first_row_q + m * M;
         load_tile<kThreads>(sQ, rows_from<Element>(p.q, batch, head, row), seq.seqlen_q - m * M, p.head_dim);
@@ -114,7 +112,8 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         float lse_log2[acc_s.kLaneRows], dsoftmax_sum[acc_s.kLaneRows];
         sLse.get(lse_log2, GridS::row0());
 #pragma unroll
-        for (int r = 0; r < acc_s.kLaneRows; ++r) lse_log2[r] = lse_log2_of(lse_log2[r]);
+        for (int r = 0; r < acc_s.kLaneRows; ++r)
+            lse_log2[r] = row0 + lane_row(r) < seq.seqlen_q ? lse_log2_of(lse_log2[r]) : ptx::infinity();
         recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
         if constexpr (Scores::kModified) scores.mark_dropped(acc_s, row0, key0);
         acc_dp.clear();
