@@ -143,7 +143,7 @@ BATCHES = [
 ]
 
 
-def _sequences(lengths: tuple[int, int], batch: int = 1, uneven: bool = False) -> dict:
+def batch_lengths(lengths: tuple[int, int], batch: int = 1, uneven: bool = False) -> dict:
     """Lengths of a batch; uneven ones put a shorter sequence first and an empty one in the middle."""
     pairs = [lengths] * batch
     if uneven:
@@ -170,7 +170,7 @@ def table() -> list[Case]:
     cases = []
     for seed, row in enumerate(pairwise(axes)):
         batch = dict(row["batch"])
-        lengths = _sequences(row["lengths"], batch.pop("batch"), batch.pop("uneven", False))
+        lengths = batch_lengths(row["lengths"], batch.pop("batch"), batch.pop("uneven", False))
         named = {key: row[key] for key in ("dtype", "alibi", "dropout_p", "lse_grad")}
         dims = {"head_dim": row["dims"][0], "head_dim_v": row["dims"][1]}
         heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}

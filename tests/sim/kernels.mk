@@ -1,0 +1,95 @@
+# Kernels on the simulator, and the runner of cases: build/sim/<flavour>/run_case. Included by tests/sim/Makefile.
+#
+#   make -f tests/sim/Makefile cases       every case under three schedules
+#   make -f tests/sim/Makefile sanitize    some under AddressSanitizer and UBSan, those with hostile lengths among them
+#   make -f tests/sim/Makefile race        some under ThreadSanitizer
+#   make -f tests/sim/Makefile mutants     breaks one line of the kernels at a time and says who notices
+#   make -f tests/sim/Makefile debugger    run_case for a debugger: gdb --args build/sim/debug/run_case 'line of a case'
+SIM_JOBS ?= $(shell nproc)
+
+SIM_KERNELS := fwd_sm80 bwd_sm80 attn_probs_sm80
+SIM_HEAD_DIMS := 64 96 128 192 256
+SIM_RUNNER := case check_nonfinite check_other check_reference compare inputs io main reference run simulator tensors
+
+# Element type and head_dim of the kernels that each flavour has.
+plain_INSTANCES := $(foreach element,bf16 fp16,$(SIM_HEAD_DIMS:%=$(element).%))
+debug_INSTANCES := $(plain_INSTANCES)
+tsan_INSTANCES  := $(SIM_HEAD_DIMS:%=bf16.%)
+asan_INSTANCES  := bf16.64 bf16.96 bf16.256
+
+# There are many of them, and at -O1 they run as fast as at -O2: the time is spent in the models. Reports need the line
+# numbers of -g1 only.
+plain_SAVE := -O1 -g1
+tsan_SAVE  := -O1 -g1
+asan_SAVE  := -O1 -g1
+
+# The runner is never instrumented: it is the models' memory that the race detector watches, and kernels and runner must
+# not share instrumented templates of the standard library.
+plain_RUNNER := plain
+tsan_RUNNER  := plain
+asan_RUNNER  := plain
+debug_RUNNER := debug
+
+# Missing instances last: the linker takes a symbol from where it comes first.
+define sim_run_case
+SIM_KERNEL_OBJECTS_$(1) := $$(foreach kernel,$$(SIM_KERNELS),$$($(1)_INSTANCES:%=$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o))
+SIM_RUNNER_OBJECTS_$(1) := $$(SIM_RUNNER:%=$$(SIM_BUILD)/$$($(1)_RUNNER)/runner/%.o)
+
+$$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BUILD)/$(1)/kernels/run.o \
+    $$(SIM_MODEL_OBJECTS_$(1)) $$(SIM_BUILD)/plain/runner/missing.o
+	$$(CXX) $$($(1)_LINK) $$(SIM_LDFLAGS) $$^ -o $$@
+
+$$(SIM_BUILD)/$(1)/kernels/run.o: csrc/launch/run.cpp tests/sim/Makefile
+	@mkdir -p $$(@D)
+	$$(CXX) $$(SIM_CXXFLAGS) $$($(1)_KERNEL) -MMD -MP -c $$< -o $$@
+endef
+
+# $(1): flavour, $(2): kernel, $(3): element type and head_dim
+define sim_instance
+$$(SIM_BUILD)/$(1)/kernels/$(2).$(3).o: csrc/launch/$(2).cu tests/sim/Makefile
+	@mkdir -p $$(@D)
+	$$(CXX) $$(SIM_CXXFLAGS) $$($(1)_KERNEL) $$($(1)_SAVE) $$(call sim_instance_flags,$(3)) -MMD -MP -x c++ -c $$< -o $$@
+endef
+sim_instance_flags = -DFA_ELEMENT=$(word 1,$(subst ., ,$(1))) -DFA_HEAD_DIM=$(word 2,$(subst ., ,$(1)))
+
+$(foreach flavour,$(SIM_FLAVOURS),$(eval $(call sim_run_case,$(flavour))))
+$(foreach flavour,$(SIM_FLAVOURS),$(foreach kernel,$(SIM_KERNELS),$(foreach instance,$($(flavour)_INSTANCES),\
+    $(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
+
+$(SIM_BUILD)/plain/runner/%.o: tests/sim/runner/%.cpp tests/sim/Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(SIM_CXXFLAGS) $(SIM_MODEL_FLAGS) -g1 -MMD -MP -c $< -o $@
+$(SIM_BUILD)/debug/runner/%.o: tests/sim/runner/%.cpp tests/sim/Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(SIM_CXXFLAGS) -O0 -MMD -MP -c $< -o $@
+
+# $(1): flavour, $(2): table of list_cases.py, $(3): arguments. One process per job, each with its share of the table.
+define sim_run_table
+@python3 tests/sim/list_cases.py --table $(2) >$(SIM_BUILD)/$(1)/$(2).txt; \
+for shard in $$(seq 0 $$(($(SIM_JOBS) - 1))); do \
+    { $(SIM_RUN_$(1)) $(SIM_BUILD)/$(1)/run_case --table $(SIM_BUILD)/$(1)/$(2).txt --shard $$shard/$(SIM_JOBS) $(3) \
+        >$(SIM_BUILD)/$(1)/$(2).$$shard.log 2>&1 || echo "exit code $$?" >>$(SIM_BUILD)/$(1)/$(2).$$shard.log; } & \
+done; \
+wait; \
+cat $(SIM_BUILD)/$(1)/$(2).*.log | grep -v ' ok [0-9.]* s$$'; \
+! grep -q '^exit code' $(SIM_BUILD)/$(1)/$(2).*.log
+endef
+
+.PHONY: cases sanitize race debugger
+cases: $(SIM_BUILD)/plain/run_case
+	$(call sim_run_table,plain,all)
+sanitize: $(SIM_BUILD)/asan/run_case
+	$(call sim_run_table,asan,sanitize)
+race: $(SIM_BUILD)/tsan/run_case
+	$(call sim_run_table,tsan,race)
+debugger: $(SIM_BUILD)/debug/run_case
+
+# Most mutants fail in the first case: compiling them takes longer than running them.
+plain_MUTANT := $(SIM_CXXFLAGS) -O0 -g0
+tsan_MUTANT  := $(SIM_CXXFLAGS) $(tsan_KERNEL) $(tsan_SAVE)
+sim_mutant_flags = --compile-$(1)='$($(1)_MUTANT)' --link-$(1)='$($(1)_LINK)' --run-$(1)='$(SIM_RUN_$(1))'
+
+.PHONY: mutants
+mutants: $(SIM_BUILD)/plain/run_case $(SIM_BUILD)/tsan/run_case
+	python3 tests/sim/mutants.py --build $(SIM_BUILD) --cxx "$(CXX)" $(foreach flavour,plain tsan,\
+	    $(call sim_mutant_flags,$(flavour))) $(ARGS)

@@ -1,0 +1,300 @@
+"""The cases that kernels run on the simulator, one line of key=value each; made of the tables in tests/cases.py.
+
+    python3 tests/sim/list_cases.py                 every case
+    python3 tests/sim/list_cases.py --table race    a shorter table, for the race detector
+    python3 tests/sim/list_cases.py --summary       how many cases, values and pairs of values
+
+Keys are the fields of a Case, left out at their defaults, and those of Sim: which check is made of the case, how its
+tensors are laid out, and how much shared memory the device has.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cases import (
+    BATCHES,
+    HEAD_DIMS,
+    LENGTHS,
+    MASKS,
+    SCORES,
+    Case,
+    batch_lengths,
+    edge_cases,
+    key_range_cases,
+    paged_cases,
+    pairwise,
+)
+
+DTYPES = ["bfloat16", "float16"]
+SMALL_SMEM, LARGE_SMEM = 101376, 232448  # bytes of shared memory per block: compute capability 8.6 or 12.0, and 9.0
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Sim:
+    """What a case of the simulator is told beside the problem."""
+
+    check: str = "reference"
+    layout: str = "rows"  # "rows", "heads" (before rows), "gaps" (odd offsets and strides), "far" (offsets past 2^32)
+    smem: int = LARGE_SMEM
+    deterministic: bool = False
+
+
+Row = tuple[Case, Sim]
+
+AXES: dict[str, list] = {
+    "dtype": DTYPES,
+    "heads": [(1, 1), (2, 2), (4, 2), (3, 1)],
+    "dims": HEAD_DIMS,
+    "lengths": [*LENGTHS, (31, 31), (32, 32), (33, 33), (512, 512)],
+    "mask": MASKS,
+    "score": SCORES,
+    "alibi": ["", "heads", "batch"],
+    "dropout_p": [0.0, 0.17],
+    "batch": BATCHES,
+    "keys": ["", "used", "left", "both"],
+    "lse_grad": [False, True],
+    "layout": ["rows", "heads", "gaps"],
+    "smem": [LARGE_SMEM, SMALL_SMEM],
+    "deterministic": [False, True],
+}
+PAGED_AXES: dict[str, list] = {
+    **{
+        name: AXES[name] for name in ("dtype", "heads", "mask", "score", "alibi", "dropout_p", "keys", "layout", "smem")
+    },
+    "dims": [(13, 40), (64, 64), (128, 128), (192, 128), (256, 256)],
+    "lengths": [(1, 300), (5, 64), (70, 129), (129, 17), (33, 0), (300, 300)],
+    "page_size": [1, 3, 16, 37, 64, 256],
+    "uneven": [False, True],
+}
+
+
+def used_keys(kind: str, seqlens_k: tuple[int, ...]) -> dict:
+    """seqused_k, leftpad_k or both, different for each sequence."""
+    used = tuple(n * (b + 2) // (b + 3) for b, n in enumerate(seqlens_k))
+    left = tuple(min(n // 3 + b, 70) for b, n in enumerate(seqlens_k))
+    values = {"seqused_k": used, "leftpad_k": left}
+    names = {"": [], "used": ["seqused_k"], "left": ["leftpad_k"], "both": ["seqused_k", "leftpad_k"]}[kind]
+    return {name: values[name] for name in names}
+
+
+def case_of(row: dict, seed: int, lengths: dict, **rest) -> Case:
+    """The Case of one row of a table of axes."""
+    named = {key: row[key] for key in ("dtype", "alibi", "dropout_p", "lse_grad", "page_size") if key in row}
+    dims = {"head_dim": row["dims"][0], "head_dim_v": row["dims"][1]}
+    heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}
+    keys = used_keys(row.get("keys", ""), lengths["seqlens_k"])
+    return Case(**lengths, **keys, **dims, **heads, **row["mask"], **row["score"], **named, **rest, seed=seed)
+
+
+def sim_of(row: dict) -> Sim:
+    return Sim(**{key: row[key] for key in ("layout", "smem", "deterministic") if key in row})
+
+
+def main_table(axes: dict[str, list] = AXES) -> list[Row]:
+    """Forward, backward and weights: every pair of values of any two axes."""
+    rows = []
+    for seed, row in enumerate(pairwise(axes)):
+        batch = dict(row["batch"])
+        lengths = batch_lengths(row["lengths"], batch.pop("batch"), batch.pop("uneven", False))
+        rows.append((case_of(row, seed, lengths, **batch), sim_of(row)))
+    return rows
+
+
+def paged_table() -> list[Row]:
+    """Keys and values in pages: forward and weights only."""
+    rows = []
+    for seed, row in enumerate(pairwise(PAGED_AXES)):
+        lengths = batch_lengths(row["lengths"], 2, row["uneven"])
+        rows.append((case_of(row, seed, lengths, packed=True), sim_of(row)))
+    return rows
+
+
+def shared_cases() -> list[Row]:
+    """What the tables of the other backends have and the axes above have not, in the types that kernels take."""
+    cases = [
+        *(dataclasses.replace(c, dtype=DTYPES[i // 2 % 2]) for i, c in enumerate(edge_cases())),
+        *(c for c in (*key_range_cases(), *paged_cases()) if c.dtype in DTYPES),
+    ]
+    fitting = [c for c in cases if max(c.head_dim, c.head_dim_v) <= MAX_HEAD_DIM]
+    return [(c, Sim(deterministic=i % 2 == 0)) for i, c in enumerate(dict.fromkeys(fitting))]
+
+
+UNEVEN = Case((70, 0, 131, 64), (33, 9, 200, 64), "bfloat16", 4, 2, packed=True)
+SMALL = Case((150,), (150,), "bfloat16", 1, 1, 6, 5, lse_grad=True)
+FEW_MASKS: list[dict] = [{}, {"causal": True}, {"window_size": (20, 3)}]
+
+
+def batch_checks() -> list[Row]:
+    cases = [
+        dataclasses.replace(UNEVEN, dtype=dtype, **mask, **score, alibi="batch" if score else "")
+        for dtype, mask, score in itertools.product(DTYPES, FEW_MASKS, SCORES[:3:2])
+    ]
+    return [(case, Sim("batch")) for case in cases]
+
+
+def hostile_checks() -> list[Row]:
+    rows = []
+    for dtype, dim, page_size in itertools.product(DTYPES, [64, 128, 256], [0, 16]):
+        dims = {"head_dim": dim, "head_dim_v": dim, "causal": dim == 128}
+        keys = {"seqused_k": (20, 9, 150, 64), "leftpad_k": (1, 0, 70, 0)}
+        rows.append((dataclasses.replace(UNEVEN, dtype=dtype, page_size=page_size, **dims, **keys), Sim("hostile")))
+    return rows
+
+
+def special_numbers() -> list[Row]:
+    rows = []
+    for dtype, mask in itertools.product(DTYPES, [*FEW_MASKS, {"window_size": (0, 0)}]):
+        rows.append((dataclasses.replace(SMALL, dtype=dtype, **mask), Sim("nonfinite")))
+    for dtype in DTYPES:
+        long = dataclasses.replace(SMALL, dtype=dtype, seqlens_q=(70, 70), seqlens_k=(200, 200))
+        rows.append((long, Sim("marked")))
+        rows.append((dataclasses.replace(long, causal=True, seqlens_k=(40, 40)), Sim("marked")))
+    large = Case((129,), (200,), "float16")
+    return [*rows, *((dataclasses.replace(large, causal=causal), Sim("large")) for causal in (False, True))]
+
+
+def far_offsets() -> list[Row]:
+    """Dense, packed and in pages."""
+    rows = []
+    for dtype in DTYPES:
+        case = Case((20, 30), (40, 17), dtype, 2, 1, packed=True, causal=True)
+        rows.append(
+            (dataclasses.replace(case, packed=False, seqlens_q=(30, 30), seqlens_k=(40, 40)), Sim(layout="far"))
+        )
+        rows.append((case, Sim(layout="far")))
+        rows.append((dataclasses.replace(case, page_size=16), Sim(layout="far")))
+    return rows
+
+
+def other_checks() -> list[Row]:
+    """What a comparison with the reference does not show; each check is explained in runner/check.h."""
+    return [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets()]
+
+
+def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS[-5:])) -> list[Row]:
+    """Fewer and smaller cases that still reach every path of every kernel.
+
+    Of one element type: the other one differs in conversions and in one operand of mma.sync.
+    """
+    axes = {
+        **AXES,
+        "dtype": DTYPES[:1],
+        "heads": [(2, 2), (2, 1)],
+        "dims": list(dims),
+        "lengths": [(129, 129), (17, 200), (200, 64), (64, 1)],
+        "mask": MASKS[:4:3] + MASKS[1:2] + MASKS[-1:],
+        "score": SCORES[::2],
+        "batch": BATCHES[::3],
+        "keys": ["", "both"],
+        "layout": ["rows", "gaps"],
+    }
+    nonfinite = [row for row in special_numbers() if row[1].check == "nonfinite"]
+    others = [row for row in (*paged_table()[::4], *nonfinite[1:3]) if row[0].dtype == DTYPES[0]]
+    return [*main_table(axes), *others]
+
+
+def sanitizer_table() -> list[Row]:
+    """The same for sanitizers, with lengths and tables that lie, in fewer head_dims."""
+    dims = [(13, 40), (64, 64), (96, 96), (256, 256)]
+    rows = [*race_table(dims), *hostile_checks()]
+    return [
+        row for row in rows if row[0].dtype == DTYPES[0] and (row[0].head_dim, row[0].head_dim_v) in {*dims, (6, 5)}
+    ]
+
+
+def mutant_table() -> list[Row]:
+    """Few cases that notice much, the cheapest first; for each head_dim of the mutants. One element type."""
+    tiles = Case((64, 1, 150), (64, 64, 200), "bfloat16", 2, 1, packed=True)
+    modified = {"softcap": 2.0, "alibi": "batch", "dropout_p": 0.17, "lse_grad": True}
+    odd = {"head_dim": 13, "head_dim_v": 40}
+    rows = [
+        (dataclasses.replace(tiles, num_heads_k=2, seqlens_q=(64, 1, 70)), Sim()),
+        (dataclasses.replace(tiles, causal=True, **odd, **modified), Sim(layout="gaps", deterministic=True)),
+        (dataclasses.replace(tiles, window_size=(40, 30), unused_rows=3), Sim(deterministic=True)),
+        (dataclasses.replace(tiles, seqused_k=(64, 33, 129), leftpad_k=(3, 0, 65), **modified), Sim(smem=SMALL_SMEM)),
+        (Case((256, 256), (128, 128), "bfloat16", 1, 1, causal=True, lse_grad=True), Sim(deterministic=True)),
+        (dataclasses.replace(tiles, page_size=16, causal=True, **modified), Sim()),
+        (dataclasses.replace(tiles, head_dim=40, head_dim_v=24, page_size=37), Sim(layout="heads")),
+        (dataclasses.replace(SMALL, window_size=(20, 3)), Sim("nonfinite")),
+        (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(200, 200)), Sim("marked")),
+        (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
+    ]
+    for dim, smem in ((96, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
+        dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
+        case = dataclasses.replace(tiles, causal=True, **dims, **modified)
+        rows.append((case, Sim(smem=smem, deterministic=True, layout="gaps")))
+        dims |= {"seqlens_q": (70,), "seqlens_k": (90,), "window_size": (20, 3)}
+        rows.append((dataclasses.replace(SMALL, **dims), Sim("nonfinite", smem=smem)))
+    return rows
+
+
+TABLES = {
+    "main": main_table,
+    "paged": paged_table,
+    "shared": shared_cases,
+    "other": other_checks,
+    "race": race_table,
+    "sanitize": sanitizer_table,
+    "mutants": mutant_table,
+    "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks()],
+}
+
+
+def text_of(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def line_of(row: Row) -> str:
+    """The fields that are not at their defaults; an empty tuple is a field too."""
+    parts = []
+    for part in row:
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if value is not None and (field.default is dataclasses.MISSING or value != field.default):
+                parts.append(f"{field.name}={text_of(value)}")
+    return " ".join(parts)
+
+
+def coverage(axes: dict[str, list]) -> str:
+    """Counted in the rows, beside how many there are."""
+    places = [{name: axes[name].index(value) for name, value in row.items()} for row in pairwise(axes)]
+    values = {item for row in places for item in row.items()}
+    pairs = {pair for row in places for pair in itertools.combinations(sorted(row.items()), 2)}
+    sizes = [len(axis) for axis in axes.values()]
+    all_pairs = sum(a * b for a, b in itertools.combinations(sizes, 2))
+    return f"{len(axes)} axes, {len(values)} of {sum(sizes)} values, {len(pairs)} of {all_pairs} pairs of values"
+
+
+def summary() -> str:
+    lines = [
+        f"main: {len(main_table())} cases for {coverage(AXES)}",
+        f"paged: {len(paged_table())} cases for {coverage(PAGED_AXES)}",
+        f"shared: {len(shared_cases())} cases",
+        f"other: {len(other_checks())} cases",
+        f"race: {len(race_table())} cases",
+        f"sanitize: {len(sanitizer_table())} cases",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, default="all")
+    parser.add_argument("--summary", action="store_true", help="how many cases, values and pairs")
+    arguments = parser.parse_args()
+    lines = [summary()] if arguments.summary else map(line_of, TABLES[arguments.table]())
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Breaks one line of the kernels at a time and says who notices: make -f tests/sim/Makefile mutants.
+
+Every mutant is compiled and run on a few cases, plainly (wrong numbers, rules of the models, deadlocks), and, if it
+concerns synchronisation, under ThreadSanitizer too. What nobody notices must stand in equivalent.py with
+a proof that it changes nothing; otherwise a test is missing, or the line is not needed.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from equivalent import EQUIVALENT
+from list_cases import Row, line_of, mutant_table
+from mutations import CSRC, ROOT, Mutation, all_mutations
+
+# The kernels of each source in csrc/launch.
+KERNELS = {
+    "fwd_sm80": ["kernels/fwd_sm80.h"],
+    "bwd_sm80": ["kernels/bwd_preprocess.h", "kernels/bwd_sm80.h", "kernels/bwd_finish.h"],
+    "attn_probs_sm80": ["kernels/attn_probs_sm80.h"],
+}
+PASSES = {"fwd_sm80": "fwd", "bwd_sm80": "bwd", "attn_probs_sm80": "probs"}
+# The first has one tile shape. The others have tiles of several shapes, and what goes with them, and are tried where
+# the first lets a mutant pass.
+HEAD_DIMS = (64, 96, 256)
+VERDICTS = {0: "-", 1: "wrong result", 3: "model check", 4: "deadlock", 66: "race report", 124: "hangs"}
+FLAVOURS = ("plain", "tsan")
+TIMEOUT_S = 60
+NOT_COMPILED = "does not compile"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How the Makefile compiles, links and runs."""
+
+    build: Path
+    cxx: str
+    compile_flags: dict[str, str]
+    link_flags: dict[str, str]
+    run: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutation: Mutation
+    verdicts: dict[str, str]
+
+    @property
+    def noticed(self) -> bool:
+        return any(verdict not in ("", VERDICTS[0]) for verdict in self.verdicts.values())
+
+    @property
+    def compiles(self) -> bool:
+        return NOT_COMPILED not in self.verdicts.values()
+
+
+def included(path: str, csrc: Path) -> set[str]:
+    """The files of csrc that one of them includes, through any number of others, but for other kernels."""
+    found, left = set(), [path]
+    while left:
+        current = left.pop()
+        if current in found or not (csrc / current).exists():
+            continue
+        found.add(current)
+        names = re.findall(r'#include "([^"]+)"', (csrc / current).read_text())
+        left += [name for name in names if not name.startswith("kernels/") or name.endswith("config_sm80.h")]
+    return found
+
+
+def head_dim_of(row: Row) -> int:
+    needed = max(row[0].head_dim, row[0].head_dim_v)
+    return min(d for d in (64, 96, 128, 192, 256) if d >= needed)
+
+
+class Workshop:
+    """Compiles and runs mutants, each in a folder of its own, from a copy of csrc that nobody edits meanwhile."""
+
+    def __init__(self, tools: Toolchain):
+        self.tools = tools
+        self.root = tools.build / "mutants"
+        self.csrc = self.root / "csrc"
+        shutil.rmtree(self.root, ignore_errors=True)
+        for folder in ("attn", "kernels", "launch", "tile"):
+            shutil.copytree(CSRC / folder, self.csrc / folder)
+        self.mutations = all_mutations(self.csrc)
+        for head_dim in HEAD_DIMS:
+            lines = [line_of(row) for row in mutant_table() if head_dim_of(row) == head_dim]
+            self.table(head_dim).write_text("".join(f"{line}\n" for line in lines))
+
+    def table(self, head_dim: int) -> Path:
+        return self.root / f"cases.{head_dim}.txt"
+
+    def sources_with(self, path: str) -> list[str]:
+        """The sources in csrc/launch that a header is part of."""
+        return [s for s, kernels in KERNELS.items() if any(path in included(k, self.csrc) for k in kernels)]
+
+    def verdict(self, mutation: Mutation, folder: Path, flavour: str, head_dim: int) -> str:
+        """What the mutant comes to in one flavour of the build."""
+        broken = self.sources_with(mutation.path)
+        objects = []
+        for source in broken:
+            target = folder / f"{source}.{flavour}.{head_dim}.o"
+            if not target.exists() and not self.compiles(folder, source, flavour, head_dim, target):
+                return NOT_COMPILED
+            objects.append(target)
+        build = self.tools.build / flavour
+        objects += [build / f"kernels/{s}.bf16.{head_dim}.o" for s in KERNELS if s not in broken]
+        objects += [build / "kernels/run.o", *sorted((build / "models").glob("*.o"))]
+        runner = sorted((self.tools.build / "plain/runner").glob("*.o"), key=lambda o: o.name == "missing.o")
+        program = folder / f"run_case.{flavour}"
+        link = [self.tools.cxx, *shlex.split(self.tools.link_flags[flavour]), *map(str, [*objects, *runner])]
+        subprocess.run([*link, "-o", str(program)], check=True)
+        return self.run(program, flavour, head_dim, broken)
+
+    def compiles(self, folder: Path, source: str, flavour: str, head_dim: int, target: Path) -> bool:
+        instance = [
+            f"-I{folder}",
+            "-Itests/sim",
+            f"-I{self.csrc}",
+            "-DFA_ELEMENT=bf16",
+            f"-DFA_HEAD_DIM={head_dim}",
+            "-w",
+        ]
+        flags = shlex.split(self.tools.compile_flags[flavour])
+        what = ["-x", "c++", "-c", str(self.csrc / f"launch/{source}.cu"), "-o", str(target)]
+        return subprocess.run([self.tools.cxx, *instance, *flags, *what], capture_output=True).returncode == 0
+
+    def run(self, program: Path, flavour: str, head_dim: int, broken: list[str]) -> str:
+        passes = ["--pass", PASSES[broken[0]]] if len(broken) == 1 else []
+        command = [*shlex.split(self.tools.run[flavour]), str(program), "--table", str(self.table(head_dim)), "--stop"]
+        try:
+            code = subprocess.run([*command, *passes], capture_output=True, timeout=TIMEOUT_S).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+        return VERDICTS.get(code, "crash")
+
+    def worst(self, mutation: Mutation, folder: Path, flavour: str) -> str:
+        """The verdict of the first head_dim that notices. Where there is a proof, one is enough to doubt it."""
+        head_dims = HEAD_DIMS[:1] if proof_of(mutation, self.mutations) else HEAD_DIMS
+        verdict = ""
+        for head_dim in head_dims:
+            verdict = self.verdict(mutation, folder, flavour, head_dim)
+            if verdict != VERDICTS[0]:
+                break
+        return verdict
+
+    def outcome(self, number: int, mutation: Mutation) -> Outcome:
+        folder = self.root / str(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        target = folder / mutation.path
+        target.parent.mkdir(parents=True)
+        target.write_text(mutation.apply((self.csrc / mutation.path).read_text()))
+        verdicts = {"plain": self.worst(mutation, folder, "plain"), "tsan": ""}
+        if mutation.synchronises and verdicts["plain"] != NOT_COMPILED:
+            verdicts["tsan"] = self.worst(mutation, folder, "tsan")
+        shutil.rmtree(folder)
+        return Outcome(mutation, verdicts)
+
+
+def proof_of(mutation: Mutation, mutations: list[Mutation]) -> str | None:
+    """Where several places of a file are broken alike, they are counted."""
+    alike = [m for m in mutations if (m.path, m.what) == (mutation.path, mutation.what)]
+    return EQUIVALENT.get((mutation.path, mutation.what, alike.index(mutation)))
+
+
+def report(outcomes: list[Outcome], mutations: list[Mutation]) -> str:
+    """The table of tests/sim/mutants.md."""
+    rows = []
+    for outcome in outcomes:
+        if not outcome.compiles:
+            continue
+        plain, race = outcome.verdicts["plain"], outcome.verdicts["tsan"]
+        if not outcome.noticed:
+            plain, race = "equivalent", proof_of(outcome.mutation, mutations) or "NOT NOTICED"
+        rows.append(f"| {outcome.mutation.path}:{outcome.mutation.line} | {outcome.mutation.what} | {plain} | {race} |")
+    return "\n".join(["| line | mutation | plain build | race build |", "|---|---|---|---|", *rows])
+
+
+def summary(outcomes: list[Outcome], mutations: list[Mutation]) -> tuple[str, bool]:
+    """Counts, and whether every mutant was noticed or is proven to be harmless."""
+    compiled = [o for o in outcomes if o.compiles]
+    missed = [o.mutation for o in compiled if not o.noticed]
+    open_ones = [m.name for m in missed if not proof_of(m, mutations)]
+    stale = [o.mutation.name for o in compiled if o.noticed and proof_of(o.mutation, mutations)]
+    noticed, proven = len(compiled) - len(missed), len(missed) - len(open_ones)
+    counted = f"{noticed} noticed, {proven} proven equivalent, {len(open_ones)} not noticed"
+    lines = [f"{len(compiled)} mutants: {counted}; {len(outcomes) - len(compiled)} more do not compile"]
+    for flavour in FLAVOURS:
+        counts = Counter(o.verdicts[flavour] for o in compiled if o.verdicts[flavour] not in ("", "-"))
+        lines.append(f"{flavour}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
+    lines += [f"not noticed: {name}" for name in open_ones]
+    lines += [f"noticed, although equivalent.py has a proof that it is harmless: {name}" for name in stale]
+    return "\n".join(lines), not open_ones and not stale
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("--cxx", default="g++")
+    for flavour in FLAVOURS:
+        for kind in ("compile", "link", "run"):
+            parser.add_argument(f"--{kind}-{flavour}", default="")
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--sample", type=int, help="as many, chosen by --seed")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--write", type=Path, help="where to write the table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    kinds = [{f: getattr(arguments, f"{kind}_{f}") for f in FLAVOURS} for kind in ("compile", "link", "run")]
+    workshop = Workshop(Toolchain(arguments.build.resolve(), arguments.cxx, *kinds))
+    mutations = workshop.mutations
+    chosen = [m for m in mutations if arguments.only in m.name]
+    if arguments.sample:
+        chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
+    start, outcomes = time.monotonic(), []
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for outcome in pool.map(workshop.outcome, range(len(chosen)), chosen):
+            outcomes.append(outcome)
+            sys.stdout.write(f"{outcome.mutation.name}: {outcome.verdicts['plain']} {outcome.verdicts['tsan']}\n")
+            sys.stdout.flush()
+    text, good = summary(outcomes, mutations)
+    sys.stdout.write(f"{text}\n{time.monotonic() - start:.0f} s\n")
+    if arguments.write:
+        head = (ROOT / "tests/sim/mutants_head.md").read_text()
+        arguments.write.write_text(f"{head}\n{text}\n\n{report(outcomes, mutations)}\n")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

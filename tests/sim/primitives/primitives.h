@@ -1,0 +1,118 @@
+// What the tests of the primitives share. Each test runs a small kernel on the host models or, compiled by nvcc, on a
+// GPU, where it checks the assumptions of the models against the hardware.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "launch/launch.h"
+#include "ptx/types.h"
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+// Hopper's instructions assemble for sm_90a only, so nothing else is called 900 here; the simulator has them all.
+#if !defined(__CUDACC__) || __CUDA_ARCH_LIST__ == 900
+#define PRIMITIVES_WITH_SM90 1
+#endif
+
+namespace flash_attn::primitives {
+
+inline int failures;
+inline void expect(bool ok, const char* what, int variant = 0) {
+    std::printf("%s %s %d\n", ok ? "ok  " : "FAIL", what, variant);
+    failures += !ok;
+}
+inline void require(bool ok, const char* what) {
+    if (ok) return;
+    std::fprintf(stderr, "primitives: %s\n", what);
+    std::exit(2);
+}
+
+// ---------------------------------------------------------------- memory that host and kernels reach
+#ifdef __CUDACC__
+inline void* allocate(size_t bytes) {
+    void* p = nullptr;
+    require(cudaMallocManaged(&p, bytes) == cudaSuccess, "no GPU, or none with managed memory");
+    return p;
+}
+inline void deallocate(void* p) { require(cudaFree(p) == cudaSuccess, "cudaFree"); }
+inline void finish() { require(cudaDeviceSynchronize() == cudaSuccess, "a kernel failed"); }
+inline cuda::Device device() {
+    int smem = 0;
+    cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    return {90, smem, nullptr};
+}
+#else
+inline void* allocate(size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
+inline void deallocate(void* p) { std::free(p); }
+inline void finish() {}
+inline cuda::Device device() { return {90, 227 << 10, nullptr}; }
+#endif
+
+template <class T> struct Buffer {
+    T* data;
+    int size;
+    explicit Buffer(int n) : data(static_cast<T*>(allocate(static_cast<size_t>(n) * sizeof(T)))), size(n) { fill(T{}); }
+    ~Buffer() { deallocate(data); }
+    Buffer(const Buffer&) = delete;
+    void fill(T value) {
+        for (int i = 0; i < size; ++i) data[i] = value;
+    }
+    T& operator[](int i) { return data[i]; }
+    operator T*() { return data; }
+};
+
+// Launches, waits, and ends the program if that was impossible.
+template <class... Params, class... Args>
+void run(void (*kernel)(Params...), int blocks, int threads, int smem_bytes, Args... args) {
+    const char* error = cuda::launch(kernel, blocks, threads, smem_bytes, device(), static_cast<Params>(args)...);
+    require(!error, error);
+    finish();
+}
+
+// ---------------------------------------------------------------- bytes of global memory, which a GPU does not tell
+struct Traffic { int64_t read, written, added; };
+struct Counted { Traffic cp_async, tma, bulk, plain, red; };
+#ifdef __CUDACC__
+inline void reset_traffic() {}
+inline void expect_traffic(const Counted&, const char*) {}
+#else
+inline void reset_traffic() { sim::counters = {}; }
+inline void expect_traffic(const Counted& x, const char* what) {
+    const sim::Counters& c = sim::counters;
+    auto same = [](const sim::Traffic& a, const Traffic& b) {
+        return a.read == b.read && a.written == b.written && a.added == b.added;
+    };
+    const bool ok = same(c.cp_async, x.cp_async) && same(c.tma, x.tma) && same(c.bulk, x.bulk) &&
+                    same(c.plain, x.plain) && same(c.red, x.red);
+    std::printf("%s bytes counted: %s\n", ok ? "ok  " : "FAIL", what);
+    failures += !ok;
+}
+#endif
+
+// ---------------------------------------------------------------- 16-bit elements
+// Exact in both types, and sums of a few products of two are exact in fp32.
+inline float small_value(int i) { return static_cast<float>((i * 7 + i / 16 * 3 + i / 64 * 5) % 17 - 8); }
+
+// Of a small value: written again, so that the test does not depend on what it tests.
+template <class Element> uint16_t small_bits(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    if (std::is_same_v<Element, bf16>) return static_cast<uint16_t>(u >> 16);
+    return x == 0 ? 0 : static_cast<uint16_t>((u >> 16 & 0x8000) | ((u & 0x7fffffff) - 0x38000000) >> 13);
+}
+template <class Element> void fill_small(Buffer<uint16_t>& b) {
+    for (int i = 0; i < b.size; ++i) b[i] = small_bits<Element>(small_value(i));
+}
+template <class Element> const char* type_name() { return std::is_same_v<Element, bf16> ? "bf16" : "fp16"; }
+
+// ---------------------------------------------------------------- the groups of tests
+void test_memory();   // memory.cpp: copies, global accesses, turns
+void test_warp();     // warp.cpp: barriers, fragments, products, exchange
+void test_numbers();  // numbers.cpp: conversions, functions
+void test_sm90();     // sm90.cpp: TMA, mbarrier and more; nothing in builds for other architectures
+void test_wgmma();    // wgmma.cpp, called by it
+
+}  // namespace flash_attn::primitives

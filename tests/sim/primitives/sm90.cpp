@@ -1,0 +1,193 @@
+// Instructions of sm_90: elect, stmatrix, mbarrier, TMA, bulk copies. Those of wgmma are in wgmma.cpp.
+#include "primitives.h"
+
+#ifdef PRIMITIVES_WITH_SM90
+#include "ptx/global.h"
+#include "ptx/ldmatrix.h"
+#include "ptx/sync.h"
+#include "tensor_map.h"
+
+namespace flash_attn::primitives {
+namespace {
+
+// ---------------------------------------------------------------- elect.sync
+FA_KERNEL(32, 1) elect_kernel(int32_t* elected) { ptx::store(elected + ptx::thread_idx(), ptx::elect_one() ? 1 : 0); }
+
+void test_elect() {
+    Buffer<int32_t> elected(32);
+    run(elect_kernel, 1, 32, 0, elected.data);
+    int sum = 0;
+    for (int i = 0; i < 32; ++i) sum += elected[i];
+    expect(sum == 1, "elect.sync");
+}
+
+// ---------------------------------------------------------------- stmatrix
+template <bool kTranspose> FA_KERNEL(32, 1) stmatrix_kernel(const uint16_t* in, uint16_t* stored) {  // [4][8][8]
+    uint16_t* s = reinterpret_cast<uint16_t*>(ptx::smem());
+    const int lane = ptx::thread_idx();
+    uint32_t r[4];
+    for (int m = 0; m < 4; ++m) {
+        const uint16_t* p = in + m * 64 + lane / 4 * 8 + lane % 4 * 2;
+        r[m] = p[0] | static_cast<uint32_t>(p[1]) << 16;
+    }
+    ptx::stmatrix_x4<kTranspose>(s + lane * 8, r);
+    ptx::sync_threads();
+    for (int i = lane; i < 256; i += 32) stored[i] = s[i];
+}
+
+template <bool kTranspose> void test_stmatrix() {
+    Buffer<uint16_t> in(256), stored(256);
+    for (int i = 0; i < 256; ++i) in[i] = static_cast<uint16_t>(i);
+    run(stmatrix_kernel<kTranspose>, 1, 32, 512, in.data, stored.data);
+    bool ok = true;
+    for (int m = 0; m < 4; ++m)
+        for (int i = 0; i < 8; ++i)
+            for (int j = 0; j < 8; ++j)
+                ok &= stored[m * 64 + (kTranspose ? j * 8 + i : i * 8 + j)] == in[m * 64 + i * 8 + j];
+    expect(ok, "stmatrix, transposed", kTranspose);
+}
+
+// ---------------------------------------------------------------- TMA
+constexpr int kRows = 16, kCols = 64;  // the box, of a [2][20][80] tensor
+
+FA_KERNEL(32, 1)
+tma_kernel(FA_GRID_CONSTANT ptx::TensorMap in, FA_GRID_CONSTANT ptx::TensorMap out, int col, int row, int plane,
+           uint16_t* raw) {
+    uint16_t* tile = reinterpret_cast<uint16_t*>(ptx::smem());
+    ptx::Mbarrier* bar = reinterpret_cast<ptx::Mbarrier*>(ptx::smem() + kRows * kCols * 2);
+    if (ptx::thread_idx() == 0) {
+        ptx::mbarrier_init(bar, 1);
+        ptx::fence_mbarrier_init();
+    }
+    ptx::sync_threads();
+    if (ptx::thread_idx() == 0) {
+        ptx::mbarrier_arrive_expect_tx(bar, kRows * kCols * 2);
+        ptx::tma_load<3>(tile, in, bar, {col, row, plane});
+    }
+    ptx::mbarrier_wait(bar, 0);
+    for (int i = ptx::thread_idx(); i < kRows * kCols; i += 32) raw[i] = tile[i];
+    if (ptx::thread_idx() == 0) {
+        ptx::tma_store<3>(out, tile, {col, row, plane});
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+    }
+}
+
+void test_tma(int col, int row, int plane) {
+    constexpr int kDim0 = 80, kDim1 = 20, kDim2 = 2;
+    Buffer<uint16_t> in(kDim0 * kDim1 * kDim2), out(kDim0 * kDim1 * kDim2), raw(kRows * kCols);
+    for (int i = 0; i < in.size; ++i) in[i] = static_cast<uint16_t>(i + 1);
+    out.fill(0x1234);
+    auto map = [](void* p) {
+        return make_tensor_map<3>(p, {kDim0, kDim1, kDim2}, {kDim0 * 2, kDim0 * kDim1 * 2}, {kCols, kRows, 1});
+    };
+    reset_traffic();
+    run(tma_kernel, 1, 32, kRows * kCols * 2 + 8, map(in.data), map(out.data), col, row, plane, raw.data);
+    bool loaded = true, stored = true;
+    int64_t bytes = 0;
+    for (int r = 0; r < kRows; ++r)
+        for (int c = 0; c < kCols; ++c) {
+            const int x = col + c, y = row + r;
+            const bool inside = x >= 0 && x < kDim0 && y >= 0 && y < kDim1;
+            const int place = r * 64 + ((c / 8 ^ r % 8) * 8 + c % 8);
+            bytes += inside ? 2 : 0;
+            loaded &= raw[place] == (inside ? in[(plane * kDim1 + y) * kDim0 + x] : 0);
+        }
+    for (int z = 0; z < kDim2; ++z)
+        for (int y = 0; y < kDim1; ++y)
+            for (int x = 0; x < kDim0; ++x) {
+                const bool touched = z == plane && y >= row && y < row + kRows && x >= col && x < col + kCols;
+                const int at = (z * kDim1 + y) * kDim0 + x;
+                stored &= out[at] == (touched ? in[at] : 0x1234);
+            }
+    expect(loaded, "TMA load, 128-byte swizzle, zero fill; first column", col);
+    expect(stored, "TMA store, clipped; first column", col);
+    expect_traffic({{}, {bytes, bytes, 0}, {}, {}, {}}, "TMA, what lies within the tensor");
+}
+
+// ---------------------------------------------------------------- bulk copies
+constexpr int kFloats = 256;
+
+FA_KERNEL(64, 1) bulk_kernel(const float* in, float* reduced) {
+    float* s = reinterpret_cast<float*>(ptx::smem());
+    ptx::Mbarrier* bar = reinterpret_cast<ptx::Mbarrier*>(ptx::smem() + kFloats * 4);
+    const int t = ptx::thread_idx();
+    if (t == 0) {
+        ptx::mbarrier_init(bar, 1);
+        ptx::fence_mbarrier_init();
+        ptx::mbarrier_arrive_expect_tx(bar, kFloats * 4);
+        ptx::bulk_load(s, in, kFloats * 4, bar);
+    }
+    ptx::sync_threads();
+    ptx::mbarrier_wait(bar, 0);
+    for (int i = t; i < kFloats; i += 64) s[i] += 1;
+    ptx::fence_proxy_async();
+    ptx::sync_threads();
+    if (t % 32 == 0) {  // both warps, to the same place
+        ptx::bulk_reduce_add(reduced, s, kFloats * 4);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+    }
+}
+
+void test_bulk(int blocks) {
+    Buffer<float> in(kFloats), reduced(kFloats);
+    reduced.fill(3);
+    for (int i = 0; i < kFloats; ++i) in[i] = static_cast<float>(i * 7 % 31);
+    reset_traffic();
+    run(bulk_kernel, blocks, 64, kFloats * 4 + 8, in.data, reduced.data);
+    bool ok = true;
+    for (int i = 0; i < kFloats; ++i) ok &= reduced[i] == 3 + static_cast<float>(2 * blocks) * (in[i] + 1);
+    expect(ok, "bulk load, bulk reduction; blocks", blocks);
+    expect_traffic({{}, {}, {blocks * kFloats * 4, 0, 2 * blocks * kFloats * 4}, {}, {}}, "bulk");
+}
+
+// Blocks take turns at bulk reductions, each waiting until its own has been written: the sum shows the order.
+FA_KERNEL(32, 1) bulk_turns_kernel(int32_t* counter, float* sum) {
+    float* s = reinterpret_cast<float*>(ptx::smem());
+    const int block = ptx::block_idx(), t = ptx::thread_idx();
+    if (t == 0) ptx::wait_for_turn(counter, block);
+    ptx::sync_threads();  // all threads read what earlier blocks have added
+    const float before = t < 4 ? ptx::load(sum + t) : 0.f;
+    if (t < 4) s[t] = 2 * before + static_cast<float>(block);
+    ptx::fence_proxy_async();
+    ptx::sync_threads();  // s is complete, and sum has been read
+    if (t != 0) return;
+    ptx::bulk_reduce_add(sum, s, 16);
+    ptx::bulk_commit();
+    ptx::bulk_wait<0>();
+    ptx::pass_turn(counter);
+}
+
+void test_bulk_turns() {
+    constexpr int kBlocks = 5;
+    Buffer<int32_t> counter(1);
+    Buffer<float> sum(4);
+    sum.fill(1);
+    run(bulk_turns_kernel, kBlocks, 32, 16, counter.data, sum.data);
+    float expected = 1;
+    for (int b = 0; b < kBlocks; ++b) expected += 2 * expected + static_cast<float>(b);
+    bool ok = true;
+    for (int i = 0; i < 4; ++i) ok &= sum[i] == expected;
+    expect(ok, "bulk reductions in turn");
+}
+
+}  // namespace
+
+void test_sm90() {
+    test_elect();
+    test_stmatrix<false>();
+    test_stmatrix<true>();
+    test_tma(0, 0, 0);
+    test_tma(32, 8, 1);
+    test_tma(-8, -3, 1);
+    test_bulk(1);
+    test_bulk(4);
+    test_bulk_turns();
+    test_wgmma();
+}
+
+}  // namespace flash_attn::primitives
+#else
+void flash_attn::primitives::test_sm90() { std::printf("those of sm_90a are left out of this build\n"); }
+#endif

@@ -1,0 +1,19 @@
+// Host model of csrc/ptx/tma.h.
+#pragma once
+#include "ptx/bulk.h"
+
+namespace flash_attn::ptx {
+
+using TensorMap = sim::TensorMap;
+
+template <int kRank>
+FA_DEVICE void tma_load(void* smem_dst, const TensorMap& map, Mbarrier* bar, const int (&coord)[kRank]) {
+    static_assert(kRank >= 2 && kRank <= 5);
+    sim::tma_load(smem_dst, map, bar, coord, kRank);
+}
+template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, const void* smem_src, const int (&coord)[kRank]) {
+    static_assert(kRank >= 2 && kRank <= 5);
+    sim::tma_store(map, smem_src, coord, kRank);
+}
+
+}  // namespace flash_attn::ptx

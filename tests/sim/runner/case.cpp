@@ -1,0 +1,173 @@
+#include "runner/case.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <sstream>
+
+namespace flash_attn::runner {
+namespace {
+
+[[noreturn]] void reject(const std::string& word) {
+    std::fprintf(stderr, "not understood in the line of a case: %s\n", word.c_str());
+    std::exit(2);
+}
+
+int to_int(const std::string& text) {
+    char* end = nullptr;
+    const long value = std::strtol(text.c_str(), &end, 10);
+    if (text.empty() || *end) reject(text);
+    return int(value);
+}
+
+double to_double(const std::string& text) {
+    char* end = nullptr;
+    const double value = std::strtod(text.c_str(), &end);
+    if (text.empty() || *end) reject(text);
+    return value;
+}
+
+std::vector<int> to_ints(const std::string& text) {
+    std::vector<int> values;
+    std::istringstream words(text);
+    for (std::string word; std::getline(words, word, ',');) values.push_back(to_int(word));
+    return values;
+}
+
+ElementType to_type(const std::string& text) {
+    if (text == "bfloat16") return ElementType::kBFloat16;
+    if (text == "float16") return ElementType::kFloat16;
+    reject(text);
+}
+
+Layout to_layout(const std::string& text) {
+    const std::map<std::string, Layout> layouts{
+        {"rows", Layout::kRows}, {"heads", Layout::kHeads}, {"gaps", Layout::kGaps}, {"far", Layout::kFar}};
+    const auto found = layouts.find(text);
+    if (found == layouts.end()) reject(text);
+    return found->second;
+}
+
+using Setter = std::function<void(Case&, const std::string&)>;
+
+Setter set(int Case::* field) {
+    return [field](Case& c, const std::string& text) { c.*field = to_int(text); };
+}
+Setter set(bool Case::* field) {
+    return [field](Case& c, const std::string& text) { c.*field = to_int(text) != 0; };
+}
+Setter set(double Case::* field) {
+    return [field](Case& c, const std::string& text) { c.*field = to_double(text); };
+}
+Setter set(std::string Case::* field) {
+    return [field](Case& c, const std::string& text) { c.*field = text; };
+}
+Setter set(std::vector<int> Case::* field) {
+    return [field](Case& c, const std::string& text) { c.*field = to_ints(text); };
+}
+
+void set_window(Case& c, const std::string& text) {
+    const std::vector<int> window = to_ints(text);
+    if (window.size() != 2) reject(text);
+    c.window_left = window[0], c.window_right = window[1];
+}
+
+const std::map<std::string, Setter>& setters() {
+    static const std::map<std::string, Setter> table{
+        {"seqlens_q", set(&Case::seqlens_q)},
+        {"seqlens_k", set(&Case::seqlens_k)},
+        {"dtype", [](Case& c, const std::string& text) { c.type = to_type(text); }},
+        {"num_heads", set(&Case::num_heads)},
+        {"num_heads_k", set(&Case::num_heads_k)},
+        {"head_dim", set(&Case::head_dim)},
+        {"head_dim_v", set(&Case::head_dim_v)},
+        {"packed", set(&Case::packed)},
+        {"causal", set(&Case::causal)},
+        {"window_size", set_window},
+        {"softcap", set(&Case::softcap)},
+        {"softmax_scale", set(&Case::softmax_scale)},
+        {"alibi", set(&Case::alibi)},
+        {"dropout_p", set(&Case::dropout_p)},
+        {"seqused_k", set(&Case::seqused_k)},
+        {"leftpad_k", set(&Case::leftpad_k)},
+        {"page_size", set(&Case::page_size)},
+        {"unused_rows", set(&Case::unused_rows)},
+        {"lse_grad", set(&Case::lse_grad)},
+        {"seqlen_q_if_empty", set(&Case::seqlen_q_if_empty)},
+        {"seqlen_k_if_empty", set(&Case::seqlen_k_if_empty)},
+        {"seed", set(&Case::seed)},
+        {"check", set(&Case::check)},
+        {"layout", [](Case& c, const std::string& text) { c.layout = to_layout(text); }},
+        {"smem", set(&Case::smem)},
+        {"deterministic", set(&Case::deterministic)},
+    };
+    return table;
+}
+
+void check_lengths(const Case& c, const std::string& line) {
+    const size_t batch_size = c.seqlens_q.size();
+    bool good = c.seqlens_k.size() == batch_size && (!c.paged() || c.packed);
+    for (const auto* values : {&c.seqused_k, &c.leftpad_k}) good &= values->empty() || values->size() == batch_size;
+    for (const int n : c.seqlens_q) good &= c.packed || n == c.seqlen_q();
+    for (const int n : c.seqlens_k) good &= c.packed || n == c.seqlen_k();
+    if (!good || c.num_heads % c.num_heads_k) reject(line);
+}
+
+int longest(const std::vector<int>& lengths, int if_empty) {
+    return lengths.empty() ? if_empty : *std::max_element(lengths.begin(), lengths.end());
+}
+
+}  // namespace
+
+int Case::seqlen_q() const { return longest(seqlens_q, seqlen_q_if_empty); }
+int Case::seqlen_k() const { return longest(seqlens_k, seqlen_k_if_empty); }
+double Case::scale() const { return softmax_scale > 0 ? softmax_scale : 1 / std::sqrt(double(head_dim)); }
+uint32_t Case::dropout_threshold() const { return uint32_t(std::min(std::lround(dropout_p * 65536), 65535L)); }
+
+Case parse_case(const std::string& line) {
+    Case c;
+    std::istringstream words(line);
+    for (std::string word; words >> word;) {
+        const size_t equals = word.find('=');
+        const auto setter = setters().find(word.substr(0, equals));
+        if (equals == std::string::npos || setter == setters().end()) reject(word);
+        setter->second(c, word.substr(equals + 1));
+    }
+    check_lengths(c, line);
+    return c;
+}
+
+std::vector<Sequence> sequences(const Case& c) {
+    std::vector<Sequence> found;
+    int start_q = 0, start_k = 0, compact_k = 0;
+    for (int b = 0; b < c.batch_size(); ++b) {
+        const int end = c.seqused_k.empty() ? c.seqlens_k[b] : c.seqused_k[b];
+        const int begin = c.leftpad_k.empty() ? 0 : std::min(c.leftpad_k[b], end);
+        Sequence s{b, b, 0, c.seqlens_q[b], begin, end - begin, start_q, compact_k};
+        if (c.packed) s.batch = 0, s.first_q = start_q, s.first_k = start_k + begin;
+        found.push_back(s);
+        start_q += c.seqlens_q[b], start_k += c.seqlens_k[b], compact_k += end - begin;
+    }
+    return found;
+}
+
+int total_rows_q(const Case& c) {
+    int total = 0;
+    for (const Sequence& s : sequences(c)) total += s.seqlen_q;
+    return total;
+}
+
+int total_rows_k(const Case& c) {
+    int total = 0;
+    for (const Sequence& s : sequences(c)) total += s.seqlen_k;
+    return total;
+}
+
+bool visible(const Case& c, const Sequence& s, int i, int j) {
+    const int shift = s.seqlen_k - s.seqlen_q, right = c.causal ? 0 : c.window_right;
+    return (c.window_left < 0 || j >= i + shift - c.window_left) && (right < 0 || j <= i + shift + right);
+}
+
+}  // namespace flash_attn::runner

@@ -1,0 +1,29 @@
+// What is checked of a case; `check=` in its line says which.
+#pragma once
+#include <vector>
+#include "runner/case.h"
+#include "runner/compare.h"
+#include "runner/simulator.h"
+
+namespace flash_attn::runner {
+
+struct Plan {
+    std::vector<Schedule> schedules;
+    bool forward = true, backward = true, attn_probs = true;
+};
+
+void check_case(const Case& c, const Plan& plan, Report& report);
+
+// "reference": results against the reference; the same bits under every schedule; bytes moved against a formula.
+// "large" is the same with numbers that are near the largest of fp16.
+void check_reference(const Case& c, const Plan& plan, Report& report);
+// "batch": a sequence gives the same bits alone as among others.
+void check_batch(const Case& c, const Plan& plan, Report& report);
+// "hostile": lengths and tables that lie give any answer, but touch nothing outside of the tensors.
+void check_hostile(const Case& c, const Plan& plan, Report& report);
+// "nonfinite": a NaN or infinity shows where something attends to it, and everything else has the bits of a clean run.
+void check_nonfinite(const Case& c, const Plan& plan, Report& report);
+// "marked": rows whose softmax_lse is infinite have gradients of zero and add none to keys, whatever the mask says.
+void check_marked(const Case& c, const Plan& plan, Report& report);
+
+}  // namespace flash_attn::runner

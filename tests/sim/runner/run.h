@@ -1,0 +1,34 @@
+// Runs the passes of a case on the simulator, with what memory the torch ops would give them, and fails the report
+// where they touch what is not theirs.
+#pragma once
+#include <vector>
+#include "runner/case.h"
+#include "runner/compare.h"
+#include "runner/inputs.h"
+#include "runner/simulator.h"
+
+namespace flash_attn::runner {
+
+struct Forward {
+    Compact out, softmax_lse;
+    Traffic traffic;
+};
+struct Backward {
+    Compact dq, dk, dv, dsoftmax_sum;
+    Traffic traffic;
+};
+
+struct Probs {
+    std::vector<float> weights;  // [batch_size, num_heads, seqlen_q, seqlen_k]; dropped ones have their sign bit set
+    Traffic traffic;
+};
+
+Forward run_forward(const Inputs& x, Schedule schedule, Report& report);
+
+// out and softmax_lse are what the forward pass gave, dlse is taken if the case says so.
+Backward run_backward(const Inputs& x, const Compact& out, const Compact& softmax_lse, Schedule schedule,
+                      Report& report);
+
+Probs run_attn_probs(const Inputs& x, const Compact& softmax_lse, Schedule schedule, Report& report);
+
+}  // namespace flash_attn::runner
