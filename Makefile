@@ -4,6 +4,7 @@
 #   make test VENV= PYTHON=python3     the ambient interpreter instead; nothing is downloaded or installed
 #   make test ARGS='-k varlen -x'      arguments for pytest, the demo or the benchmark
 #   make build MAX_JOBS=1              compile with one process
+#   make gpu-test SHARD=1/3            a third of the tests on a GPU; run again, it goes on where it ended
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -14,23 +15,32 @@ CXX    ?= g++
 BUILD_TOOLS := 'setuptools>=77.0.3' 'pybind11>=2.13' ninja
 # Their versions are pinned in one place, for the hooks and for `make lint`.
 LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yaml))
+# What `make report` disassembles with. They read the code of every CUDA 13.
+REPORT_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
+# What is built depends on the interpreter and on the choice of GPUs.
+BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST))
 ifeq ($(strip $(VENV)),)
-PY    := $(PYTHON)
-BUILT := build/.built-with-$(call file_name,$(PYTHON))
+PY           := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
-PY          := $(VENV)/bin/python
-BUILT       := build/.built-with-$(call file_name,$(VENV))
-READY       := $(VENV)/.ready-$(call file_name,$(TORCH))
-LINT_READY  := $(VENV)/.lint-$(call file_name,$(LINT_TOOLS))
+PY           := $(VENV)/bin/python
+READY        := $(VENV)/.ready-$(call file_name,$(TORCH))
+LINT_READY   := $(VENV)/.lint-$(call file_name,$(LINT_TOOLS))
+REPORT_READY := $(VENV)/.report-$(call file_name,$(REPORT_TOOLS))
 endif
 
+# Machines with a GPU come with a torch for it: the ambient interpreter, unless VENV is asked for.
+GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
+GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
+GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
+export SHARD LIMIT RESULTS
+
 # Folders too, so that a file that has gone counts as a change.
-SOURCES := setup.py pyproject.toml flash_attn/_version.py \
+SOURCES := setup.py pyproject.toml flash_attn/_version.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find build_tools csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 # Says what starts and, when the shell of the recipe ends, how it went and how long it took.
 define step
@@ -42,7 +52,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo bench lint format clean distclean
+.PHONY: help venv build test demo bench race mutants report gpu-test gpu-bench lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +72,30 @@ demo: $(BUILT) ## train a small GPT on real text, measure attention, save the fi
 bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
 	@$(call step,bench); \
 	for script in attention memory overhead; do $(PY) benchmarks/bench_$$script.py $(ARGS); done
+
+gpu-test: ## test the CUDA kernels on this machine's GPU; SHARD=1/3 for a part; with python3, in no virtual environment
+	@$(call step,gpu-test); \
+	$(GPU_PY) build_tools/preflight.py gpu-test; \
+	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
+	$(GPU_PATH) $(GPU_PY) -m pytest tests/gpu $(ARGS)
+
+gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch; SHARD=1/3 for a part
+	@$(call step,gpu-bench); \
+	$(GPU_PY) build_tools/preflight.py gpu-bench; \
+	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
+	$(GPU_PATH) $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
+
+race: ## the CUDA kernels on the simulator, under ThreadSanitizer
+	@$(call step,race); \
+	$(MAKE) -f tests/sim/Makefile -j$$(nproc) race
+
+mutants: ## break one line of the CUDA kernels at a time, and see that it is noticed; ARGS='--sample 40' for some
+	@$(call step,mutants); \
+	$(MAKE) -f tests/sim/Makefile -j$$(nproc) mutants
+
+report: $(REPORT_READY) ## compile the CUDA kernels, and report on them from the compiler's output and the machine code
+	@$(call step,report); \
+	$(PY) -m build_tools.static_report $(ARGS)
 
 lint: $(LINT_READY) ## ruff, mypy, clang-format and shellcheck, changing nothing
 	@$(call step,lint); failed=0; \
@@ -102,6 +136,12 @@ $(LINT_READY): $(READY)
 	@$(call step,lint tools); \
 	$(PY) -m pip install --disable-pip-version-check --quiet $(LINT_TOOLS); \
 	rm -f $(VENV)/.lint-*; \
+	touch $@
+
+$(REPORT_READY): $(READY)
+	@$(call step,report tools); \
+	$(PY) -m pip install --disable-pip-version-check --quiet $(REPORT_TOOLS); \
+	rm -f $(VENV)/.report-*; \
 	touch $@
 
 # setup.py compiles into build/, where only what changed is compiled again, and puts the extension beside the Python files.

@@ -1,19 +1,21 @@
 """Builds flash_attn: the Python package, and one extension module with the operators and every backend there is.
 
-Environment: MAX_JOBS limits the number of compilers at work; CUDA_HOME names the CUDA toolkit.
+Environment: MAX_JOBS limits the number of compilers at work; CUDA_HOME names the CUDA toolkit; FLASH_ATTN_CUDA_ARCHS,
+or else TORCH_CUDA_ARCH_LIST, names the GPUs to compile for, such as "8.0+PTX;9.0a".
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip does not look here for modules
+
+from build_tools import cuda_archs, cuda_objects
 
 try:
     import torch
@@ -25,6 +27,8 @@ except ModuleNotFoundError as error:
         "flash-attn is compiled against the torch that is installed, and none is visible here. Run\n"
         "    pip install torch setuptools pybind11 ninja && pip install --no-build-isolation ."
     )
+
+ROOT = Path(__file__).resolve().parent
 
 # -O3, not -O2: a tenth of the CPU backend's speed. Math functions set no errno and floating point does not trap, or
 # loops with them would not become vector code. Vectors as arguments of inlined functions would set off -Wpsabi.
@@ -45,53 +49,72 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
-def cuda_home() -> str | None:
-    """The top of the CUDA toolkit, asked of nvcc itself: the nvcc on PATH may be a wrapper in some other folder."""
+def cuda_choice(home: Path) -> cuda_archs.Choice:
+    """Which GPUs to compile for; ends the build with one line if that makes no sense."""
     try:
-        # The commands of a dry run go to standard error.
-        command = ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"]
-        dry_run = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return cpp_extension.CUDA_HOME
-    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
-    return str(Path(top.group(1).strip()).resolve()) if top else cpp_extension.CUDA_HOME
+        nvcc = cuda_objects.nvcc_of(home)
+        version = cuda_objects.cuda_version(nvcc)
+        if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+            remedy = "set CUDA_HOME to a toolkit of the same major version"
+            raise cuda_objects.ToolError(f"torch is for CUDA {torch.version.cuda}, {nvcc} is of {version}; {remedy}")
+        present = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        return cuda_archs.choose(os.environ, present, cuda_objects.known_codes(nvcc))
+    except (cuda_archs.ArchError, cuda_objects.ToolError) as error:
+        sys.exit(f"flash-attn: {error}")
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Compiles the CUDA kernels first, each source for its own targets, then the rest as torch does."""
+
+    def build_extensions(self):
+        """All extensions, of which there is one."""
+        for each in self.extensions:
+            wanted = getattr(each, "cuda_objects", [])
+            if wanted:
+                each.extra_objects = [str(path) for path in self.compile_kernels(each.cuda_home, wanted)]
+        super().build_extensions()
+
+    def compile_kernels(self, home, wanted):
+        """The object files of the kernels; ends the build with one line if one does not compile."""
+        try:
+            return cuda_objects.build(home, wanted)
+        except cuda_objects.ToolError as error:
+            sys.exit(f"flash-attn: {error}")
 
 
 def extension():
     """The extension for this machine; says in one line which it is and why."""
     import pybind11  # here, so that torch is missed first
 
-    cuda_sources = sources("**/*.cu")
-    home = os.environ.get("CUDA_HOME") or cuda_home()
+    home = cuda_objects.cuda_home()
     reason = (
         "this torch is a CPU build"
         if torch.version.cuda is None
         else "there is no nvcc"
         if home is None
         else "the source tree has no CUDA kernels"
-        if not cuda_sources
+        if not cuda_objects.cuda_sources()
         else None
     )
-    cxx_flags = list(CXX_FLAGS)
     options = {
         "include_dirs": [str(ROOT / "csrc"), pybind11.get_include()],
         "extra_link_args": ["-fopenmp"],
     }
-    cxx_sources = sources("cpu/*.cpp", "ops/*.cpp")
     if reason is not None:
         print(f"flash-attn: building for CPU only: {reason}")
-        options["extra_compile_args"] = {"cxx": cxx_flags}
-        return cpp_extension.CppExtension("flash_attn._C", cxx_sources, **options)
-    print(f"flash-attn: building for CPU and CUDA {torch.version.cuda}, with the toolkit in {home}")
-    cpp_extension.CUDA_HOME = home
-    cxx_flags.append(f'-DFLASH_ATTN_CUDA_VERSION="{torch.version.cuda}"')
-    cxx_sources = [name for name in cxx_sources if Path(name).name != "no_cuda.cpp"]
-    return cpp_extension.CUDAExtension(
-        "flash_attn._C",
-        cxx_sources + cuda_sources,
-        extra_compile_args={"cxx": cxx_flags, "nvcc": ["-std=c++20", "-O3"]},
-        **options,
+        cxx_sources = [name for name in sources("cpu/*.cpp", "ops/*.cpp") if Path(name).name != "cuda.cpp"]
+        return cpp_extension.CppExtension("flash_attn._C", cxx_sources, extra_compile_args=CXX_FLAGS, **options)
+    choice = cuda_choice(home)
+    codes = " ".join(cuda_archs.code_names(choice.archs))
+    print(f"flash-attn: building for CPU and CUDA {torch.version.cuda} with {home}: {codes} ({choice.reason})")
+    cpp_extension.CUDA_HOME = str(home)
+    macros = [f'-DFLASH_ATTN_CUDA_VERSION="{torch.version.cuda}"', f'-DFLASH_ATTN_CUDA_TARGETS="{codes}"']
+    cxx_sources = [name for name in sources("cpu/*.cpp", "ops/*.cpp") if Path(name).name != "no_cuda.cpp"]
+    result = cpp_extension.CUDAExtension(
+        "flash_attn._C", cxx_sources, extra_compile_args=[*CXX_FLAGS, *macros], **options
     )
+    result.cuda_home, result.cuda_objects = home, cuda_objects.objects(choice.archs)
+    return result
 
 
 setup(
@@ -106,7 +129,7 @@ setup(
     package_data={"flash_attn": ["py.typed"]},
     py_modules=["flash_attn_2_cuda"],
     ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": BuildExtension},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "einops"],
     extras_require={"test": ["pytest>=7", "hypothesis", "numpy"], "demo": ["matplotlib", "tqdm"]},

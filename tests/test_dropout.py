@@ -32,7 +32,7 @@ def test_mask_is_philox(state, dropout_p):
     case = dataclasses.replace(BASE, dropout_p=dropout_p)
     seed, offset = (x % 2**64 for x in state)
     expected = philox.keep_mask(2, 3, 100, 130, seed, offset, dropout_threshold(dropout_p))
-    assert np.array_equal(keep_of(case, state).numpy(), expected)
+    assert np.array_equal(keep_of(case, state).cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])

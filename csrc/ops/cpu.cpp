@@ -1,22 +1,12 @@
 // The ops on the CPU: check, allocate, fill what lies outside of sequences, run the kernels.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
-#include <limits>
 #include "cpu/backend.h"
 #include "ops/cpu_host.h"
 #include "ops/problem.h"
+#include "ops/results.h"
 
 namespace flash_attn {
 namespace {
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-Tensor empty(const c10::SymDimVector& sizes, const Tensor& like, at::ScalarType type) {
-    return at::empty(C10_AS_INTARRAYREF_SLOW(sizes), like.options().dtype(type));
-}
-
-// Whether any query can see any key.
-bool has_pairs(const Problem& p) { return p.batch_size > 0 && p.seqlens.seqlen_q > 0 && p.seqlens.seqlen_k > 0; }
 
 // Fills the rows of a packed tensor that follow the last sequence.
 void fill_tail(const Tensor& tensor, int64_t dim, const int32_t* cu_seqlens, int32_t batch_size, double value) {
@@ -24,24 +14,6 @@ void fill_tail(const Tensor& tensor, int64_t dim, const int32_t* cu_seqlens, int
     const int64_t used = cu_seqlens[batch_size], total = tensor.size(dim);
     if (used < total) tensor.narrow(dim, used, total - used).fill_(value);
 }
-
-// A gradient that is written where it belongs if kernels can write there, and copied there otherwise.
-class Gradient {
-public:
-    explicit Gradient(const Tensor& target)
-        : target_(target), written_(is_last_dim_contiguous(target)
-                                        ? c10::MaybeOwned<Tensor>::borrowed(target)
-                                        : c10::MaybeOwned<Tensor>::owned(at::empty(target.sizes(), target.options()))) {
-    }
-    const Tensor& operator*() const { return *written_; }
-    void finish() const {
-        if (!written_.unsafeIsBorrowed()) target_.copy_(*written_);
-    }
-
-private:
-    const Tensor& target_;
-    c10::MaybeOwned<Tensor> written_;
-};
 
 FwdResult fwd_cpu(const FwdArgs& args) {
     validate(args);
@@ -98,8 +70,7 @@ Tensor bwd_cpu(const BwdArgs& args) {
                      host);
         for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
     } else {
-        for (const Tensor& gradient : {args.dq, args.dk, args.dv}) gradient.zero_();
-        args.dlse ? dsoftmax_sum.copy_(args.dlse->neg()) : dsoftmax_sum.zero_();
+        clear_gradients(args, dsoftmax_sum);
     }
     fill_tail(dsoftmax_sum, 1, problem.seqlens.cu_seqlens_q, problem.batch_size, 0);
     return dsoftmax_sum;

@@ -2,20 +2,23 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 #include "cpu/backend.h"
+#include "ops/cuda_targets.h"
 #include "ops/problem.h"
 
 namespace flash_attn {
 
 pybind11::dict build_info() {
     pybind11::dict info;
+    pybind11::list cuda_archs;
     info["torch_version"] = TORCH_VERSION;
 #ifdef FLASH_ATTN_CUDA_VERSION
     info["cuda_version"] = FLASH_ATTN_CUDA_VERSION;
+    for (const std::string& target : split_targets(FLASH_ATTN_CUDA_TARGETS)) cuda_archs.append(target);
 #else
     info["cuda_version"] = pybind11::none();
 #endif
     info["cpu_instruction_set"] = cpu::instruction_set();
-    info["cuda_archs"] = pybind11::list();
+    info["cuda_archs"] = cuda_archs;
     info["max_head_dim"] = kMaxHeadDim;
     return info;
 }

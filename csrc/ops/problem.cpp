@@ -26,14 +26,6 @@ Window window_of(const ProblemArgs& args) {
     return {width(args.window_size_left), args.causal ? 0 : width(args.window_size_right)};
 }
 
-DropoutParams dropout_of(const ProblemArgs& args) {
-    if (!(args.dropout_p > 0)) return {};
-    const Tensor state = args.rng_state->cpu();
-    const int64_t *seed = state.const_data_ptr<int64_t>(), *offset = seed + state.stride(0);
-    const uint32_t threshold = min<uint32_t>(std::lround(args.dropout_p * 65536), 65535);
-    return {threshold, uint64_t(*seed), uint64_t(*offset)};
-}
-
 }  // namespace
 
 bool is_last_dim_contiguous(const Tensor& tensor) { return tensor.stride(-1) == 1 || tensor.size(-1) <= 1; }
@@ -61,10 +53,20 @@ const int32_t* PreparedProblem::metadata(const OptionalTensor& tensor, Held& hel
     return held->const_data_ptr<int32_t>();
 }
 
-PreparedProblem::PreparedProblem(const ProblemArgs& args) {
+// A state on another device stays there: reading it here would wait for that device.
+DropoutParams PreparedProblem::dropout_of(const ProblemArgs& args) {
+    if (!(args.dropout_p > 0)) return {};
+    rng_state_ = last_dim_contiguous(*args.rng_state);
+    const int64_t* state = rng_state_->const_data_ptr<int64_t>();
+    const uint32_t threshold = min<uint32_t>(std::lround(args.dropout_p * 65536), 65535);
+    if (!rng_state_->is_cpu()) return {threshold, 0, 0, state};
+    return {threshold, uint64_t(state[0]), uint64_t(state[1]), nullptr};
+}
+
+PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const Tensor&)) {
     const bool packed = args.packed(), paged = args.block_table.has_value();
-    q_ = last_dim_contiguous(args.q);
-    k_ = last_dim_contiguous(args.k);
+    q_ = readable(args.q);
+    k_ = readable(args.k);
     Problem& p = problem_;
     p.type = element_type(args.q.scalar_type());
     p.batch_size = int32_t(packed ? args.cu_seqlens_q->size(0) - 1 : args.q.size(0));
@@ -74,7 +76,7 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args) {
     p.q = view_of(*q_, packed);
     p.k = view_of(*k_, packed && !paged);
     if (args.v) {
-        v_ = last_dim_contiguous(*args.v);
+        v_ = readable(*args.v);
         p.v = view_of(*v_, packed && !paged);
         p.head_dim_v = int32_t(args.v->size(-1));
     }

@@ -27,23 +27,25 @@ at::ScalarType lse_type(const ProblemArgs& args);
 // all reasons.
 void validate_values(const ProblemArgs& args, const Problem& problem);
 
-// A Problem over validated arguments. Layouts that kernels cannot read are copied, and the copies live as long as this.
-class PreparedProblem {
-public:
-    explicit PreparedProblem(const ProblemArgs& args);
-    const Problem& operator*() const { return problem_; }
-
-private:
-    using Held = c10::MaybeOwned<Tensor>;
-    const int32_t* metadata(const OptionalTensor& tensor, Held& held);
-
-    Held q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_, seqused_k_, leftpad_k_, block_table_, alibi_slopes_;
-    Problem problem_{};
-};
-
 // The tensor itself where its last dimension is contiguous, a contiguous copy otherwise.
 c10::MaybeOwned<Tensor> last_dim_contiguous(const Tensor& tensor);
 bool is_last_dim_contiguous(const Tensor& tensor);
+
+// A Problem over validated arguments. Where kernels cannot read a tensor as it lies, readable gives them a copy; copies
+// live as long as this.
+class PreparedProblem {
+public:
+    using Held = c10::MaybeOwned<Tensor>;
+    explicit PreparedProblem(const ProblemArgs& args, Held (*readable)(const Tensor&) = last_dim_contiguous);
+    const Problem& operator*() const { return problem_; }
+
+private:
+    const int32_t* metadata(const OptionalTensor& tensor, Held& held);
+    DropoutParams dropout_of(const ProblemArgs& args);
+
+    Held q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_, seqused_k_, leftpad_k_, block_table_, alibi_slopes_, rng_state_;
+    Problem problem_{};
+};
 
 // Views of tensors whose last dimension is contiguous; packed: without a batch dimension.
 TensorView view_of(const Tensor& tensor, bool packed);

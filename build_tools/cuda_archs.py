@@ -1,0 +1,172 @@
+"""For which GPUs CUDA code is compiled.
+
+An architecture is written as torch writes it in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "8.0+PTX", several of them
+separated by semicolons, commas or spaces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+OWN_VARIABLE = "FLASH_ATTN_CUDA_ARCHS"
+TORCH_VARIABLE = "TORCH_CUDA_ARCH_LIST"
+
+# Machine code for the two families that most GPUs of data centres belong to, and intermediate code for all others.
+DEFAULT = "8.0+PTX;9.0a"
+OLDEST = (8, 0)  # cp.async, bf16 and m16n8k16
+HOPPER = (9, 0)
+
+# The families that TORCH_CUDA_ARCH_LIST may name.
+FAMILIES = {
+    "ampere": "8.0;8.6+PTX",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell": "10.0;12.0+PTX",
+}
+
+
+class ArchError(ValueError):
+    """The choice of architectures makes no sense; the text says why and what would."""
+
+
+@dataclass(frozen=True, order=True)
+class Arch:
+    """A compute capability to compile for, with intermediate code (PTX) for newer GPUs too if so asked."""
+
+    major: int
+    minor: int
+    ptx: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}" + ("+PTX" if self.ptx else "")
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """(major, minor), as torch.cuda.get_device_capability gives it."""
+        return self.major, self.minor
+
+    @property
+    def machine_code(self) -> str:
+        """What nvcc calls its machine code. 9.0 always means sm_90a, which runs on just the same GPUs."""
+        return f"sm_{self.major}{self.minor}" + ("a" if self.capability == HOPPER else "")
+
+    @property
+    def intermediate_code(self) -> str:
+        """What nvcc calls its PTX: never that of sm_90a, which no other GPU could run."""
+        return f"compute_{self.major}{self.minor}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Architectures, and in a few words why these."""
+
+    archs: tuple[Arch, ...]
+    reason: str
+
+
+def parse(text: str, variable: str = OWN_VARIABLE) -> tuple[Arch, ...]:
+    """The architectures of a list. Raises ArchError for what is none."""
+    archs: list[Arch] = []
+    for item in filter(None, re.split(r"[;,\s]+", text)):
+        family = FAMILIES.get(item.lower())
+        if family is not None:
+            archs += parse(family, variable)
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", item, re.IGNORECASE)
+        if match is None:
+            raise ArchError(f'{variable}={text}: "{item}" is no architecture; write for example {DEFAULT}')
+        arch = Arch(int(match[1]), int(match[2]), ptx=bool(match[4]))
+        if match[3] and arch.capability != HOPPER:
+            raise ArchError(f'{variable}={text}: "{item}": the suffix a is known for 9.0a only; write {arch}')
+        archs.append(arch)
+    return _without_repeats(archs)
+
+
+def _without_repeats(archs: Iterable[Arch]) -> tuple[Arch, ...]:
+    with_ptx: dict[tuple[int, int], bool] = {}
+    for arch in archs:
+        with_ptx[arch.capability] = arch.ptx or with_ptx.get(arch.capability, False)
+    return tuple(Arch(*capability, ptx=ptx) for capability, ptx in sorted(with_ptx.items()))
+
+
+def choose(
+    environment: Mapping[str, str], present: Sequence[tuple[int, int]], known: Collection[str] | None = None
+) -> Choice:
+    """What to compile for: what the environment says, else the GPUs present, else the default.
+
+    Args:
+        present: the compute capabilities of the GPUs in this machine.
+        known: what nvcc can make machine code for ("sm_80", ...); None: do not ask.
+    """
+    own, torch_list = environment.get(OWN_VARIABLE, "").strip(), environment.get(TORCH_VARIABLE, "").strip()
+    recent = sorted({capability for capability in present if capability >= OLDEST})
+    if own:
+        choice = Choice(_at_least_oldest(parse(own), own), OWN_VARIABLE)
+    elif torch_list:
+        # A list for other packages as well: what is too old for this one is passed over.
+        archs = [arch for arch in parse(torch_list, TORCH_VARIABLE) if arch.capability >= OLDEST]
+        if not archs:
+            remedy = f"set {OWN_VARIABLE}, for example to {DEFAULT}"
+            raise ArchError(f"{TORCH_VARIABLE}={torch_list}: the kernels need 8.0 or newer; {remedy}")
+        choice = Choice(tuple(archs), TORCH_VARIABLE)
+    elif recent:
+        choice = _for_present(recent, known)
+    else:
+        reason = "the GPU in this machine is older than 8.0" if present else "there is no GPU in this machine"
+        choice = Choice(parse(DEFAULT), reason)
+    _check_known(choice, known)
+    return choice
+
+
+def _at_least_oldest(archs: tuple[Arch, ...], text: str) -> tuple[Arch, ...]:
+    for arch in archs:
+        if arch.capability < OLDEST:
+            raise ArchError(f"{OWN_VARIABLE}={text}: the kernels need 8.0 or newer, not {arch}")
+    return archs
+
+
+def _for_present(capabilities: list[tuple[int, int]], known: Collection[str] | None) -> Choice:
+    """For the GPUs present. One that is newer than nvcc gets the newest intermediate code that nvcc makes."""
+    archs = []
+    for capability in capabilities:
+        arch = Arch(*capability)
+        if known is not None and not _is_known(arch, known):
+            versions = (re.fullmatch(r"sm_(\d+)(\d)", name) for name in known)
+            older = [(int(match[1]), int(match[2])) for match in versions if match]
+            arch = Arch(
+                *max((version for version in older if OLDEST <= version < capability), default=OLDEST), ptx=True
+            )
+        archs.append(arch)
+    return Choice(_without_repeats(archs), "the GPU in this machine" if len(archs) == 1 else "the GPUs in this machine")
+
+
+def _is_known(arch: Arch, known: Collection[str]) -> bool:
+    """nvcc lists its targets without the suffix a."""
+    return arch.machine_code.removesuffix("a") in known
+
+
+def _check_known(choice: Choice, known: Collection[str] | None) -> None:
+    if known is None:
+        return
+    unknown = [str(arch) for arch in choice.archs if not _is_known(arch, known)]
+    if unknown:
+        possible = ", ".join(sorted(known, key=lambda name: (len(name), name)))
+        raise ArchError(f"{choice.reason}: this nvcc makes no code for {', '.join(unknown)}; it knows {possible}")
+
+
+def code_names(archs: Sequence[Arch]) -> list[str]:
+    """What a file that serves every GPU is compiled into: machine code for each, then intermediate code."""
+    return [arch.machine_code for arch in archs] + [arch.intermediate_code for arch in archs if arch.ptx]
+
+
+def code_for_source(name: str, archs: Sequence[Arch]) -> list[str]:
+    """What one source file is compiled into. *_sm90.cu needs Hopper's own instructions; the others serve every GPU."""
+    names = code_names(archs)
+    return [code for code in names if code == "sm_90a"] if name.endswith("_sm90.cu") else names
+
+
+def gencode_flags(codes: Iterable[str]) -> list[str]:
+    """nvcc's arguments for them."""
+    return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]

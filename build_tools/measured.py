@@ -1,0 +1,43 @@
+"""Runs one compiler and writes down what it said and what it cost.
+
+    python build_tools/measured.py LOG COMMAND...
+
+LOG becomes a JSON file with the processor time, the largest resident set of any of its processes, and what was printed.
+What is no mere information about registers is printed here as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# What `ptxas -v` has to say about every kernel. Information with a number in parentheses is a warning in disguise.
+RESOURCE_USAGE = re.compile(r"^(ptxas|nvlink) info\s*: (?!\(C)|^\s+\d+ bytes stack frame, |^\s*$")
+
+
+def main(log: str, *command: str) -> int:
+    """Run the command; the exit status is its own."""
+    started = time.perf_counter()
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for line in result.stdout.splitlines():
+        if not RESOURCE_USAGE.match(line):
+            print(line, file=sys.stderr)
+    content = {
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "command": command,
+        "output": result.stdout,
+    }
+    Path(log).write_text(json.dumps(content, indent=1) + "\n")
+    return result.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""What compiler and machine code say about the CUDA kernels: registers, spills, occupancy, instructions, cycles.
+
+    python -m build_tools.static_report            # compiles what is not up to date, writes docs/static_report.*
+    python -m build_tools.static_report --check    # changes nothing; exit status 1 if something has got worse
+
+--check fails if a kernel spills registers on any architecture, if the compiler warns, if a kernel does not fit onto a
+multiprocessor, or if the number of kernels, the size of the object files, the memory that compiling takes or the time,
+relative to that of calibration.cu, have grown by a quarter over what the committed report says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from build_tools import cost_model, cuda_archs, cuda_objects, measured, report_tables, sass
+from build_tools.cuda_objects import ROOT, ToolError
+
+REPORT = ROOT / "docs" / "static_report"
+ALLOWED_GROWTH = 1.25
+CALIBRATION = ROOT / "build_tools" / "calibration.cu"
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<architecture>\S+)'\n"
+    r"(?:.*\n)??"
+    r"\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*Used (?P<registers>\d+) registers"
+)
+POLICY = re.compile(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Scores))E")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel with one shape of tiles is launched, as launches.cpp prints it."""
+
+    kernel: str
+    config: str
+    head_dim: int
+    block_m: int
+    block_n: int
+    threads: int
+    smem_bytes: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture."""
+
+    kernel: str
+    element: str
+    head_dim: int
+    block_m: int
+    block_n: int
+    variant: str  # the mask and the scores: "FullMask PlainScores"
+    architecture: str
+    threads: int
+    smem_bytes: int
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    symbol: str
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Where it stands in tables."""
+        tile = (self.block_m, self.block_n, self.threads)
+        return (self.kernel, self.head_dim, *tile, self.architecture, self.variant, self.element)
+
+    def blocks(self) -> dict[str, int]:
+        """How many of its blocks fit onto the multiprocessors that run this code."""
+        return {
+            each.name: each.blocks_that_fit(self.threads, self.registers, self.smem_bytes)
+            for each in cost_model.MULTIPROCESSORS
+            if self.architecture.startswith(f"sm_{each.name.partition('.')[0]}")
+        }
+
+
+def launches(folder: Path) -> list[Launch]:
+    """Every kernel and tile shape that is launched."""
+    program = folder / "launches"
+    includes = [f"-I{ROOT / 'tests' / 'sim'}", f"-I{ROOT / 'csrc'}"]
+    source = ROOT / "build_tools" / "launches.cpp"
+    compiler = os.environ.get("CXX") or "g++"
+    subprocess.run([*compiler.split(), "-std=c++20", *includes, str(source), "-o", str(program)], check=True)
+    lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [Launch(**json.loads(line)) for line in dict.fromkeys(lines)]
+
+
+def launch_of(symbol: str, known: list[Launch]) -> Launch:
+    """The launch that a kernel's mangled name belongs to."""
+    for each in known:
+        if f"{len(each.kernel)}{each.kernel}I" in symbol and each.config in symbol:
+            return each
+    raise ToolError(f"build_tools/launches.cpp does not print how {symbol} is launched")
+
+
+def kernels_of(built: cuda_objects.Object, output: str, known: list[Launch]) -> list[Kernel]:
+    """What ptxas said about the kernels of one object file."""
+    found = []
+    for match in ENTRY.finditer(output):
+        launch = launch_of(match["name"], known)
+        found.append(
+            Kernel(
+                launch.kernel,
+                built.element,
+                launch.head_dim,
+                launch.block_m,
+                launch.block_n,
+                " ".join(POLICY.findall(match["name"])),
+                match["architecture"],
+                launch.threads,
+                launch.smem_bytes,
+                int(match["registers"]),
+                int(match["stores"]) + int(match["loads"]),
+                int(match["stack"]),
+                match["name"],
+            )
+        )
+    if len(found) != output.count("Compiling entry function"):
+        raise ToolError(f"{built.name}: the output of ptxas -v does not look as expected")
+    return found
+
+
+def warnings_in(output: str) -> list[str]:
+    """What the compiler printed besides the use of resources."""
+    return [line for line in output.splitlines() if not measured.RESOURCE_USAGE.match(line)]
+
+
+def disassembler() -> str:
+    """cuobjdump: from the package of that name, from PATH, or from the toolkit."""
+    home = cuda_objects.cuda_home()
+    site = Path(sysconfig.get_path("purelib")) / "nvidia"
+    folders = [*map(str, site.glob("cu*/bin")), os.environ.get("PATH", ""), str(home / "bin") if home else ""]
+    found = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    if found is None:
+        raise ToolError("there is no cuobjdump; run pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return found
+
+
+def main_loops(tool: str, path: Path, kernels: list[Kernel]) -> list[dict[str, Any]]:
+    """One pass of the main loop of every kernel in an object file that has one: instructions, and cycles per unit."""
+    by_symbol = {(each.symbol, each.architecture): each for each in kernels}
+    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
+    text = subprocess.run(
+        [tool, "--dump-sass", str(path)], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    found = []
+    for function in sass.parse(text.splitlines()):
+        kernel = by_symbol[function.name, function.architecture]
+        passed = function.usual_pass
+        if passed:
+            cycles = cost_model.cycles(passed, kernel.threads // cost_model.WARP, kernel.architecture)
+            names: dict[str, int] = {}
+            for opcode, times in sorted(passed.items()):
+                name = opcode.partition(".")[0]
+                names[name] = names.get(name, 0) + times
+            found.append(
+                {"kernel": kernel, "instructions": names, "cycles": cycles, "code": len(function.instructions)}
+            )
+    return found
+
+
+def interleaved(objects: list[cuda_objects.Object]) -> tuple[list[cuda_objects.Object], list[cuda_objects.Object]]:
+    """The objects with several of calibration.cu between them, which so meet the same conditions; and those alone."""
+    archs = cuda_archs.parse(cuda_archs.DEFAULT)
+    codes, element = tuple(cuda_archs.code_names(archs)), cuda_objects.ELEMENTS[0]
+    calibrations = [cuda_objects.Object(CALIBRATION, codes, element, head_dim) for head_dim in cuda_objects.HEAD_DIMS]
+    step = -(-len(objects) // len(calibrations))
+    parts = [[calibration, *objects[i * step : (i + 1) * step]] for i, calibration in enumerate(calibrations)]
+    return [each for part in parts for each in part], calibrations
+
+
+def log_of(built: cuda_objects.Object, folder: Path) -> dict[str, Any]:
+    """What measured.py wrote down."""
+    return dict(json.loads(built.log(folder).read_text()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known."""
+
+    compiler: str
+    costs: dict[str, float]
+    kernels: list[Kernel]
+    loops: list[dict[str, Any]]
+    warnings: list[str]
+
+    def as_json(self) -> str:
+        """One line per kernel and loop."""
+
+        def lines(rows: list[dict[str, Any]]) -> str:
+            return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]"
+
+        kernels = [{**asdict(each), "blocks": each.blocks()} for each in self.kernels]
+        for row in kernels:
+            del row["symbol"]
+        loops = [
+            {
+                "kernel": each["kernel"].kernel,
+                **{key: getattr(each["kernel"], key) for key in report_tables.LOOP_KEYS},
+                "instructions": each["instructions"],
+                "cycles": {unit: round(value, 1) for unit, value in each["cycles"].items()},
+            }
+            for each in self.loops
+        ]
+        head = json.dumps({"compiler": self.compiler, "costs": self.costs}, indent=1)[:-2]
+        return f'{head},\n "kernels": {lines(kernels)},\n "loops": {lines(loops)}\n}}\n'
+
+
+def gather(folder: Path) -> Report:
+    """Compile what is not up to date, and read all there is."""
+    home = cuda_objects.cuda_home()
+    if home is None:
+        raise ToolError("there is no nvcc; put it on PATH, or set CUDA_HOME")
+    tool = disassembler()
+    wanted = [each for each in cuda_objects.objects(cuda_archs.parse(cuda_archs.DEFAULT)) if each.element]
+    compiled, calibrations = interleaved(wanted)
+    cuda_objects.build(home, compiled, folder)
+    calibration = statistics.median(log_of(each, folder)["cpu_seconds"] for each in calibrations)
+    known = launches(folder)
+    paths, logs = [each.path(folder) for each in wanted], [log_of(each, folder) for each in wanted]
+    kernels, loops, warnings = [], [], []
+    for each, path, log in zip(wanted, paths, logs, strict=True):
+        own = kernels_of(each, log["output"], known)
+        kernels += own
+        warnings += [f"{each.name}: {line}" for line in warnings_in(log["output"])]
+        # The other element type has the same instructions.
+        if each.element == cuda_objects.ELEMENTS[0]:
+            loops += main_loops(tool, path, own)
+    kernels.sort(key=lambda each: each.place)
+    loops.sort(key=lambda each: each["kernel"].place)
+    cpu_seconds = sum(log["cpu_seconds"] for log in logs)
+    costs = {
+        "kernels": len(kernels),
+        "object_bytes": sum(path.stat().st_size for path in paths),
+        "peak_bytes": max(log["peak_bytes"] for log in logs),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "calibration_cpu_seconds": round(calibration, 2),
+        "relative_time": round(cpu_seconds / calibration, 1),
+    }
+    compiler = f"nvcc {cuda_objects.cuda_version(cuda_objects.nvcc_of(home))}"
+    return Report(compiler, costs, kernels, loops, warnings)
+
+
+def problems(report: Report, committed: dict[str, Any]) -> list[str]:
+    """What must not be, a sentence each."""
+    found = [f"the compiler warns: {line}" for line in report.warnings]
+    for each in report.kernels:
+        name = f"{each.kernel} {each.element} head_dim {each.head_dim} {each.block_m}x{each.block_n} {each.variant}"
+        if each.spill_bytes:
+            found.append(f"{name} spills {each.spill_bytes} bytes on {each.architecture}")
+        if not any(each.blocks().values()):
+            found.append(f"{name} fits onto no multiprocessor of {each.architecture}")
+    for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
+        before, now = committed["costs"][key], report.costs[key]
+        if now > ALLOWED_GROWTH * before:
+            found.append(f"{key} has grown from {before} to {now}; if that has to be, run make report and commit it")
+    return found
+
+
+def main() -> int:
+    """Write the report, or compare with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed report instead of writing it")
+    arguments = parser.parse_args()
+    try:
+        report = gather(cuda_objects.FOLDER)
+    except ToolError as error:
+        sys.exit(str(error))
+    print(report_tables.costs_table(report))
+    target = REPORT.with_suffix(".json")
+    if not arguments.check:
+        target.write_text(report.as_json())
+        REPORT.with_suffix(".md").write_text(report_tables.markdown(report))
+        print(f"wrote {REPORT}.json and {REPORT}.md")
+    found = problems(report, json.loads(target.read_text()))
+    for sentence in found:
+        print(sentence, file=sys.stderr)
+    return 1 if found and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+// The ops on CUDA devices: check, allocate, fill what kernels leave unwritten, launch. Nothing here waits for the
+// device or reads its memory (but with FLASH_ATTN_CHECK=1), so that every call can be captured in a CUDA graph.
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+#include <cstdlib>
+#include <string_view>
+#include "host_device.h"
+#include "kernels.h"
+#include "ops/cuda_targets.h"
+#include "ops/problem.h"
+#include "ops/results.h"
+
+namespace flash_attn {
+namespace {
+
+using c10::MaybeOwned;
+
+constexpr int64_t kRowAlignment = 16;  // bytes; kernels read rows in pieces of this size
+
+// Raises ValueError for what the CPU takes and CUDA kernels do not.
+void require_supported(const ProblemArgs& args) {
+    Reasons reasons(args);
+    const at::ScalarType type = args.q.scalar_type();
+    if (type != at::kBFloat16 && type != at::kHalf) {
+        reasons.add(args.v ? "q, k, v" : "q, k",
+                    "dtype bfloat16 or float16 on a CUDA device (cast them, call under torch.autocast, or move them to "
+                    "the CPU, which takes every dtype)",
+                    c10::getDtypeNames(type).first);
+    }
+    const auto check_head_dim = [&](const char* name, const char* what, int64_t size) {
+        if (size <= cuda::kMaxHeadDim) return;
+        const auto expected = c10::str(what, " of at most ", cuda::kMaxHeadDim,
+                                       " on a CUDA device (the CPU takes up to ", kMaxHeadDim, ')');
+        reasons.add(name, expected, size);
+    };
+    check_head_dim("q", "head_dim", args.q.size(-1));
+    if (args.v) check_head_dim("v", "head_dim_v", args.v->size(-1));
+    reasons.raise_if_any();
+}
+
+struct DeviceInfo {
+    int compute_capability, smem_per_block;
+    std::string trouble;  // why kernels do not run there; empty if they do
+};
+
+DeviceInfo query_device(int index) {
+    cudaDeviceProp properties;
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
+    const int compute_capability = 10 * properties.major + properties.minor;
+    const std::string name = c10::str("cuda:", index, " (", properties.name, ')');
+    return {compute_capability, int(properties.sharedMemPerBlockOptin),
+            device_trouble(name, compute_capability, FLASH_ATTN_CUDA_TARGETS)};
+}
+
+const DeviceInfo& device_info(c10::DeviceIndex index) {
+    static const std::vector<DeviceInfo> all = [] {
+        std::vector<DeviceInfo> devices;
+        for (int i = 0; i < c10::cuda::device_count(); ++i) devices.push_back(query_device(i));
+        return devices;
+    }();
+    return all.at(index);
+}
+
+// Makes the device of q the current one, for as long as this lives, and names its current stream.
+class DeviceScope {
+public:
+    explicit DeviceScope(const ProblemArgs& args) : guard_(args.q.device()) {
+        const DeviceInfo& info = device_info(args.q.device().index());
+        TORCH_CHECK(info.trouble.empty(), "flash_attn: ", info.trouble);
+        device_ = {info.compute_capability, info.smem_per_block, c10::cuda::getCurrentCUDAStream().stream()};
+    }
+    const cuda::Device& operator*() const { return device_; }
+
+private:
+    c10::cuda::CUDAGuard guard_;
+    cuda::Device device_;
+};
+
+void check_launch(const char* error) { TORCH_CHECK(!error, "flash_attn: ", error); }
+
+bool has_aligned_rows(const Tensor& tensor) {
+    if (!is_last_dim_contiguous(tensor) || uintptr_t(tensor.const_data_ptr()) % kRowAlignment != 0) return false;
+    for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+        const int64_t bytes = tensor.stride(dim) * int64_t(tensor.itemsize());
+        if (tensor.size(dim) > 1 && bytes % kRowAlignment != 0) return false;
+    }
+    return true;
+}
+
+// The tensor itself where kernels can read it, otherwise a copy with padded rows: one more pass over memory.
+MaybeOwned<Tensor> aligned_rows(const Tensor& tensor) {
+    if (has_aligned_rows(tensor)) return MaybeOwned<Tensor>::borrowed(tensor);
+    c10::DimVector sizes(tensor.sizes());
+    sizes.back() = round_up<int64_t>(sizes.back(), kRowAlignment / int64_t(tensor.itemsize()));
+    Tensor padded = at::empty(sizes, tensor.options()).narrow(-1, 0, tensor.size(-1));
+    padded.copy_(tensor);
+    return MaybeOwned<Tensor>::owned(std::move(padded));
+}
+
+bool wants_value_checks() {
+    static const bool wanted = [] {
+        const char* value = std::getenv("FLASH_ATTN_CHECK");
+        return value && *value && std::string_view(value) != "0";
+    }();
+    return wanted;
+}
+
+// With FLASH_ATTN_CHECK=1, looks at lengths and tables as the CPU backend always does, which waits for the device.
+// Calls that are captured in a CUDA graph go unchecked: nothing can be read then.
+void check_values(const ProblemArgs& args, const Problem& problem) {
+    if (!wants_value_checks() || c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+        return;
+    }
+    Problem on_host = problem;
+    c10::SmallVector<Tensor, 5> copies;
+    const auto copy = [&](const OptionalTensor& tensor, const int32_t*& data) {
+        if (tensor) data = copies.emplace_back(tensor->cpu().contiguous()).const_data_ptr<int32_t>();
+    };
+    copy(args.cu_seqlens_q, on_host.seqlens.cu_seqlens_q);
+    copy(args.cu_seqlens_k, on_host.seqlens.cu_seqlens_k);
+    copy(args.seqused_k, on_host.seqlens.seqused_k);
+    copy(args.leftpad_k, on_host.seqlens.leftpad_k);
+    copy(args.block_table, on_host.paged_kv.block_table);
+    on_host.paged_kv.batch_stride = on_host.paged_kv.max_pages;
+    validate_values(args, on_host);
+}
+
+FwdResult fwd_cuda(const FwdArgs& args) {
+    validate(args);
+    require_supported(args.problem);
+    const DeviceScope device(args.problem);
+    const PreparedProblem prepared(args.problem, aligned_rows);
+    const Problem& problem = *prepared;
+    check_values(args.problem, problem);
+
+    Tensor out = empty(out_sizes(args.problem), args.problem.q, args.problem.q.scalar_type());
+    Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, at::kFloat);
+    const bool packed = args.problem.packed();
+    if (packed || !has_pairs(problem)) {
+        // Where the last sequence ends is known to the device only.
+        out.zero_();
+        softmax_lse.fill_(-kInfinity);
+    }
+    if (has_pairs(problem)) {
+        check_launch(cuda::run_fwd({problem, view_of(out, packed), row_view_of(softmax_lse, packed)}, *device));
+    }
+    return {std::move(out), std::move(softmax_lse)};
+}
+
+// Zeros for all rows that run_bwd may leave unwritten.
+void clear_outside(const Problem& problem, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                   const Tensor& dsoftmax_sum) {
+    const Seqlens& s = problem.seqlens;
+    if (s.cu_seqlens_q) {
+        dq.zero_();
+        dsoftmax_sum.zero_();
+    }
+    if (s.cu_seqlens_k || s.seqused_k || s.leftpad_k) {
+        dk.zero_();
+        dv.zero_();
+    }
+}
+
+Tensor bwd_cuda(const BwdArgs& args) {
+    validate(args);
+    require_supported(args.problem);
+    const DeviceScope device(args.problem);
+    const PreparedProblem prepared(args.problem, aligned_rows);
+    const Problem& problem = *prepared;
+    check_values(args.problem, problem);
+
+    Tensor dsoftmax_sum = empty(lse_sizes(args.problem), args.problem.q, at::kFloat);
+    const bool packed = args.problem.packed();
+    if (!has_pairs(problem)) {
+        clear_gradients(args, dsoftmax_sum);
+        if (packed) dsoftmax_sum.zero_();
+        return dsoftmax_sum;
+    }
+    const auto out = aligned_rows(args.out), dout = aligned_rows(args.dout);
+    const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
+    const auto dlse = args.dlse ? last_dim_contiguous(*args.dlse) : MaybeOwned<Tensor>();
+    const Gradient dq(args.dq), dk(args.dk), dv(args.dv);
+    clear_outside(problem, *dq, *dk, *dv, dsoftmax_sum);
+    const BwdParams params{problem,
+                           view_of(*out, packed),
+                           view_of(*dout, packed),
+                           row_view_of(*softmax_lse, packed),
+                           args.dlse ? row_view_of(*dlse, packed) : RowView{},
+                           view_of(*dq, packed),
+                           view_of(*dk, packed),
+                           view_of(*dv, packed),
+                           row_view_of(dsoftmax_sum, packed),
+                           args.deterministic};
+    const Tensor workspace = at::empty({cuda::bwd_workspace_bytes(params)}, args.problem.q.options().dtype(at::kByte));
+    check_launch(cuda::run_bwd(params, workspace.mutable_data_ptr(), *device));
+    for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
+    return dsoftmax_sum;
+}
+
+Tensor attn_probs_cuda(const ProbsArgs& args) {
+    validate(args);
+    require_supported(args.problem);
+    const DeviceScope device(args.problem);
+    const PreparedProblem prepared(args.problem, aligned_rows);
+    const Problem& problem = *prepared;
+    check_values(args.problem, problem);
+
+    Tensor probs = empty(probs_sizes(args.problem), args.problem.q, args.problem.q.scalar_type()).zero_();
+    if (has_pairs(problem)) {
+        const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
+        const RowView lse = row_view_of(*softmax_lse, args.problem.packed());
+        check_launch(cuda::run_attn_probs({problem, lse, probs.mutable_data_ptr()}, *device));
+    }
+    return probs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
+    m.impl("fwd", fwd_op<fwd_cuda>);
+    m.impl("bwd", bwd_op<bwd_cuda>);
+    m.impl("attn_probs", attn_probs_op<attn_probs_cuda>);
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,105 @@
+"""Runs the tests of this folder in shards that can be resumed, on the device that device.py names.
+
+Environment: SHARD=i/n, every n-th test (1/1); LIMIT, seconds after which no test is started (420); RESULTS, the folder
+of the file of results (build/gpu-test). A run leaves out what has passed before with the same code.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import device
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from build_tools.preflight import trouble
+from build_tools.shards import Clock, Shard, fingerprint_of
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# The modules that make inputs: in all of them, for the device.
+MODULES = ("check", "test_backward", "test_dropout", "test_layouts", "test_metamorphic", "test_nan")
+
+
+def fingerprint() -> str:
+    import flash_attn
+
+    extension = list(Path(flash_attn.__file__).parent.glob("_C*.so"))
+    name = torch.cuda.get_device_name() if device.IS_GPU else "cpu"
+    return fingerprint_of([*extension, *HERE.glob("*.py"), *HERE.parent.glob("*.py")], torch.__version__, name)
+
+
+def pytest_configure(config):
+    reason = trouble() if device.IS_GPU else ""
+    if reason:
+        pytest.exit(f"gpu-test: {reason}", returncode=1)
+    folder = Path(os.environ.get("RESULTS") or ROOT / "build" / "gpu-test")
+    try:
+        config.shard = Shard(os.environ.get("SHARD") or "1/1", folder, fingerprint())
+    except ValueError as error:
+        pytest.exit(f"gpu-test: {error}", returncode=1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products under deterministic algorithms
+    config.clock = Clock(float(os.environ.get("LIMIT") or 420))
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def is_for_kernels(item) -> bool:
+    """Not of a type that only the CPU has."""
+    parameters = getattr(item, "callspec", None)
+    return parameters is None or parameters.params.get("dtype") not in ("float32", "float64")
+
+
+def pytest_collection_modifyitems(config, items):
+    kept = [item for item in items if is_for_kernels(item)]
+    chosen = set(config.shard.choose([item.nodeid for item in kept]))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+    items[:] = [item for item in kept if item.nodeid in chosen]
+    config.left = set(chosen)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        item.config.left.discard(item.nodeid)
+        more = {"text": report.longreprtext[-2000:]} if report.longreprtext else {}
+        item.config.shard.record(item.nodeid, report.outcome, report.duration, **more)
+    return report
+
+
+def pytest_runtest_logfinish(nodeid, location):
+    session = pytest_runtest_logfinish.session
+    if session.config.clock.is_over() and session.config.left:
+        session.shouldstop = f"the time is over with {len(session.config.left)} tests left; run again to go on"
+
+
+def pytest_sessionstart(session):
+    pytest_runtest_logfinish.session = session
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Nothing left to do is a success, too."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.shard.outcomes:
+        session.exitstatus = int(session.config.shard.count_of("failed") > 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    shard = config.shard
+    counts = ", ".join(f"{shard.count_of(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    terminalreporter.write_line(
+        f"gpu-test, shard {shard.index}/{shard.count}: {counts}, {len(config.left)} left; {shard.path}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def everything_on_the_device(monkeypatch):
+    """Inputs, and whatever else a test makes."""
+    for name in MODULES:
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "make_inputs", device.make_inputs)
+    with torch.device(device.DEVICE):
+        yield

@@ -1,0 +1,46 @@
+"""Where the tests of this folder run, and how problems of the CPU's tables are made to fit."""
+
+import dataclasses
+import math
+import os
+
+import pytest
+import torch
+
+import inputs
+from cases import Case
+
+# "cpu" rehearses the tests on the CPU backend, where there is no GPU: that shows whether the tests are right.
+DEVICE = os.environ.get("FLASH_ATTN_TEST_DEVICE", "cuda")
+IS_GPU = DEVICE != "cpu"
+MAX_HEAD_DIM = 256
+
+needs_gpu = pytest.mark.skipif(not IS_GPU, reason="a rehearsal on the CPU")
+make_inputs_anywhere = inputs.make_inputs
+
+# The element types of the kernels, in place of those that only the CPU has.
+NARROW = {"float32": "bfloat16", "float64": "float16"}
+
+
+def narrow(case: Case) -> Case:
+    """The same problem in a type that the kernels take."""
+    return dataclasses.replace(case, dtype=NARROW.get(case.dtype, case.dtype))
+
+
+def for_kernels(cases: list[Case]) -> list[Case]:
+    """Those that the kernels take, each once."""
+    fitting = [case for case in cases if max(case.head_dim, case.head_dim_v) <= MAX_HEAD_DIM]
+    return list(dict.fromkeys(map(narrow, fitting)))
+
+
+def make_inputs(case: Case, device: str = DEVICE, padding: float = math.nan) -> inputs.Inputs:
+    """As inputs.make_inputs, on the device, whatever the caller asks for."""
+    with torch.device("cpu"):
+        return make_inputs_anywhere(narrow(case), DEVICE, padding)
+
+
+def random_qkv(batch_size=2, seqlen=200, num_heads=4, head_dim=64, dtype=torch.bfloat16, num_heads_k=None):
+    """q, k and v that want gradients."""
+    shape = (batch_size, seqlen, num_heads, head_dim)
+    shape_k = (batch_size, seqlen, num_heads_k or num_heads, head_dim)
+    return [torch.randn(s, dtype=dtype, device=DEVICE).requires_grad_() for s in (shape, shape_k, shape_k)]

@@ -1,0 +1,84 @@
+"""What the CUDA implementation of the ops refuses, seen without a GPU: tensors of the CPU are sent to it directly."""
+
+import pytest
+import torch
+
+import flash_attn
+from bad_calls import CALLS, backward, dense, probs, varlen
+
+HAS_KERNELS = bool(flash_attn.build_info()["cuda_archs"])
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="a build without CUDA kernels")
+
+
+def call_on_cuda(call: str, arguments: dict):
+    """The op's implementation for CUDA, whatever device the tensors are on."""
+    op = getattr(torch.ops.flash_attn, CALLS[call][1]).default
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return op.redispatch(cuda, *(arguments[argument.name] for argument in op._schema.arguments))
+
+
+def in_bfloat16(arguments: dict) -> dict:
+    kept = {"softmax_lse", "dlse", "alibi_slopes"}
+    return {
+        name: x.to(torch.bfloat16) if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in kept else x
+        for name, x in arguments.items()
+    }
+
+
+def rejection(call: str, arguments: dict) -> str:
+    with pytest.raises(ValueError) as error:
+        call_on_cuda(call, arguments)
+    return str(error.value)
+
+
+@pytest.mark.skipif(HAS_KERNELS, reason="a build with CUDA kernels")
+@pytest.mark.parametrize("call", CALLS)
+def test_build_without_kernels(call):
+    """Wrong arguments are told first; then what is missing, and what to do."""
+    with pytest.raises(RuntimeError, match="this build has no CUDA kernels; move the tensors to the CPU to run them"):
+        call_on_cuda(call, CALLS[call][0]())
+    assert "softcap: expected" in rejection(call, {**CALLS[call][0](), "softcap": -1.0})
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("call", CALLS)
+def test_types(call, dtype):
+    arguments = {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in CALLS[call][0]().items()
+    }
+    text = rejection(call, arguments)
+    names = "q, k" if call == "probs" else "q, k, v"
+    assert text.startswith(f"{CALLS[call][2]}{names}: expected dtype bfloat16 or float16 on a CUDA device (cast them, ")
+    assert text.endswith(f"torch.autocast, or move them to the CPU, which takes every dtype), got {str(dtype)[6:]}")
+
+
+@needs_kernels
+def test_head_dims():
+    """Every reason is told, and the sizes that both backends refuse are told as by the CPU."""
+
+    def wide(make, head_dim, head_dim_v):
+        call = in_bfloat16(make())
+        for name, size in [("q", head_dim), ("k", head_dim), ("v", head_dim_v), ("dq", head_dim), ("dk", head_dim),
+                           ("dv", head_dim_v), ("out", head_dim_v), ("dout", head_dim_v)]:  # fmt: skip
+            if name in call:
+                call[name] = torch.ones(*call[name].shape[:-1], size, dtype=torch.bfloat16)
+        return call
+
+    on_cuda = "of at most 256 on a CUDA device (the CPU takes up to 512), got"
+    assert rejection("dense", wide(dense, 257, 8)) == f"flash_attn_func: q: expected head_dim {on_cuda} 257"
+    assert rejection("varlen", wide(varlen, 8, 300)) == f"flash_attn_varlen_func: v: expected head_dim_v {on_cuda} 300"
+    assert rejection("probs", wide(probs, 512, 8)) == f"flash_attn attn_probs: q: expected head_dim {on_cuda} 512"
+    lines = rejection("backward", wide(backward, 257, 512)).splitlines()
+    assert lines[0] == "flash_attn backward: 2 problems:"
+    assert lines[1:] == [f"  - q: expected head_dim {on_cuda} 257", f"  - v: expected head_dim_v {on_cuda} 512"]
+    assert "head_dim from 1 to 512" in rejection("dense", wide(dense, 513, 8))
+
+
+@needs_kernels
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_runs_elsewhere(call):
+    """What no kernel can read ends before any launch."""
+    with pytest.raises(RuntimeError, match="CUDA"):
+        call_on_cuda(call, in_bfloat16(CALLS[call][0]()))

@@ -1,0 +1,241 @@
+"""The static report of the CUDA kernels: what it reads from machine code, and what it makes of that."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from build_tools import cost_model, cuda_objects, measured, sass, static_report
+from build_tools.static_report import Kernel, Launch, Report, kernels_of, launch_of, problems
+
+# A loop from 0x20 to 0xd0 around one that loads pages (0x50 to 0x60), with a branch past it to direct loads (0x80), and
+# a special case (0xb0) that is usually skipped.
+SASS = """
+	code for sm_80
+		Function : kernel_a
+	.headerflags	@"EF_CUDA_SM80"
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;      /* 0x00000a00ff017624 */
+                                                                                /* 0x000fe400078e00ff */
+        /*0010*/              @!P2 EXIT ;                                       /* 0x000000000000794d */
+        /*0020*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0030*/                   BSSY B0, 0x90 ;
+        /*0040*/              @!P1 BRA 0x80 ;
+        /*0050*/                   LDGSTS.E.BYPASS.128.ZFILL [R9], [R4.64], P2 ;
+        /*0060*/               @P3 BRA 0x50 ;
+        /*0070*/                   BSYNC B0 ;
+        /*0080*/                   LDGSTS.E.BYPASS.128.ZFILL [R9], [R4.64], P2 ;
+        /*0084*/                   LDGSTS.E.BYPASS.128.ZFILL [R9], [R4.64], P2 ;
+        /*0088*/                   BSYNC B0 ;
+        /*0090*/                   LDSM.16.M88.4 R100, [R196] ;
+        /*00a0*/               @P0 BRA 0xc0 ;
+        /*00b0*/                   FMUL.FTZ R3, R3, R4 ;
+        /*00c0*/                   HMMA.16816.F32.BF16 R20, R100.reuse, R22, R88 ;
+        /*00d0*/              @!P4 BRA 0x20 ;
+        /*00e0*/                   EXIT ;
+        /*00f0*/                   BRA 0xf0;
+		Function : kernel_b
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   EXIT ;
+	code for sm_90a
+		Function : kernel_a
+        /*0000*/                   UIADD3 UR4, UR4, 0x1, URZ ;
+        /*0010*/                   HMMA.16816.F32.BF16 R20, R100, R22, R88 ;
+        /*0020*/                   BRA.U UP0, 0x0 ;
+        /*0030*/                   EXIT ;
+"""
+
+
+def functions():
+    return list(sass.parse(SASS.splitlines()))
+
+
+def test_functions_are_told_apart():
+    assert [(f.architecture, f.name) for f in functions()] == [
+        ("sm_80", "kernel_a"),
+        ("sm_80", "kernel_b"),
+        ("sm_90a", "kernel_a"),
+    ]
+    first = functions()[0].instructions
+    assert first[1] == sass.Instruction(0x10, "!P2", "EXIT", "")
+    assert first[5].name == "LDGSTS"
+    assert first[4].target == 0x80
+
+
+def test_loops():
+    function = functions()[0]
+    heads = {function.blocks[loop.head].instructions[0].address for loop in function.loops}
+    assert heads == {0x20, 0x50, 0xF0}
+    assert function.blocks[function.main_loop.head].instructions[0].address == 0x20
+
+
+def test_usual_pass():
+    """Most copies, so not by way of the pages; then the shortest, so without the special case."""
+    passed = functions()[0].usual_pass
+    assert passed == {
+        "BAR.SYNC.DEFER_BLOCKING": 1,
+        "BSSY": 1,
+        "BRA": 3,
+        "LDGSTS.E.BYPASS.128.ZFILL": 2,
+        "BSYNC": 1,
+        "LDSM.16.M88.4": 1,
+        "HMMA.16816.F32.BF16": 1,
+    }
+
+
+def test_loops_of_other_kinds():
+    _, no_loop, uniform_branch = functions()
+    assert no_loop.main_loop is None
+    assert not no_loop.usual_pass
+    assert sum(uniform_branch.usual_pass.values()) == 3
+
+
+# Costs.
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "registers", "smem_bytes", "blocks"),
+    [
+        ("8.0", 128, 255, 0, 2),  # 255 registers are 256, 8 warps of them are all there are
+        ("8.0", 128, 128, 0, 4),
+        ("8.0", 128, 129, 0, 3),
+        ("8.0", 256, 32, 0, 8),  # 2048 threads
+        ("8.6", 256, 32, 0, 6),  # 1536 threads
+        ("8.0", 32, 16, 0, 32),
+        ("8.0", 128, 32, 81 * 1024, 2),  # with 1 KB of the system's each
+        ("8.0", 128, 32, 82 * 1024, 1),
+        ("8.6", 128, 32, 99 * 1024, 1),
+        ("8.6", 128, 32, 100 * 1024, 0),
+        ("9.0", 128, 32, 227 * 1024, 1),
+        ("9.0", 128, 32, 113 * 1024, 2),
+    ],
+)
+def test_occupancy(name, threads, registers, smem_bytes, blocks):
+    device = next(each for each in cost_model.MULTIPROCESSORS if each.name == name)
+    assert device.blocks_that_fit(threads, registers, smem_bytes) == blocks
+
+
+def test_work_of_instructions():
+    passed = {
+        "HMMA.16816.F32.BF16": 2, "HMMA.1688.F32": 1, "MUFU.EX2": 3, "FFMA.FTZ": 5, "IMAD.MOV.U32": 7, "FMNMX": 11,
+        "LDSM.16.MT88.4": 1, "LDS": 1, "LDS.128": 1, "STS.64": 1, "LDGSTS.E.BYPASS.128.ZFILL": 1,
+        "RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1, "REDG.E.ADD.F32.FTZ.RN.STRONG.GPU": 1, "BRA": 13,
+    }  # fmt: skip
+    assert cost_model.work(passed) == {
+        "tensor": 2 * 2048 + 1024,
+        "mufu": 3 * 32,
+        "fp32": 5 * 32,
+        "integer_multiply": 7 * 32,
+        "alu": 11 * 32,
+        "smem": 512 + 128 + 512 + 256 + 512,
+        "reduction": 2 * 128,
+        "issue": sum(passed.values()),
+    }
+
+
+def test_cycles():
+    passed = {"HMMA.16816.F32.BF16": 64, "MUFU.EX2": 16, "FFMA": 8, "IMAD": 8, "LDSM.16.M88.4": 4}
+    on_ampere = cost_model.cycles(passed, 4, "sm_80")
+    expected = {"tensor": 512, "mufu": 128, "fp32": 32, "alu": 0, "smem": 64, "issue": 100, "reduction": 0}
+    assert on_ampere == expected
+    assert cost_model.cycles(passed, 4, "sm_90a")["fp32"] == 8 + 16
+    binding, most, least = cost_model.utilisation(on_ampere)
+    assert (binding, most) == ("tensor", 1.0)
+    assert least == pytest.approx(512 / (512 + 128 + 32 + 64))
+
+
+# The report.
+
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8fwd_sm80I3CfgNS_8FullMaskENS_14ModifiedScoresEE' for 'sm_80'
+ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_8FullMaskENS_14ModifiedScoresEE
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 760 bytes cmem[0]
+ptxas info    : Compile time = 134.296 ms
+ptxas info    : Compiling entry function '_ZN8fwd_sm80I3CfgNS_10WindowMaskENS_11PlainScoresEE' for 'sm_90a'
+ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_10WindowMaskENS_11PlainScoresEE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 200 registers, used 1 barriers
+"""
+LAUNCHES = [Launch("fwd_sm80", "3Cfg", 64, 128, 64, 128, 32768), Launch("bwd_sm80", "3Cfg", 64, 64, 64, 256, 65536)]
+OBJECT = cuda_objects.Object(Path("fwd_sm80.cu"), ("sm_80",), "bf16", 64)
+
+
+def test_what_the_compiler_says():
+    spilling, clean = kernels_of(OBJECT, PTXAS, LAUNCHES)
+    assert (spilling.registers, spilling.spill_bytes, spilling.stack_bytes) == (255, 12, 16)
+    assert (spilling.variant, spilling.architecture, spilling.threads) == ("FullMask ModifiedScores", "sm_80", 128)
+    assert (clean.registers, clean.spill_bytes, clean.variant) == (200, 0, "WindowMask PlainScores")
+    assert spilling.blocks() == {"8.0": 2, "8.6": 2, "8.9": 2}
+    assert clean.blocks() == {"9.0": 2}
+
+
+def test_a_kernel_that_is_unknown():
+    with pytest.raises(cuda_objects.ToolError, match=r"launches\.cpp does not print how _ZN9other_one"):
+        launch_of("_ZN9other_oneI3CfgE", LAUNCHES)
+
+
+def test_warnings():
+    lines = [
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized",
+        "ptxas warning : Stack size for entry function cannot be statically determined",
+        'fwd.h(3): warning #177-D: variable "x" was declared but never referenced',
+    ]
+    assert static_report.warnings_in(PTXAS + "\n".join(lines)) == lines
+    assert measured.RESOURCE_USAGE.match("ptxas info    : Compile time = 1.2 ms")
+
+
+def report_of(costs, warnings=(), **changes):
+    fields = {
+        "kernel": "fwd_sm80", "element": "bf16", "head_dim": 64, "block_m": 128, "block_n": 64, "variant": "FullMask",
+        "architecture": "sm_80", "threads": 128, "smem_bytes": 1024, "registers": 200, "spill_bytes": 0,
+        "stack_bytes": 0, "symbol": "k",
+    }  # fmt: skip
+    return Report("nvcc 13.0", costs, [Kernel(**{**fields, **changes})], [], list(warnings))
+
+
+COSTS = {"kernels": 100, "object_bytes": 1000, "peak_bytes": 2000, "cpu_seconds": 10.0, "relative_time": 50.0}
+
+
+def test_problems():
+    committed = {"costs": COSTS}
+    assert problems(report_of(COSTS), committed) == []
+    assert problems(report_of({**COSTS, "kernels": 125, "cpu_seconds": 1000.0}), committed) == []
+    assert problems(report_of(COSTS, spill_bytes=8), committed) == [
+        "fwd_sm80 bf16 head_dim 64 128x64 FullMask spills 8 bytes on sm_80"
+    ]
+    assert problems(report_of(COSTS, smem_bytes=200_000), committed) == [
+        "fwd_sm80 bf16 head_dim 64 128x64 FullMask fits onto no multiprocessor of sm_80"
+    ]
+    assert problems(report_of(COSTS, warnings=["odd"]), committed) == ["the compiler warns: odd"]
+    for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
+        (found,) = problems(report_of({**COSTS, key: 1.3 * COSTS[key]}), committed)
+        assert found.startswith(f"{key} has grown from {COSTS[key]} to ")
+
+
+def test_report_files():
+    report = report_of(COSTS)
+    assert json.loads(report.as_json())["costs"] == COSTS
+    assert json.loads(report.as_json())["kernels"][0]["blocks"] == {"8.0": 2, "8.6": 2, "8.9": 2}
+    text = static_report.report_tables.markdown(report)
+    assert "| fwd_sm80 64: 128 x 64, 128 threads | 1024 | 200 | 0 | 2 | 2 | 2 |" in text
+
+
+def test_launches_know_every_tile(tmp_path):
+    """The program that prints them compiles, against the host models of the simulator."""
+    found = static_report.launches(tmp_path)
+    assert {each.head_dim for each in found} == set(cuda_objects.HEAD_DIMS)
+    assert {each.kernel for each in found} >= {"fwd_sm80", "bwd_sm80", "bwd_preprocess", "bwd_finish"}
+    assert all(each.threads % 32 == 0 and each.threads > 0 for each in found)
+
+
+def test_calibration_meets_the_conditions_of_the_kernels():
+    wanted = [cuda_objects.Object(Path(f"{i}.cu"), ("sm_80",), "bf16", 64) for i in range(31)]
+    compiled, calibrations = static_report.interleaved(wanted)
+    assert [each for each in compiled if each not in calibrations] == wanted
+    places = [compiled.index(each) for each in calibrations]
+    assert len({each.name for each in calibrations}) == 5
+    assert all(5 <= b - a <= 8 for a, b in itertools.pairwise(places))
