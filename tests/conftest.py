@@ -1,11 +1,7 @@
 """Settings that all tests share."""
 
-import hypothesis
 import pytest
 import torch
-
-hypothesis.settings.register_profile("flash_attn", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("flash_attn")
 
 
 @pytest.fixture(autouse=True)

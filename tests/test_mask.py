@@ -10,12 +10,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import philox
+
+hypothesis.settings.register_profile("flash_attn", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("flash_attn")
 
 UNBOUNDED = 1 << 30
 ROOT = Path(__file__).parent.parent
