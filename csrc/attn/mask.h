@@ -22,9 +22,11 @@ struct WindowMask {
     FA_HOST_DEVICE int last_key(int row) const { return min(diagonal(row) + right, seqlen_k - 1); }
     FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
 
-    // Keys that at least one of the rows may see; empty ranges may have begin > end.
+    // Keys that at least one of the rows may see. Rows past the last one change nothing: it sees the last key. An empty
+    // range ends at or before 0.
     FA_HOST_DEVICE Range keys_of(Range rows) const { return {first_key(rows.begin), last_key(rows.end - 1) + 1}; }
-    // Rows that may see at least one of the keys, which must lie below seqlen_k.
+    // Rows that may see at least one of the keys. Keys past the last one change nothing: the last row sees it. An empty
+    // range ends at or before 0.
     FA_HOST_DEVICE Range rows_of(Range keys) const {
         const int shift = seqlen_k - seqlen_q;
         return {max(keys.begin - shift - right, 0), min(keys.end - shift + left, seqlen_q)};

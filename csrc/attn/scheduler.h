@@ -27,10 +27,9 @@ FA_HOST_DEVICE TileGrid key_grid(const Problem& p, int block_n) {
     return {ceil_div(p.seqlens.seqlen_k, block_n), p.num_heads_k, p.batch_size};
 }
 
-// Queries and keys as tiles of `size`, tile i being [size * i, size * (i + 1)).
-FA_HOST_DEVICE Range tiles_of(Range rows, int size) {
-    return rows.empty() ? Range{0, 0} : Range{rows.begin / size, ceil_div(rows.end, size)};
-}
+// Queries or keys as tiles of `size`, tile i being [size * i, size * (i + 1)). Where a mask leaves nothing, its ranges
+// end at or before 0, and so do these.
+FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }
 
 // Tiles of block_m queries in the workspace of dQ: of all sequences, for one head. Sequences of packed tensors start at
 // tile row / kBlockM + batch, which leaves room for the last, partial tile of each, whatever the lengths are.

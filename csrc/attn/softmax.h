@@ -68,9 +68,8 @@ template <int kLaneRows> struct OnlineSoftmax {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
             row_sum[r] = quad_sum(row_sum[r]);
-            const bool empty = row_sum[r] == 0.f;
-            factor[r] = empty ? 0.f : weight_scale * ptx::reciprocal(row_sum[r]);
-            lse[r] = empty ? -ptx::infinity() : (row_max[r] * scale_log2 + ptx::log2(row_sum[r])) * float(1 / kLog2e);
+            factor[r] = row_sum[r] == 0.f ? 0.f : weight_scale * ptx::reciprocal(row_sum[r]);
+            lse[r] = (row_max[r] * scale_log2 + ptx::log2(row_sum[r])) * float(1 / kLog2e);
         }
         out.for_each([&](int r, int, float& x) { x *= factor[r]; });
     }

@@ -19,7 +19,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
     if (m0 >= seq.seqlen_q) return;
     const auto mask = make_mask<WindowMask>(seq.seqlen_q, seq.seqlen_k, p.window);
     const ModifiedScores scores(p, batch, head, seq);
-    const Range tiles = tiles_of(mask.keys_of({m0, min(m0 + M, seq.seqlen_q)}), N);
+    const Range tiles = tiles_of(mask.keys_of({m0, m0 + M}), N);
 
     const typename Config::TileQ sQ{ptx::smem()};
     const typename Config::TileK sK{sQ.end()};
@@ -43,8 +43,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
         acc_s.clear();
         mma_abt<Element>(acc_s, sQ, warp_row0, sK, 0);
         scores.apply(acc_s, row0, n0);
-        apply_mask(acc_s, mask, row0, n0);
-        recompute_weights<true>(acc_s, lse_log2, scores.scale_log2);
+        recompute_weights<false>(acc_s, lse_log2, scores.scale_log2);
         scores.mark_dropped(acc_s, row0, n0);
         acc_s.for_each([&](int r, int column, float x) {
             const int row = row0 + lane_row(r), key = n0 + column;

@@ -48,8 +48,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     const int n0 = n * N;
     if (n0 >= seq.seqlen_k) return;
     const Mask mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
-    const Range keys{n0, min(n0 + N, seq.seqlen_k)};
-    const Range tiles = tiles_of(mask.rows_of(keys), M);
+    const Range tiles = tiles_of(mask.rows_of({n0, n0 + N}), M);
     const int group = p.num_heads / p.num_heads_k;
 
     const typename Config::TileK sK{ptx::smem()}, sV{sK.end()};
@@ -89,7 +88,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     bool k_searched = false, k_nonfinite = false;
     while (head < end_head) {
         const int m0 = m * M, row0 = m0 + GridS::row0(), key0 = n0 + GridS::col0();
-        const Range rows{m0, min(m0 + M, seq.seqlen_q)};
+        const Range rows{m0, m0 + M};
         const bool covered = mask.covers(rows, {n0, n0 + N});
         const Scores scores(p, batch, head, seq);
         ptx::cp_async_wait<0>();
@@ -125,11 +124,9 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         ptx::sync_threads();  // P and dS are complete; all warps are done with S and dP
 
         if (Mask::kHidesKeys && nonfinite) {
-            const auto attends = [&](int r, int k) {
-                return m0 + k < seq.seqlen_q && mask.keep(m0 + k, n0 + GridDkv::row0() + lane_row(r));
-            };
+            const auto attends = [&](int r, int k) { return mask.keep(m0 + k, n0 + GridDkv::row0() + lane_row(r)); };
             add_nonfinite<Element>(acc_dv, sDout, GridDkv::col0(), attends);
-            add_nonfinite<Element>(acc_dk, sQ, GridDkv::col0(), attends);
+            // Where Q is not finite, dS of what attends is not either, and carries it to dK.
             ptx::sync_threads();  // all warps have seen what is about to be cleared
             clear_nonfinite<Element, kThreads>(sQ);
             clear_nonfinite<Element, kThreads>(sDout);
@@ -145,10 +142,15 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
 
         const int64_t dq_tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
         float* const sums = dq_sums<Config::kDqTileElements>(params.accum, head, dq_tile);
+        // In a fixed order, tiles of keys add theirs in ascending order. Those that precede this one belong to blocks
+        // with smaller indices, which start earlier, so that waiting ends.
+        int32_t* const turn = dq_turn(params.accum, head, dq_tile);
+        if (pass.deterministic) {
+            if (ptx::thread_idx() == 0) ptx::wait_for_turn(turn, n - tiles_of(mask.keys_of(rows), N).begin);
+            ptx::sync_threads();  // the tile is this block's
+        }
         if (Mask::kHidesKeys && nonfinite) {
-            const auto attends = [&](int r, int k) {
-                return n0 + k < seq.seqlen_k && mask.keep(m0 + GridDq::row0() + lane_row(r), n0 + k);
-            };
+            const auto attends = [&](int r, int k) { return mask.keep(m0 + GridDq::row0() + lane_row(r), n0 + k); };
 #pragma unroll 1
             for (int part = 0; part < Config::kDqParts; ++part) {
                 typename GridDq::Acc acc_dq;
@@ -159,13 +161,6 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
             ptx::sync_threads();  // all warps have seen what is about to be cleared
             clear_nonfinite<Element, kThreads>(sK);
             ptx::sync_threads();  // K is finite
-        }
-        // In a fixed order, tiles of keys add theirs in ascending order. Those that precede this one belong to blocks
-        // with smaller indices, which start earlier, so that waiting ends.
-        int32_t* const turn = dq_turn(params.accum, head, dq_tile);
-        if (pass.deterministic) {
-            if (ptx::thread_idx() == 0) ptx::wait_for_turn(turn, n - tiles_of(mask.keys_of(rows), N).begin);
-            ptx::sync_threads();  // the tile is this block's
         }
 #pragma unroll 1
         for (int part = 0; part < Config::kDqParts; ++part) {

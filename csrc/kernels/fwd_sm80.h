@@ -37,7 +37,7 @@ fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
     if (m0 >= seq.seqlen_q) return;
     const Mask mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
     const Scores scores(p, batch, head, seq);
-    const Range rows{m0, min(m0 + M, seq.seqlen_q)};
+    const Range rows{m0, m0 + M};
     const Range tiles = tiles_of(mask.keys_of(rows), N);
 
     const typename Config::TileQ sQ{ptx::smem()};

@@ -24,7 +24,7 @@ template <int kThreads, int kRows, int kCols> class TileCopy {
 public:
     FA_DEVICE explicit TileCopy(Tile tile)
         : row_(ptx::thread_idx() / Tile::kPanelChunks % kPassRows),
-          panel_(kPassPanels == 1 ? 0 : ptx::thread_idx() / (Tile::kPanelChunks * kPassRows)),
+          panel_(ptx::thread_idx() / (Tile::kPanelChunks * kPassRows) % kPassPanels),
           column_(panel_ * Tile::kPanelCols + ptx::thread_idx() % Tile::kPanelChunks * 8),
           to_(Tile{tile.base + Tile::panel_offset(panel_)}.chunk(row_, ptx::thread_idx() % Tile::kPanelChunks)) {}
 

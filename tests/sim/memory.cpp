@@ -132,7 +132,7 @@ void note_plain_store(const void* p, int bytes) {
 void red_add(float* p, float value) {
     check_global("red.global", p, 4, 4);
     counters.red.added += 4;
-    note_atomic_add(p);
+    options.ordered_reds ? note_write(p, 4, __builtin_return_address(0)) : note_atomic_add(p);
     *p += value;
 }
 

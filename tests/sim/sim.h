@@ -23,6 +23,9 @@ struct Options {
     uint32_t seed = 1;
     Landing landing = Landing::kRandom;
     int resident_blocks = 3;  // at a time; blocks enter in the order of their index
+    // Whether red_add is to be ordered like a plain access: who adds in turn wants the same sum every time, and two
+    // additions in no order are a race.
+    bool ordered_reds = false;
 };
 extern Options options;  // of the launches that follow
 

@@ -137,7 +137,7 @@ Backward run_backward(const Inputs& x, const Compact& out, const Compact& softma
     params.dq = dq.view(c.packed), params.dk = dk.view(c.packed), params.dv = dv.view(c.packed);
     params.dsoftmax_sum = dsoftmax_sum.view(c.packed);
     params.deterministic = c.deterministic;
-    set_schedule(schedule);
+    set_schedule({schedule.seed, schedule.landing, c.deterministic});
     take_traffic();
     const Workspace workspace(cuda::bwd_workspace_bytes(params));
     check_error("backward", cuda::run_bwd(params, workspace.data(), device_of(c)), report);

@@ -7,6 +7,7 @@ void set_schedule(Schedule schedule) {
     constexpr sim::Landing kLandings[] = {sim::Landing::kEarly, sim::Landing::kLate, sim::Landing::kRandom};
     sim::options.seed = schedule.seed;
     sim::options.landing = kLandings[int(schedule.landing)];
+    sim::options.ordered_reds = schedule.ordered_reds;
 }
 
 Traffic take_traffic() {
