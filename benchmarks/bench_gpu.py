@@ -6,7 +6,7 @@
     make gpu-bench ARGS='--only "causal.*d128"'
 
 Forward, backward and both together are timed apart. Results go to benchmarks/results/<gpu>/, or to the folder RESULTS.
-Environment: SHARD=i/n (1/1), LIMIT, seconds after which no case is started (400).
+Environment: SHARD=i/n (1/1), LIMIT, seconds after which no case is started (330).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run_shard(arguments: argparse.Namespace, cases: list[Case], folder: Path, in
     extension = list((BENCHMARKS.parent / "flash_attn").glob("_C*.so"))
     code = fingerprint_of(extension, str(arguments.budget), info["torch"], info["processor"])
     shard = Shard(shard_name(), folder, code, name="gpu-bench")
-    clock = Clock(float(os.environ.get("LIMIT") or 400))
+    clock = Clock(float(os.environ.get("LIMIT") or 330))
     by_name = {case.name: case for case in cases}
     chosen = shard.choose(list(by_name))
     shard.note({"machine": info})

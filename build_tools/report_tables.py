@@ -122,15 +122,15 @@ def loops_table(loops: Sequence[dict[str, Any]]) -> str:
 
 def cycles_table(loops: Sequence[dict[str, Any]]) -> str:
     """Cycles per unit, and what that makes of the tensor units."""
+    names = dict(zip(cost_model.UNITS, ["tensor", "exp2", "fp32", "integer", "smem", "issue", "dQ sums"], strict=True))
     rows = []
     for each in loops:
         binding, most, least = cost_model.utilisation(each["cycles"])
-        cells = [f"{each['cycles'][unit]:.0f}" for unit in cost_model.UNITS]
-        rows.append(
-            [title(each["kernel"]), each["kernel"].architecture, *cells, binding, f"{most:.0%}", f"{least:.0%}"]
-        )
-    units = ["tensor", "MUFU", "fp32", "integer", "shared memory", "issue", "dQ sums"]
-    return table(["kernel, head_dim: queries x keys", "architecture", *units, "slowest", "at most", "at least"], rows)
+        cells = [f"{each['cycles'][unit]:.0f}" for unit in names]
+        kernel = each["kernel"]
+        rows.append([title(kernel), kernel.architecture, *cells, names[binding], f"{most:.0%}", f"{least:.0%}"])
+    head = ["kernel, head_dim: queries x keys", "architecture", *names.values(), "slowest", "at most", "one by one"]
+    return table(head, rows)
 
 
 def markdown(report: Report) -> str:

@@ -141,12 +141,12 @@ class Function:
             return None
         return min((loop for loop in self.loops if tensor[loop] == most), key=lambda loop: len(loop.blocks))
 
-    @cached_property
-    def usual_pass(self) -> Counter[str]:
+    def usual_pass(self, parts: int = 1) -> Counter[str]:
         """Instructions, by full opcode, of one pass of the main loop as it usually goes.
 
         Of all ways through the loop the one with most tensor instructions, among these that with most asynchronous
-        copies (loads of the next tile), among these the shortest: nothing to mask, no pages, no special cases.
+        copies (loads of the next tile), among these the shortest: nothing to mask, no pages, no special cases. Loops
+        within it that hold tensor instructions turn as often as parts says.
         """
         loop = self.main_loop
         if loop is None:
@@ -162,12 +162,18 @@ class Function:
             onward[index] = max(ways, key=best.__getitem__) if ways else None
             rest = max((best[way] for way in ways), default=(0, 0, 0))
             best[index] = (own[0] + rest[0], own[1] + rest[1], own[2] + rest[2])
+        repeated = {index for each in self._inner_loops(loop) for index in each.blocks}
         passed: Counter[str] = Counter()
         at: int | None = loop.head
         while at is not None:
-            passed.update(each.opcode for each in self.blocks[at].instructions)
+            for each in self.blocks[at].instructions:
+                passed[each.opcode] += parts if at in repeated else 1
             at = onward[at]
         return passed
+
+    def _inner_loops(self, outer: Loop) -> list[Loop]:
+        """The loops with tensor instructions within a loop."""
+        return [each for each in self.loops if each.blocks < outer.blocks and self.count(each.blocks, TENSOR)]
 
     def _in_order(self, loop: Loop) -> list[int]:
         """The blocks of a loop, each after all that lead to it within one pass."""

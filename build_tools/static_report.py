@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from build_tools import cost_model, cuda_archs, cuda_objects, measured, report_t
 from build_tools.cuda_objects import ROOT, ToolError
 
 REPORT = ROOT / "docs" / "static_report"
+# Not with the objects of a build: all are to be compiled in one go, so that their times can be compared.
+FOLDER = ROOT / "build" / "report"
 ALLOWED_GROWTH = 1.25
 CALIBRATION = ROOT / "build_tools" / "calibration.cu"
 
@@ -50,6 +53,8 @@ class Launch:
     block_n: int
     threads: int
     smem_bytes: int
+    products: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def disassembler() -> str:
     return found
 
 
-def main_loops(tool: str, path: Path, kernels: list[Kernel]) -> list[dict[str, Any]]:
+def main_loops(tool: str, path: Path, kernels: list[Kernel], known: list[Launch]) -> list[dict[str, Any]]:
     """One pass of the main loop of every kernel in an object file that has one: instructions, and cycles per unit."""
     by_symbol = {(each.symbol, each.architecture): each for each in kernels}
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
@@ -157,8 +162,10 @@ def main_loops(tool: str, path: Path, kernels: list[Kernel]) -> list[dict[str, A
     found = []
     for function in sass.parse(text.splitlines()):
         kernel = by_symbol[function.name, function.architecture]
-        passed = function.usual_pass
+        launch = launch_of(function.name, known)
+        passed = function.usual_pass(launch.parts)
         if passed:
+            check_products(launch, passed, function)
             cycles = cost_model.cycles(passed, kernel.threads // cost_model.WARP, kernel.architecture)
             names: dict[str, int] = {}
             for opcode, times in sorted(passed.items()):
@@ -168,6 +175,15 @@ def main_loops(tool: str, path: Path, kernels: list[Kernel]) -> list[dict[str, A
                 {"kernel": kernel, "instructions": names, "cycles": cycles, "code": len(function.instructions)}
             )
     return found
+
+
+def check_products(launch: Launch, passed: Mapping[str, int], function: sass.Function) -> None:
+    """The pass that was found multiplies as much as a tile takes; if not, it is not the one that was meant."""
+    found = cost_model.work(passed)["tensor"] * launch.threads / cost_model.WARP
+    expected = launch.products * launch.block_m * launch.block_n * launch.head_dim
+    if launch.products and found != expected:
+        what = f"{function.architecture} {function.name}: one pass of the main loop"
+        raise ToolError(f"{what} was read as {found:.0f} multiply-adds, and has {expected}")
 
 
 def interleaved(objects: list[cuda_objects.Object]) -> tuple[list[cuda_objects.Object], list[cuda_objects.Object]]:
@@ -236,7 +252,7 @@ def gather(folder: Path) -> Report:
         warnings += [f"{each.name}: {line}" for line in warnings_in(log["output"])]
         # The other element type has the same instructions.
         if each.element == cuda_objects.ELEMENTS[0]:
-            loops += main_loops(tool, path, own)
+            loops += main_loops(tool, path, own, known)
     kernels.sort(key=lambda each: each.place)
     loops.sort(key=lambda each: each["kernel"].place)
     cpu_seconds = sum(log["cpu_seconds"] for log in logs)
@@ -274,7 +290,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the committed report instead of writing it")
     arguments = parser.parse_args()
     try:
-        report = gather(cuda_objects.FOLDER)
+        report = gather(FOLDER)
     except ToolError as error:
         sys.exit(str(error))
     print(report_tables.costs_table(report))

@@ -152,7 +152,7 @@ def test_choice_is_told():
         ({"FLASH_ATTN_CUDA_ARCHS": "99.0"}, "flash-attn: FLASH_ATTN_CUDA_ARCHS: this nvcc makes no code for 99.0; it "),
         (
             {"CUDA_HOME": "/nowhere"},
-            "flash-attn: /nowhere/bin: no nvcc there; set CUDA_HOME to the top of a CUDA toolkit",
+            "flash-attn: /nowhere/bin: no nvcc there; set CUDA_HOME to the top of a CUDA ",
         ),
     ],
 )

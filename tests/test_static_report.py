@@ -74,7 +74,7 @@ def test_loops():
 
 def test_usual_pass():
     """Most copies, so not by way of the pages; then the shortest, so without the special case."""
-    passed = functions()[0].usual_pass
+    passed = functions()[0].usual_pass()
     assert passed == {
         "BAR.SYNC.DEFER_BLOCKING": 1,
         "BSSY": 1,
@@ -89,8 +89,34 @@ def test_usual_pass():
 def test_loops_of_other_kinds():
     _, no_loop, uniform_branch = functions()
     assert no_loop.main_loop is None
-    assert not no_loop.usual_pass
-    assert sum(uniform_branch.usual_pass.values()) == 3
+    assert not no_loop.usual_pass()
+    assert sum(uniform_branch.usual_pass().values()) == 3
+
+
+NESTED = """
+	code for sm_80
+		Function : parts
+        /*0000*/                   HMMA.16816.F32.BF16 R20, R100, R22, R88 ;
+        /*0010*/                   LDSM.16.M88.4 R100, [R196] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R20, R100, R22, R88 ;
+        /*0030*/               @P0 BRA 0x10 ;
+        /*0040*/               @P1 BRA 0x0 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_parts():
+    """A loop of products within the main loop."""
+    (function,) = sass.parse(NESTED.splitlines())
+    assert function.usual_pass(3) == {"HMMA.16816.F32.BF16": 4, "LDSM.16.M88.4": 3, "BRA": 4}
+
+
+def test_a_pass_that_is_not_the_right_one():
+    (function,) = sass.parse(NESTED.splitlines())
+    launch = Launch("parts", "3Cfg", 16, 16, 8, 32, 0, 4, 3)
+    static_report.check_products(launch, function.usual_pass(3), function)
+    with pytest.raises(cuda_objects.ToolError, match=r"parts: one pass .* read as 4096 multiply-adds, and has 8192"):
+        static_report.check_products(launch, function.usual_pass(1), function)
 
 
 # Costs.
@@ -160,7 +186,10 @@ ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_10WindowMaskENS_11Pl
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 200 registers, used 1 barriers
 """
-LAUNCHES = [Launch("fwd_sm80", "3Cfg", 64, 128, 64, 128, 32768), Launch("bwd_sm80", "3Cfg", 64, 64, 64, 256, 65536)]
+LAUNCHES = [
+    Launch("fwd_sm80", "3Cfg", 64, 128, 64, 128, 32768, 2, 1),
+    Launch("bwd_sm80", "3Cfg", 64, 64, 64, 256, 65536, 5, 1),
+]
 OBJECT = cuda_objects.Object(Path("fwd_sm80.cu"), ("sm_80",), "bf16", 64)
 
 

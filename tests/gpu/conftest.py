@@ -1,6 +1,6 @@
 """Runs the tests of this folder in shards that can be resumed, on the device that device.py names.
 
-Environment: SHARD=i/n, every n-th test (1/1); LIMIT, seconds after which no test is started (420); RESULTS, the folder
+Environment: SHARD=i/n, every n-th test (1/1); LIMIT, seconds after which no test is started (360); RESULTS, the folder
 of the file of results (build/gpu-test). A run leaves out what has passed before with the same code.
 """
 
@@ -42,7 +42,7 @@ def pytest_configure(config):
     except ValueError as error:
         pytest.exit(f"gpu-test: {error}", returncode=1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products under deterministic algorithms
-    config.clock = Clock(float(os.environ.get("LIMIT") or 420))
+    config.clock = Clock(float(os.environ.get("LIMIT") or 360))
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
@@ -55,6 +55,7 @@ def is_for_kernels(item) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if is_for_kernels(item)]
+    kept.sort(key=lambda item: "test_gpu_tools" not in item.nodeid)  # the longest first
     chosen = set(config.shard.choose([item.nodeid for item in kept]))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
     items[:] = [item for item in kept if item.nodeid in chosen]
