@@ -19,9 +19,9 @@ asan_INSTANCES  := bf16.64 bf16.96 bf16.256
 
 # There are many of them, and at -O1 they run as fast as at -O2: the time is spent in the models. Reports need the line
 # numbers of -g1 only.
-plain_SAVE := -O1 -g1
-tsan_SAVE  := -O1 -g1
-asan_SAVE  := -O1 -g1
+plain_INSTANCE_FLAGS := -O1 -g1
+tsan_INSTANCE_FLAGS  := -O1 -g1
+asan_INSTANCE_FLAGS  := -O1 -g1
 
 # The runner is never instrumented: it is the models' memory that the race detector watches, and kernels and runner must
 # not share instrumented templates of the standard library.
@@ -48,7 +48,7 @@ endef
 define sim_instance
 $$(SIM_BUILD)/$(1)/kernels/$(2).$(3).o: csrc/launch/$(2).cu tests/sim/Makefile
 	@mkdir -p $$(@D)
-	$$(CXX) $$(SIM_CXXFLAGS) $$($(1)_KERNEL) $$($(1)_SAVE) $$(call sim_instance_flags,$(3)) -MMD -MP -x c++ -c $$< -o $$@
+	$$(CXX) $$(SIM_CXXFLAGS) $$($(1)_KERNEL) $$($(1)_INSTANCE_FLAGS) $$(call sim_instance_flags,$(3)) -MMD -MP -x c++ -c $$< -o $$@
 endef
 sim_instance_flags = -DFA_ELEMENT=$(word 1,$(subst ., ,$(1))) -DFA_HEAD_DIM=$(word 2,$(subst ., ,$(1)))
 
@@ -86,7 +86,7 @@ debugger: $(SIM_BUILD)/debug/run_case
 
 # Most mutants fail in the first case: compiling them takes longer than running them.
 plain_MUTANT := $(SIM_CXXFLAGS) -O0 -g0
-tsan_MUTANT  := $(SIM_CXXFLAGS) $(tsan_KERNEL) $(tsan_SAVE)
+tsan_MUTANT  := $(SIM_CXXFLAGS) $(tsan_KERNEL) $(tsan_INSTANCE_FLAGS)
 sim_mutant_flags = --compile-$(1)='$($(1)_MUTANT)' --link-$(1)='$($(1)_LINK)' --run-$(1)='$(SIM_RUN_$(1))'
 
 .PHONY: mutants

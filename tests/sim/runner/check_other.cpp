@@ -117,6 +117,8 @@ void check_marked(const Case& c, const Plan& plan, Report& report) {
         compare_bitwise("dq beside NaN at queries without keys", got.dq, expected.dq, report);
         compare_bitwise("dk beside NaN at queries without keys", got.dk, expected.dk, report);
         compare_bitwise("dv beside NaN at queries without keys", got.dv, expected.dv, report);
+        compare_bitwise("dsoftmax_sum beside NaN at queries without keys", got.dsoftmax_sum, expected.dsoftmax_sum,
+                        report);
         return;
     }
     constexpr int kMarkedFrom = 40;

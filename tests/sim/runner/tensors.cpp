@@ -69,7 +69,8 @@ void Tensor::set_strides(Layout layout, Access access) {
             batch_stride_ = head_stride_ * shape_.heads;
             break;
         case Layout::kGaps:  // one head more per row, one row more per batch entry
-            start_ = read ? kAligned : 1;
+            // Odd head_dims start at even places, so that they are stored in pairs, all but the last element.
+            start_ = read ? kAligned : 1 + shape_.head_dim % 2;
             head_stride_ = row + (read ? kAligned : 1);
             row_stride_ = head_stride_ * (shape_.heads + 1);
             batch_stride_ = row_stride_ * (shape_.rows + 1);
