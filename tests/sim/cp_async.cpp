@@ -47,6 +47,8 @@ void cp_async(void* dst, const void* src, int bytes, int valid_bytes) {
         fail("cp.async: shared address smem+%td is not %d-byte aligned", (char*)dst - smem(), bytes);
     smem_at(*self->block, smem_address(dst), bytes);
     check_global("cp.async", src, valid_bytes ? valid_bytes : 1, bytes);
+    // Nothing says that an address is not looked at from which no byte is read.
+    static_cast<void>(*static_cast<const volatile char*>(src));
     counters.cp_async.read += valid_bytes;
     const CpAsync c{dst, src, bytes, valid_bytes, self->copies.open_group, __builtin_return_address(0)};
     if (lands_at_issue()) return land(c);

@@ -1,3 +1,47 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
-EQUIVALENT: dict[tuple[str, str, int], str] = {}
+MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
+
+MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
+SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where none can do harm: nothing is found, or it is added here"
+SLOW_PATH = (
+    "finite tiles take the path of those that are not: nothing is added, nothing is cleared; where an infinity is seen "
+    "by every query, it is added by this path instead of the product"
+)
+NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
+EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
+
+EQUIVALENT: dict[tuple[str, str, int], str] = {
+    (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
+    (MASK, "`<=` becomes `<`: `nd - 1) && keys.end - 1 <= last_key(rows.begin);`", 0): MASKED_IN_VAIN,
+    (MASK, "`<=` becomes `<`: `const { return keys.end <= seqlen_k; } }; FA_HOST`", 0): MASKED_IN_VAIN,
+    **{
+        (MASK, f"`>=` becomes `>`: `{text}`", 0): "no side of a window is wider than kMaxSeqlen, so that none is called "
+        "full: WindowMask, with more to compute, comes to the same as FullMask"
+        for text in (
+            "dow& w) { return w.left >= kMaxSeqlen && w.right >",
+            "= kMaxSeqlen && w.right >= kMaxSeqlen; } // The m",
+        )
+    },
+    ("attn/rows.h", "false: `!p.paged_kv.block_table`", 0): "kv_row_offset() finds rows without a table as well",
+    (SCORES, "false: `slope == 0.f`", 0): "a slope of 0 adds 0 to every score",
+    (SCORES, "false: `dropout.threshold == 0`", 0): NOTHING_DROPPED,
+    (SCORES, "false: `dropout.threshold == 0`", 1): NOTHING_DROPPED,
+    (BWD, "true: `Mask::kHidesKeys && !covered`", 0): SEARCHED_IN_VAIN,
+    (BWD, "true: `!k_searched`", 0): "K is searched once more: it is the same",
+    (BWD, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (BWD, "true: `Mask::kHidesKeys && nonfinite`", 0): SLOW_PATH,
+    (BWD, "true: `ptx::thread_idx() == 0`", 0): EVERYONE_WAITS,
+    (BWD, "`==` becomes `!=`: `if (ptx::thread_idx() == 0) ptx::wait_for_turn(t`", 0): EVERYONE_WAITS,
+    (BWD, "true: `pass.deterministic`", 1): "turns are passed that nobody waits for",
+    (FWD, "`N` instead of `min(N, 32)`", 0): "the same weights, more of them at a time: costs registers",
+    (FWD, "`32` instead of `min(N, 32)`", 0): "no tile has fewer than 32 keys",
+    (FWD, "true: `Mask::kHidesKeys && !covered`", 0): SEARCHED_IN_VAIN,
+    (FWD, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (FWD, "true: `Mask::kHidesKeys && nonfinite`", 0): SLOW_PATH,
+    ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
+    "does not divide kRows, and the static_assert below it fails",
+    ("tile/smem_tile.h", "false: `kPanelCols == 64`", 0): "another permutation of the chunks of a row, for whoever "
+    "writes and whoever reads: costs bank conflicts",
+    ("tile/store_rows.h", "false: `aligned && column + 1 < valid_cols`", 0): "pairs are stored one element at a time",
+}

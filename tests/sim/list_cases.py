@@ -224,6 +224,7 @@ def mutant_table() -> list[Row]:
     used = {"seqused_k": (64, 33, 199), "leftpad_k": (3, 0, 65)}
     rows = [
         (dataclasses.replace(tiles, num_heads_k=2, seqlens_q=(64, 1, 70), seqlens_k=(64, 64, 200)), Sim()),
+        (dataclasses.replace(tiles, seqlens_q=(64, 64), seqlens_k=(64, 64)), Sim()),  # dQ tiles: one more than needed
         (dataclasses.replace(tiles, causal=True, **odd, **modified), Sim(layout="gaps", deterministic=True)),
         (dataclasses.replace(tiles, window_size=(40, 30), unused_rows=3), Sim(deterministic=True)),
         (dataclasses.replace(tiles, **used, **modified, seed=93), Sim(smem=SMALL_SMEM)),

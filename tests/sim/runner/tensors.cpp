@@ -1,15 +1,18 @@
 #include "runner/tensors.h"
 #include <sys/mman.h>
+#include <unistd.h>
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include "host_device.h"
 #include "runner/elements.h"
 
+extern "C" void __asan_init() __attribute__((weak));  // null without AddressSanitizer
+
 namespace flash_attn::runner {
 namespace {
 
-constexpr int kAligned = 8;  // elements in 16 bytes
+constexpr int kAligned = 8, kAlignedBytes = 16;  // elements in 16 bytes
 
 // Of one element of an array whose strides are at least this large, offsets do not fit in 32 bits.
 constexpr int64_t kFarRow = int64_t(1) << 26, kFarHead = (int64_t(1) << 32) + kAligned, kFarBatch = int64_t(1) << 34;
@@ -20,25 +23,27 @@ void fill(const Memory& memory, int64_t count, uint16_t bits) {
 
 }  // namespace
 
-Memory::Memory(int64_t bytes) : bytes_(bytes) {
-    if (is_filled()) {
+// AddressSanitizer watches malloc() on both sides. Without it, the page after the memory may not be touched.
+Memory::Memory(int64_t bytes) : bytes_(bytes), from_malloc_(__asan_init && is_filled()) {
+    if (from_malloc_) {
         data_ = static_cast<char*>(std::malloc(size_t(bytes)));
         return;
     }
-    void* mapped =
-        mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) {
-        std::perror("mmap of a tensor whose offsets need 64 bits");
+    const int64_t page = sysconf(_SC_PAGESIZE), used = round_up(bytes, page);
+    mapped_bytes_ = size_t(used + page);
+    mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped_ == MAP_FAILED || mprotect(static_cast<char*>(mapped_) + used, size_t(page), PROT_NONE)) {
+        std::perror("memory for a tensor");
         std::exit(2);
     }
-    data_ = static_cast<char*>(mapped);
+    data_ = static_cast<char*>(mapped_) + used - round_up<int64_t>(bytes, kAlignedBytes);
 }
 
 Memory::~Memory() {
-    if (is_filled()) {
+    if (from_malloc_) {
         std::free(data_);
     } else {
-        munmap(data_, size_t(bytes_));
+        munmap(mapped_, mapped_bytes_);
     }
 }
 

@@ -1,5 +1,5 @@
-// Tensors in memory of exactly their size, so that AddressSanitizer sees every access outside of them. Elements start
-// as kUntouched: a NaN to whoever reads them, and a mark of what nobody wrote.
+// Tensors in memory of exactly their size: who reads past the end meets a page that may not be touched, or
+// AddressSanitizer. Elements start as kUntouched: a NaN to whoever reads them, and a mark of what nobody wrote.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -10,7 +10,7 @@
 
 namespace flash_attn::runner {
 
-// `bytes` of memory, the last of which is the last that may be accessed. Enormous ones are reserved, not filled.
+// `bytes` of memory at a multiple of 16, and nothing behind them, up to the next multiple. Enormous ones are reserved, not filled.
 class Memory {
 public:
     explicit Memory(int64_t bytes);
@@ -23,6 +23,9 @@ public:
 private:
     static constexpr int64_t kFilledBytes = int64_t(1) << 30;
     int64_t bytes_;
+    bool from_malloc_;
+    void* mapped_ = nullptr;
+    size_t mapped_bytes_ = 0;
     char* data_;
 };
 
