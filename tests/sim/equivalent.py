@@ -3,10 +3,14 @@
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
 
 MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
-SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where none can do harm: nothing is found, or it is added here"
+SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where they do no harm: none is found, or it is added here"
 SLOW_PATH = (
     "finite tiles take the path of those that are not: nothing is added, nothing is cleared; where an infinity is seen "
     "by every query, it is added by this path instead of the product"
+)
+NEVER_FULL = (
+    "no side of a window is wider than kMaxSeqlen, so that none is called full: WindowMask, with more to compute, "
+    "comes to the same as FullMask"
 )
 NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
@@ -15,14 +19,8 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
     (MASK, "`<=` becomes `<`: `nd - 1) && keys.end - 1 <= last_key(rows.begin);`", 0): MASKED_IN_VAIN,
     (MASK, "`<=` becomes `<`: `const { return keys.end <= seqlen_k; } }; FA_HOST`", 0): MASKED_IN_VAIN,
-    **{
-        (MASK, f"`>=` becomes `>`: `{text}`", 0): "no side of a window is wider than kMaxSeqlen, so that none is called "
-        "full: WindowMask, with more to compute, comes to the same as FullMask"
-        for text in (
-            "dow& w) { return w.left >= kMaxSeqlen && w.right >",
-            "= kMaxSeqlen && w.right >= kMaxSeqlen; } // The m",
-        )
-    },
+    (MASK, "`>=` becomes `>`: `dow& w) { return w.left >= kMaxSeqlen && w.right >`", 0): NEVER_FULL,
+    (MASK, "`>=` becomes `>`: `= kMaxSeqlen && w.right >= kMaxSeqlen; } // The m`", 0): NEVER_FULL,
     ("attn/rows.h", "false: `!p.paged_kv.block_table`", 0): "kv_row_offset() finds rows without a table as well",
     (SCORES, "false: `slope == 0.f`", 0): "a slope of 0 adds 0 to every score",
     (SCORES, "false: `dropout.threshold == 0`", 0): NOTHING_DROPPED,
