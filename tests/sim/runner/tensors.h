@@ -10,7 +10,8 @@
 
 namespace flash_attn::runner {
 
-// `bytes` of memory at a multiple of 16, and nothing behind them, up to the next multiple. Enormous ones are reserved, not filled.
+// `bytes` of memory at a multiple of 16, and nothing behind them, up to the next multiple. Enormous ones are reserved,
+// not filled.
 class Memory {
 public:
     explicit Memory(int64_t bytes);
