@@ -7,6 +7,7 @@ documented, the comment names where it comes from.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Rates:
 
     tensor: float  # multiply-adds of mma.sync, bf16 or fp16 with fp32 sums
     fp32: float  # lanes
+    wgmma: float = math.inf  # multiply-adds, where there is wgmma
     integer_multiply: float = 64  # lanes, on the units of fp32
     alu: float = 64  # lanes: integers, logic, comparisons, minimum and maximum, conversions to 16 bits
     mufu: float = 16  # lanes: exp2 and the like
@@ -64,8 +66,11 @@ RATES = {
     "sm_80": Rates(tensor=1024, fp32=64),
     # mma.sync reaches 62.9% of what wgmma does (2048): Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU
     # Architecture via Microbenchmarking", 2024.
-    "sm_90a": Rates(tensor=0.629 * 2048, fp32=128),
+    "sm_90a": Rates(tensor=0.629 * 2048, fp32=128, wgmma=2048),
 }
+# TFLOP/s that large products of bf16 matrices were seen to reach on an H200; its power sets the clock. What a model
+# says of a kernel is a share of that.
+H200_TFLOPS = 788.0
 
 FP32 = {"FFMA", "FMUL", "FADD"}
 SMEM_ACCESS = {"LDS", "STS", "LDGSTS"}
@@ -78,13 +83,17 @@ UNITS = ("tensor", "mufu", "fp32", "alu", "smem", "issue", "reduction")
 
 
 def work(passed: Mapping[str, int]) -> dict[str, float]:
-    """What instructions of one warp, counted by opcode, ask of each unit: lanes, bytes, multiply-adds."""
-    total = dict.fromkeys((*UNITS, "integer_multiply"), 0.0)
+    """What instructions of one warp, counted by kind, ask of each unit: lanes, bytes, multiply-adds."""
+    total = dict.fromkeys((*UNITS, "integer_multiply", "wgmma"), 0.0)
     for opcode, times in passed.items():
         name = opcode.partition(".")[0]
         total["issue"] += times
         if name == "HMMA":
             total["tensor"] += times * tensor_products(opcode)
+        elif name == "HGMMA":
+            products, smem_bytes = wgmma_share(opcode)
+            total["wgmma"] += times * products
+            total["smem"] += times * smem_bytes
         elif name == "MUFU":
             total["mufu"] += times * WARP
         elif name in FP32:
@@ -108,18 +117,41 @@ def tensor_products(opcode: str) -> int:
     return int(match[1]) * int(match[2]) * int(match[3]) if match else 0
 
 
+def wgmma_share(kind: str) -> tuple[float, float]:
+    """A warp's quarter of one HGMMA.64xNx16: multiply-adds, and bytes of operands read from shared memory.
+
+    B, N x 16, always comes from there, and A, 64 x 16, if the kind ends in SS.
+    """
+    match = re.match(r"HGMMA\.64x(\d+)x16\b.*\.([SR])S$", kind)
+    if match is None:
+        raise ValueError(f"{kind}: no shape that the model knows")
+    columns = int(match[1])
+    return 64 * columns * 16 / 4, (2 * 16 * columns + (2 * 16 * 64 if match[2] == "S" else 0)) / 4
+
+
 def access_bytes(opcode: str) -> int:
     """Bytes per lane: 4, or what the modifier says in bits."""
     sizes = [int(part) for part in opcode.split(".") if part in ("16", "32", "64", "128")]
     return sizes[-1] // 8 if sizes else 4
 
 
-def cycles(passed: Mapping[str, int], warps: int, architecture: str) -> dict[str, float]:
-    """Cycles of every unit of a multiprocessor for what all warps of a block do."""
+def cycles(
+    passed: Mapping[str, int], warps: int, architecture: str, filled_bytes: int = 0, reduced_bytes: int = 0
+) -> dict[str, float]:
+    """Cycles of every unit of a multiprocessor for what all warps of a block do, and TMA for them.
+
+    Args:
+        filled_bytes: what TMA writes to shared memory.
+        reduced_bytes: what it reads there and adds to sums in global memory.
+    """
     rates, amount = RATES[architecture], work(passed)
     per_unit = {unit: amount[unit] / getattr(rates, unit) for unit in UNITS}
     per_unit["fp32"] += amount["integer_multiply"] / rates.integer_multiply
-    return {unit: warps * value for unit, value in per_unit.items()}
+    per_unit["tensor"] += amount["wgmma"] / rates.wgmma
+    total = {unit: warps * value for unit, value in per_unit.items()}
+    total["smem"] += (filled_bytes + reduced_bytes) / rates.smem
+    total["reduction"] += reduced_bytes / rates.reduction
+    return total
 
 
 def utilisation(of: Mapping[str, float]) -> tuple[str, float, float]:
@@ -131,3 +163,8 @@ def utilisation(of: Mapping[str, float]) -> tuple[str, float, float]:
     binding = max(UNITS, key=lambda unit: of[unit])
     one_by_one = of["tensor"] + of["mufu"] + max(of["fp32"], of["alu"]) + of["smem"]
     return binding, of["tensor"] / of[binding], of["tensor"] / one_by_one
+
+
+def h200_tflops(share: float, useful: float) -> float:
+    """What a kernel reaches on an H200 if the tensor units work for such a share of time, with products so useful."""
+    return H200_TFLOPS * share * useful

@@ -26,6 +26,10 @@ SOURCES = ROOT / "csrc" / "launch"
 FOLDER = ROOT / "build" / "cuda"
 ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
+# Sources that have instances for some of them only; for the others, run.cpp chooses other kernels.
+HEAD_DIMS_OF = {"bwd_sm90": (64, 96, 128)}
+# For run.cpp: there are kernels for Hopper to choose.
+HOPPER_MACRO = "FLASH_ATTN_HOPPER"
 
 PYTHON_VARIABLE = "FLASH_ATTN_BUILD_PYTHON"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
@@ -43,6 +47,7 @@ class Object:
     codes: tuple[str, ...]  # what nvcc compiles it into: sm_80, ..., compute_80, ...
     element: str = ""  # empty: the source has no instances
     head_dim: int = 0
+    macros: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,7 +66,8 @@ class Object:
         """nvcc's arguments that tell this object file from others."""
         instance = [f"-DFA_ELEMENT={self.element}", f"-DFA_HEAD_DIM={self.head_dim}"] if self.element else []
         language = ["-x=cu"] if self.source.suffix == ".cpp" else []
-        return [*language, *instance, *cuda_archs.gencode_flags(self.codes)]
+        macros = [f"-D{macro}" for macro in self.macros]
+        return [*language, *macros, *instance, *cuda_archs.gencode_flags(self.codes)]
 
 
 def cuda_sources(folder: Path = SOURCES) -> list[Path]:
@@ -72,13 +78,15 @@ def cuda_sources(folder: Path = SOURCES) -> list[Path]:
 def objects(archs: Sequence[cuda_archs.Arch], sources: Sequence[Path] | None = None) -> list[Object]:
     """All object files. A source for which none of the architectures qualifies has none."""
     found = []
+    macros = (HOPPER_MACRO,) if cuda_archs.HOPPER in [arch.capability for arch in archs] else ()
     for source in cuda_sources() if sources is None else sources:
         codes = tuple(cuda_archs.code_for_source(source.name, archs))
         if source.suffix == ".cpp":
             # It holds no kernel, but includes headers of kernels, which take nvcc.
-            found.append(Object(source, codes[:1]))
+            found.append(Object(source, codes[:1], macros=macros))
         elif codes:
-            found += [Object(source, codes, element, head_dim) for head_dim in HEAD_DIMS for element in ELEMENTS]
+            head_dims = HEAD_DIMS_OF.get(source.stem, HEAD_DIMS)
+            found += [Object(source, codes, element, head_dim) for head_dim in head_dims for element in ELEMENTS]
     return found
 
 

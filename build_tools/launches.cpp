@@ -4,33 +4,73 @@
 #include <cstring>
 #include <typeinfo>
 #include "launch/tile_config.h"
+#include "launch/tile_config_sm90.h"
 
 using namespace flash_attn;
 
-// products: how many of queries x keys x head_dim one pass of the main loop computes; parts: how often a loop within it
-// that computes products turns.
-struct Launch {
-    const char* kernel;
-    int threads, smem_bytes, products, parts;
-};
+// One pass of the main loop of a block. warps: how many go through it; products: multiply-adds, and how many of them
+// attention asks for; parts: how often a loop within it that computes products turns; filled: bytes that TMA writes to
+// shared memory; reduced: bytes that it adds to sums in global memory.
+struct Pass { int warps = 0, products = 0, useful_products = 0, parts = 1, filled_bytes = 0, reduced_bytes = 0; };
+
+template <class Config> constexpr int head_dim_v() {
+    if constexpr (requires { Config::kHeadDimV; })
+        return Config::kHeadDimV;
+    else
+        return Config::kHeadDim;
+}
 
 // The tile shape as it appears in the names of kernels: the mangled name of the type, without the namespace around it.
-template <class Config> void print(const Launch& launch) {
+template <class Config> void print(const char* kernel, int threads, int smem_bytes, const Pass& pass = {}) {
     const char* const name = typeid(Config).name() + std::strlen("N10flash_attn");
-    std::printf("{\"kernel\": \"%s\", \"config\": \"%.*s\", \"head_dim\": %d, \"block_m\": %d, \"block_n\": %d, ",
-                launch.kernel, int(std::strlen(name)) - 1, name, Config::kHeadDim, Config::kBlockM, Config::kBlockN);
-    std::printf("\"threads\": %d, \"smem_bytes\": %d, \"products\": %d, \"parts\": %d}\n", launch.threads,
-                launch.smem_bytes, launch.products, launch.parts);
+    std::printf("{\"kernel\": \"%s\", \"config\": \"%.*s\", \"head_dim\": %d, \"head_dim_v\": %d, ", kernel,
+                int(std::strlen(name)) - 1, name, Config::kHeadDim, head_dim_v<Config>());
+    std::printf("\"block_m\": %d, \"block_n\": %d, \"threads\": %d, \"smem_bytes\": %d, \"warps\": %d, ",
+                Config::kBlockM, Config::kBlockN, threads, smem_bytes, pass.warps);
+    std::printf("\"products\": %d, \"useful_products\": %d, \"parts\": %d, \"filled_bytes\": %d, ", pass.products,
+                pass.useful_products, pass.parts, pass.filled_bytes);
+    std::printf("\"reduced_bytes\": %d}\n", pass.reduced_bytes);
 }
 
-template <class Config> void print_fwd() { print<Config>({"fwd_sm80", Config::kThreads, Config::kSmemBytes, 2, 1}); }
+// A pass of the kernels for compute capability 8.0: so many products of queries x keys x head_dim, by all warps.
+template <class Config> Pass pass_sm80(int times, int parts = 1) {
+    const int products = times * Config::kBlockM * Config::kBlockN * Config::kHeadDim;
+    return {Config::kThreads / kWarpThreads, products, products, parts};
+}
+template <class Config> void print_fwd() {
+    print<Config>("fwd_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(2));
+}
 template <class Config> void print_probs() {
-    print<Config>({"attn_probs_sm80", Config::kThreads, Config::kSmemBytes, 1, 1});
+    print<Config>("attn_probs_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(1));
 }
 template <class Config> void print_bwd() {
-    print<Config>({"bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes, 0, 1});
-    print<Config>({"bwd_sm80", Config::kThreads, Config::kSmemBytes, 5, Config::kDqParts});
-    print<Config>({"bwd_finish", Config::kThreads, 0, 0, 1});
+    print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
+    print<Config>("bwd_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(5, Config::kDqParts));
+    print<Config>("bwd_finish", Config::kThreads, 0);
+}
+
+// Those for 9.0: the consumers compute, the other warpgroup loads.
+template <class Config> void print_fwd_sm90() {
+    constexpr int kProducts = Config::kBlockM * Config::kBlockN * (Config::kHeadDim + Config::kHeadDimV);
+    constexpr int kFilled = Config::TileK::kBytes + Config::TileV::kBytes;
+    print<Config>("fwd_sm90", Config::kThreads, Config::kSmemBytes,
+                  {4 * Config::kConsumers, kProducts, kProducts, 1, kFilled, 0});
+}
+template <class Config> void print_bwd_sm90() {
+    constexpr int kOne = Config::kBlockM * Config::kBlockN * Config::kHeadDim;
+    constexpr int kDq = Config::kConsumers * Config::kDqBlockElements * Config::kBlockN;  // with columns past head_dim
+    constexpr int kFilled = 2 * (Config::TileQ::kBytes + Config::kRowBytes);
+    int reduced_bytes = 0;
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) reduced_bytes += Config::dq_block_bytes(consumer);
+    print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
+    print<Config>("bwd_sm90", Config::kThreads, Config::kSmemBytes,
+                  {4 * Config::kConsumers, 4 * kOne + kDq, 5 * kOne, 1, kFilled, reduced_bytes});
+    print<Config>("bwd_finish", Config::kFinishThreads, 0);
+}
+
+template <class Tiles> void print_fwd_tiles_sm90() {
+    print_fwd_sm90<typename Tiles::Plain>();
+    print_fwd_sm90<typename Tiles::Modified>();
 }
 
 template <class Element, int kHeadDim> void print_head_dim() {
@@ -43,6 +83,12 @@ template <class Element, int kHeadDim> void print_head_dim() {
     print_bwd<typename Bwd::Large>();
     print_bwd<typename Bwd::LargeModified>();
     print_probs<typename Fwd::Small>();
+    print_fwd_tiles_sm90<FwdTilesSm90<Element, kHeadDim, kHeadDim>>();
+    if constexpr (kHeadDim == 192) print_fwd_tiles_sm90<FwdTilesSm90<Element, 192, 128>>();
+    if constexpr (kHeadDim <= 128) {
+        print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Plain>();
+        print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Modified>();
+    }
 }
 
 template <class Element> void print_element() {

@@ -16,8 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-# What `ptxas -v` has to say about every kernel. Information with a number in parentheses is a warning in disguise.
-RESOURCE_USAGE = re.compile(r"^(ptxas|nvlink) info\s*: (?!\(C)|^\s+\d+ bytes stack frame, |^\s*$")
+# What `ptxas -v` has to say about every kernel. Information with a number in parentheses is a warning in disguise:
+# products of wgmma that wait for one another, setmaxnreg that has no effect.
+RESOURCE_USAGE = re.compile(
+    r"^(ptxas|nvlink) info\s*: (?!.*(\(C\d|Performance Loss|setmaxnreg))|^\s+\d+ bytes stack frame, |^\s*$"
+)
 
 
 def main(log: str, *command: str) -> int:

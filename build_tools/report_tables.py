@@ -10,8 +10,8 @@ from build_tools import cost_model
 if TYPE_CHECKING:
     from build_tools.static_report import Kernel, Report
 
-LOOP_KEYS = ("element", "head_dim", "block_m", "block_n", "variant", "architecture", "threads")
-PLAIN = "FullMask PlainScores"
+LOOP_KEYS = ("element", "head_dim", "head_dim_v", "block_m", "block_n", "variant", "architecture", "threads")
+PLAIN, PLAIN_WINDOW = "FullMask PlainScores", "WindowMask PlainScores"
 
 INTRODUCTION = """# Static report of the CUDA kernels
 
@@ -25,13 +25,16 @@ Registers per thread of the variants of a kernel: full mask, window; then, with 
 window. bfloat16, and after a stroke float16 where it differs. Spills: bytes, all variants together. Blocks: how many
 are resident on one multiprocessor of that compute capability, by registers, threads and shared memory, for the variant
 with most registers; "-" where the tile is too large for the device, which then takes the smaller one.
+
+Of fwd_sm90 and bwd_sm90 the number is what every thread has at launch: 168 with two consumers, 128 with three. Then the
+warpgroup that loads gives registers back, and consumers have 240 or 160.
 """
 
 LOOPS = """## Main loops
 
 Instructions of one warp in one pass of the main loop as it usually goes: the way through the loop with most tensor
-instructions that loads the next tile, with nothing to mask and no pages. bfloat16, full mask, plain scores. LDL and STL
-are accesses to local memory, and should not appear.
+instructions that loads the next tile, with nothing to mask and no pages; of fwd_sm90 and bwd_sm90, those of a warp of a
+consumer. bfloat16, full mask, plain scores. LDL and STL are accesses to local memory, and should not appear.
 """
 
 CYCLES = """## Predicted cycles
@@ -39,12 +42,38 @@ CYCLES = """## Predicted cycles
 What each unit of a multiprocessor needs for one pass of the main loop of one block, were it alone: multiply-adds of
 mma.sync, exponentials, fp32 and integer products, other integer work and comparisons, shared memory, instructions
 issued, and sums of dQ in global memory. The rates, and where they come from, are in `build_tools/cost_model.py`. On
-sm_90a, mma.sync reaches 63% of the peak of the tensor units; the rest takes wgmma.
+sm_90a, mma.sync reaches 63% of the peak of the tensor units; the rest takes wgmma, which the next section has.
 
 The last two columns are the share of time in which the tensor units work (at the rate of mma.sync): at most, if all
 units work side by side and the slowest decides; and if tensor products, exponentials, the busier of fp32 and integers,
 and shared memory follow one another. Latencies and loads from global memory are left out. None of this is measured.
 """
+
+HOPPER = """## Predicted cycles of the kernels for Hopper
+
+The same for one pass of the main loop of fwd_sm90 and bwd_sm90, all consumers together, with and without a window,
+plain scores, bfloat16: a tile of keys for all queries of the block, or a tile of queries for all its keys. Tensor:
+wgmma, at 2048 multiply-adds per clock. Shared memory, at 128 bytes per clock: the operands that wgmma reads (for
+m64nNk16 32 N bytes of B, and 2048 of A unless that is in registers), what threads read (each for itself, though several
+may get the same number) and write, the tiles that TMA writes, and dQ, which it reads.
+
+The three columns before the last are TFLOP/s on an H200, **by the model, not measured**: 788, which large products of
+bf16 matrices were seen to reach there, times the share of time in which the tensor units work on products that
+attention asks for (bwd_sm90 computes columns of dQ past head_dim 96). At most: the slowest unit decides. Tensor and
+exp2: these two do not overlap, all else does. One by one: as above. The last column is what the tile costs by hand,
+without loops, addresses and masks: tensor, exp2, issue, shared memory.
+"""
+
+# Cycles per tile for (kernel, head_dim, head_dim_v, queries, keys): tensor, exp2, issue, shared memory.
+BY_HAND = {
+    ("fwd_sm90", 64, 64, 192, 128): "1536, 1536, 960, 1216",
+    ("fwd_sm90", 128, 128, 128, 128): "2048, 1024, 704, 1792",
+    ("fwd_sm90", 192, 128, 128, 128): "2560, 1024, 704, 2304",
+    ("fwd_sm90", 256, 256, 128, 80): "2560, 640, 616, 2432",
+    ("bwd_sm90", 64, 64, 128, 128): "2560, 1024, 700, 2560",
+    ("bwd_sm90", 128, 128, 64, 128): "2560, 512, 380, 2688",
+}
+UNIT_NAMES = dict(zip(cost_model.UNITS, ["tensor", "exp2", "fp32", "integer", "smem", "issue", "dQ sums"], strict=True))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -70,7 +99,15 @@ def costs_table(report: Report) -> str:
 
 def title(kernel: Kernel) -> str:
     """Kernel and tile, without the variant."""
-    return f"{kernel.kernel} {kernel.head_dim}: {kernel.block_m} x {kernel.block_n}, {kernel.threads} threads"
+    head_dims = f"{kernel.head_dim}" + (f"/{kernel.head_dim_v}" if kernel.head_dim_v != kernel.head_dim else "")
+    # What runs before and after the backward pass of either kind.
+    of = "" if kernel.kernel == kernel.source else f" of {kernel.source}"
+    return f"{kernel.kernel}{of} {head_dims}: {kernel.block_m} x {kernel.block_n}, {kernel.threads} threads"
+
+
+def uses_wgmma(loop: dict[str, Any]) -> bool:
+    """Whether a main loop is one of the kernels for Hopper."""
+    return "HGMMA" in loop["instructions"]
 
 
 def registers_table(kernels: Sequence[Kernel]) -> str:
@@ -82,9 +119,12 @@ def registers_table(kernels: Sequence[Kernel]) -> str:
     rows = []
     for name in dict.fromkeys(map(title, kernels)):
         own = [each for each in kernels if title(each) == name]
-        blocks = {device: min(e.blocks()[device] for e in own if device in e.blocks()) for device in devices}
+        blocks = {
+            device: min((e.blocks().get(device, 0) for e in own if device in e.blocks()), default=0)
+            for device in devices
+        }
         cells: list[object] = [name, own[0].smem_bytes]
-        cells += [registers([each for each in own if each.architecture == a]) for a in architectures]
+        cells += [registers([each for each in own if each.architecture == a]) or "-" for a in architectures]
         cells.append(sum(each.spill_bytes for each in own))
         rows.append([*cells, *(blocks[device] or "-" for device in devices)])
     return table(head, rows)
@@ -103,13 +143,15 @@ def loops_table(loops: Sequence[dict[str, Any]]) -> str:
     """Instruction counts of main loops."""
     groups = {
         "HMMA": ("HMMA",),
+        "HGMMA": ("HGMMA",),
         "MUFU": ("MUFU",),
         "FFMA, FMUL, FADD": ("FFMA", "FMUL", "FADD"),
-        "LDSM": ("LDSM",),
+        "LDSM, STSM": ("LDSM", "STSM"),
         "LDS, STS": ("LDS", "STS"),
         "LDGSTS": ("LDGSTS",),
         "RED": ("RED", "REDG"),
         "BAR": ("BAR",),
+        "SYNCS": ("SYNCS",),
         "LDL, STL": ("LDL", "STL"),
     }
     rows = []
@@ -122,20 +164,41 @@ def loops_table(loops: Sequence[dict[str, Any]]) -> str:
 
 def cycles_table(loops: Sequence[dict[str, Any]]) -> str:
     """Cycles per unit, and what that makes of the tensor units."""
-    names = dict(zip(cost_model.UNITS, ["tensor", "exp2", "fp32", "integer", "smem", "issue", "dQ sums"], strict=True))
     rows = []
     for each in loops:
         binding, most, least = cost_model.utilisation(each["cycles"])
-        cells = [f"{each['cycles'][unit]:.0f}" for unit in names]
+        cells = [f"{each['cycles'][unit]:.0f}" for unit in UNIT_NAMES]
         kernel = each["kernel"]
-        rows.append([title(kernel), kernel.architecture, *cells, names[binding], f"{most:.0%}", f"{least:.0%}"])
-    head = ["kernel, head_dim: queries x keys", "architecture", *names.values(), "slowest", "at most", "one by one"]
-    return table(head, rows)
+        rows.append([title(kernel), kernel.architecture, *cells, UNIT_NAMES[binding], f"{most:.0%}", f"{least:.0%}"])
+    head = ["kernel, head_dim: queries x keys", "architecture", *UNIT_NAMES.values()]
+    return table([*head, "slowest", "at most", "one by one"], rows)
+
+
+def hopper_table(loops: Sequence[dict[str, Any]]) -> str:
+    """Cycles per unit of the kernels for Hopper, and what that makes of an H200."""
+    rows = []
+    for each in loops:
+        kernel, cycles = each["kernel"], each["cycles"]
+        binding, most, least = cost_model.utilisation(cycles)
+        some = cycles["tensor"] / max(cycles["tensor"] + cycles["mufu"], cycles[binding])
+        rows.append(
+            [
+                title(kernel),
+                "window" if kernel.variant == PLAIN_WINDOW else "full",
+                *(f"{cycles[unit]:.0f}" for unit in UNIT_NAMES),
+                UNIT_NAMES[binding],
+                *(f"{cost_model.h200_tflops(share, each['useful']):.0f}" for share in (most, some, least)),
+                BY_HAND.get((kernel.kernel, kernel.head_dim, kernel.head_dim_v, kernel.block_m, kernel.block_n), "-"),
+            ]
+        )
+    head = ["kernel, head_dim: queries x keys", "mask", *UNIT_NAMES.values(), "slowest"]
+    return table([*head, "at most", "tensor and exp2", "one by one", "by hand"], rows)
 
 
 def markdown(report: Report) -> str:
     """The whole document."""
     plain = [each for each in report.loops if each["kernel"].variant == PLAIN]
+    hopper = [each for each in report.loops if uses_wgmma(each) and each["kernel"].variant in (PLAIN, PLAIN_WINDOW)]
     parts = [
         INTRODUCTION,
         costs_table(report),
@@ -144,6 +207,8 @@ def markdown(report: Report) -> str:
         LOOPS,
         loops_table(plain),
         CYCLES,
-        cycles_table(plain),
+        cycles_table([each for each in plain if not uses_wgmma(each)]),
+        HOPPER,
+        hopper_table(hopper),
     ]
     return "\n".join(parts)

@@ -30,6 +30,13 @@ class Instruction:
         return self.opcode.partition(".")[0]
 
     @property
+    def kind(self) -> str:
+        """What it is counted as: the opcode; of HGMMA also whether A is in shared memory (SS) or in registers (RS)."""
+        if self.name != "HGMMA":
+            return self.opcode
+        return f"{self.opcode}.{'SS' if re.match(r'R[Z0-9]+, gdesc', self.operands) else 'RS'}"
+
+    @property
     def is_conditional(self) -> bool:
         """Whether it may do nothing. A branch on a uniform predicate names that among its operands."""
         return bool(self.predicate) or bool(re.match(r"!?U?P\d, ", self.operands))
@@ -134,19 +141,31 @@ class Function:
 
     @cached_property
     def main_loop(self) -> Loop | None:
-        """The smallest of the loops with most tensor instructions; None without any."""
-        tensor = {loop: self.count(loop.blocks, TENSOR) for loop in self.loops}
+        """The smallest of the loops with most tensor instructions; None without any.
+
+        With wgmma, of the innermost loops that have any: around it stand products before and after the loop.
+        """
+        loops = self.loops
+        if self.has_wgmma:
+            loops = [each for each in loops if not self._inner_loops(each)]
+        tensor = {loop: self.count(loop.blocks, TENSOR) for loop in loops}
         most = max(tensor.values(), default=0)
         if most == 0:
             return None
-        return min((loop for loop in self.loops if tensor[loop] == most), key=lambda loop: len(loop.blocks))
+        return min((loop for loop in loops if tensor[loop] == most), key=lambda loop: len(loop.blocks))
+
+    @cached_property
+    def has_wgmma(self) -> bool:
+        """Whether products are those of wgmma. Then TMA loads, in a loop of another warp."""
+        return any(each.name == "HGMMA" for each in self.instructions)
 
     def usual_pass(self, parts: int = 1) -> Counter[str]:
-        """Instructions, by full opcode, of one pass of the main loop as it usually goes.
+        """Instructions, by kind, of one pass of the main loop as it usually goes.
 
         Of all ways through the loop the one with most tensor instructions, among these that with most asynchronous
-        copies (loads of the next tile), among these the shortest: nothing to mask, no pages, no special cases. Loops
-        within it that hold tensor instructions turn as often as parts says.
+        copies (loads of the next tile, if not by TMA), among these the shortest: nothing to mask, no pages, no special
+        cases, not the thread that does something for all. Loops within it that hold tensor instructions turn as often
+        as parts says.
         """
         loop = self.main_loop
         if loop is None:
@@ -155,7 +174,8 @@ class Function:
         onward: dict[int, int | None] = {}
         for index in reversed(self._in_order(loop)):
             instructions = self.blocks[index].instructions
-            own = (self.count([index], TENSOR), self.count([index], ("LDGSTS",)), -len(instructions))
+            copies = 0 if self.has_wgmma else self.count([index], ("LDGSTS",))
+            own = (self.count([index], TENSOR), copies, -len(instructions))
             ways = [s for s in self.blocks[index].successors if s in best and s != loop.head]
             if not ways and loop.head not in self.blocks[index].successors:
                 continue  # leads out of the loop or around an inner one
@@ -167,7 +187,7 @@ class Function:
         at: int | None = loop.head
         while at is not None:
             for each in self.blocks[at].instructions:
-                passed[each.opcode] += parts if at in repeated else 1
+                passed[each.kind] += parts if at in repeated else 1
             at = onward[at]
         return passed
 

@@ -2,6 +2,7 @@
 
     python -m build_tools.static_report            # compiles what is not up to date, writes docs/static_report.*
     python -m build_tools.static_report --check    # changes nothing; exit status 1 if something has got worse
+    python -m build_tools.static_report fwd_sm90_bf16_64 bwd_sm90_bf16_64    # prints what it says of these alone
 
 --check fails if a kernel spills registers on any architecture, if the compiler warns, if a kernel does not fit onto a
 multiprocessor, or if the number of kernels, the size of the object files, the memory that compiling takes or the time,
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from build_tools.cuda_objects import ROOT, ToolError
 REPORT = ROOT / "docs" / "static_report"
 # Not with the objects of a build: all are to be compiled in one go, so that their times can be compared.
 FOLDER = ROOT / "build" / "report"
+FOLDER_OF_SOME = ROOT / "build" / "report_of_some"
 ALLOWED_GROWTH = 1.25
 CALIBRATION = ROOT / "build_tools" / "calibration.cu"
 
@@ -49,12 +51,17 @@ class Launch:
     kernel: str
     config: str
     head_dim: int
+    head_dim_v: int
     block_m: int
     block_n: int
     threads: int
     smem_bytes: int
+    warps: int
     products: int
+    useful_products: int
     parts: int
+    filled_bytes: int
+    reduced_bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,10 @@ class Kernel:
     """One kernel for one architecture."""
 
     kernel: str
+    source: str  # the file that launches it, without the suffix
     element: str
     head_dim: int
+    head_dim_v: int
     block_m: int
     block_n: int
     variant: str  # the mask and the scores: "FullMask PlainScores"
@@ -79,7 +88,16 @@ class Kernel:
     def place(self) -> tuple[Any, ...]:
         """Where it stands in tables."""
         tile = (self.block_m, self.block_n, self.threads)
-        return (self.kernel, self.head_dim, *tile, self.architecture, self.variant, self.element)
+        return (
+            self.kernel,
+            self.source,
+            self.head_dim,
+            self.head_dim_v,
+            *tile,
+            self.architecture,
+            self.variant,
+            self.element,
+        )
 
     def blocks(self) -> dict[str, int]:
         """How many of its blocks fit onto the multiprocessors that run this code."""
@@ -117,8 +135,10 @@ def kernels_of(built: cuda_objects.Object, output: str, known: list[Launch]) -> 
         found.append(
             Kernel(
                 launch.kernel,
+                built.source.stem,
                 built.element,
                 launch.head_dim,
+                launch.head_dim_v,
                 launch.block_m,
                 launch.block_n,
                 " ".join(POLICY.findall(match["name"])),
@@ -166,24 +186,24 @@ def main_loops(tool: str, path: Path, kernels: list[Kernel], known: list[Launch]
         passed = function.usual_pass(launch.parts)
         if passed:
             check_products(launch, passed, function)
-            cycles = cost_model.cycles(passed, kernel.threads // cost_model.WARP, kernel.architecture)
+            by_tma = launch.filled_bytes, launch.reduced_bytes
+            cycles = cost_model.cycles(passed, launch.warps, kernel.architecture, *by_tma)
             names: dict[str, int] = {}
             for opcode, times in sorted(passed.items()):
                 name = opcode.partition(".")[0]
                 names[name] = names.get(name, 0) + times
-            found.append(
-                {"kernel": kernel, "instructions": names, "cycles": cycles, "code": len(function.instructions)}
-            )
+            useful = launch.useful_products / launch.products
+            found.append({"kernel": kernel, "instructions": names, "cycles": cycles, "useful": useful})
     return found
 
 
 def check_products(launch: Launch, passed: Mapping[str, int], function: sass.Function) -> None:
     """The pass that was found multiplies as much as a tile takes; if not, it is not the one that was meant."""
-    found = cost_model.work(passed)["tensor"] * launch.threads / cost_model.WARP
-    expected = launch.products * launch.block_m * launch.block_n * launch.head_dim
-    if launch.products and found != expected:
+    work = cost_model.work(passed)
+    found = (work["tensor"] + work["wgmma"]) * launch.warps
+    if found != launch.products:
         what = f"{function.architecture} {function.name}: one pass of the main loop"
-        raise ToolError(f"{what} was read as {found:.0f} multiply-adds, and has {expected}")
+        raise ToolError(f"{what} was read as {found:.0f} multiply-adds, and has {launch.products}")
 
 
 def interleaved(objects: list[cuda_objects.Object]) -> tuple[list[cuda_objects.Object], list[cuda_objects.Object]]:
@@ -224,6 +244,7 @@ class Report:
             {
                 "kernel": each["kernel"].kernel,
                 **{key: getattr(each["kernel"], key) for key in report_tables.LOOP_KEYS},
+                "useful": round(each["useful"], 4),
                 "instructions": each["instructions"],
                 "cycles": {unit: round(value, 1) for unit, value in each["cycles"].items()},
             }
@@ -233,13 +254,16 @@ class Report:
         return f'{head},\n "kernels": {lines(kernels)},\n "loops": {lines(loops)}\n}}\n'
 
 
-def gather(folder: Path) -> Report:
-    """Compile what is not up to date, and read all there is."""
+def gather(folder: Path, names: Sequence[str] = ()) -> Report:
+    """Compile what is not up to date, and read all there is, or the object files of these names."""
     home = cuda_objects.cuda_home()
     if home is None:
         raise ToolError("there is no nvcc; put it on PATH, or set CUDA_HOME")
     tool = disassembler()
     wanted = [each for each in cuda_objects.objects(cuda_archs.parse(cuda_archs.DEFAULT)) if each.element]
+    wanted = [each for each in wanted if not names or each.name in names]
+    if not wanted:
+        raise ToolError(f"no object file with kernels is called {' or '.join(names)}")
     compiled, calibrations = interleaved(wanted)
     cuda_objects.build(home, compiled, folder)
     calibration = statistics.median(log_of(each, folder)["cpu_seconds"] for each in calibrations)
@@ -268,8 +292,8 @@ def gather(folder: Path) -> Report:
     return Report(compiler, costs, kernels, loops, warnings)
 
 
-def problems(report: Report, committed: dict[str, Any]) -> list[str]:
-    """What must not be, a sentence each."""
+def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
+    """What must not be, a sentence each; with the committed report, growth too."""
     found = [f"the compiler warns: {line}" for line in report.warnings]
     for each in report.kernels:
         name = f"{each.kernel} {each.element} head_dim {each.head_dim} {each.block_m}x{each.block_n} {each.variant}"
@@ -277,6 +301,8 @@ def problems(report: Report, committed: dict[str, Any]) -> list[str]:
             found.append(f"{name} spills {each.spill_bytes} bytes on {each.architecture}")
         if not any(each.blocks().values()):
             found.append(f"{name} fits onto no multiprocessor of {each.architecture}")
+    if committed is None:
+        return found
     for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
         before, now = committed["costs"][key], report.costs[key]
         if now > ALLOWED_GROWTH * before:
@@ -288,21 +314,24 @@ def main() -> int:
     """Write the report, or compare with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed report instead of writing it")
+    parser.add_argument("names", nargs="*", help="print the report of these object files, such as fwd_sm80_bf16_64")
     arguments = parser.parse_args()
+    names = arguments.names
     try:
-        report = gather(FOLDER)
+        report = gather(FOLDER_OF_SOME if names else FOLDER, names)
     except ToolError as error:
         sys.exit(str(error))
-    print(report_tables.costs_table(report))
+    print(report_tables.markdown(report) if names else report_tables.costs_table(report))
     target = REPORT.with_suffix(".json")
-    if not arguments.check:
+    if not (arguments.check or names):
         target.write_text(report.as_json())
         REPORT.with_suffix(".md").write_text(report_tables.markdown(report))
         print(f"wrote {REPORT}.json and {REPORT}.md")
-    found = problems(report, json.loads(target.read_text()))
+    # What some kernels cost says nothing about growth.
+    found = problems(report, None if names else json.loads(target.read_text()))
     for sentence in found:
         print(sentence, file=sys.stderr)
-    return 1 if found and arguments.check else 0
+    return 1 if found and (arguments.check or names) else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ constexpr int kMaxHeadDim = 256;
 struct Device {
     int compute_capability;  // 80 for 8.0
     int smem_per_block;      // bytes of shared memory that one block may ask for
+    int multiprocessors;
+    int64_t l2_bytes;  // of its level-2 cache
     void* stream;
 };
 
@@ -21,6 +23,6 @@ const char* run_fwd(const FwdParams& params, const Device& device);
 const char* run_bwd(const BwdParams& params, void* workspace, const Device& device);
 const char* run_attn_probs(const ProbsParams& params, const Device& device);
 
-int64_t bwd_workspace_bytes(const BwdParams& params);
+int64_t bwd_workspace_bytes(const BwdParams& params, const Device& device);
 
 }  // namespace flash_attn::cuda

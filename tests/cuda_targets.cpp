@@ -1,11 +1,17 @@
 // csrc/ops/cuda_targets.h as C functions, for test_cuda_build.py.
 #include <cstring>
 
+#include "launch/hopper.h"
 #include "ops/cuda_targets.h"
+
+static_assert(flash_attn::kHopperMaxHeadDimFwd == flash_attn::cuda::kMaxHeadDim);
+static_assert(flash_attn::kHopperMaxHeadDimBwd == flash_attn::cuda::kHopperMaxBwdHeadDim);
 
 extern "C" {
 
 bool runs_on(const char* target, int compute_capability) { return flash_attn::runs_on(target, compute_capability); }
+
+bool has_hopper_kernels(const char* targets) { return flash_attn::has_hopper_kernels(targets); }
 
 void device_trouble(const char* device, int compute_capability, const char* targets, char* text, size_t size) {
     std::strncpy(text, flash_attn::device_trouble(device, compute_capability, targets).c_str(), size - 1);

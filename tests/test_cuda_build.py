@@ -174,7 +174,7 @@ def targets(tmp_path_factory):
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.runs_on.restype = ctypes.c_bool
+    loaded.runs_on.restype = loaded.has_hopper_kernels.restype = ctypes.c_bool
     return loaded
 
 
@@ -193,6 +193,15 @@ def targets(tmp_path_factory):
 )
 def test_code_runs_on(targets, target, devices):
     assert {d for d in (75, 80, 86, 89, 90, 100, 103, 120) if targets.runs_on(target.encode(), d)} == devices
+
+
+@pytest.mark.parametrize(
+    "archs", ["8.0", "8.0+PTX", "9.0", "9.0a", "9.0+PTX", "8.0 9.0a", "9.0 12.0", cuda_archs.DEFAULT]
+)
+def test_kernels_for_hopper_are_those_that_are_compiled(targets, archs):
+    chosen = parse(archs)
+    compiled = any(each.source.stem == "fwd_sm90" for each in cuda_objects.objects(chosen, [Path("fwd_sm90.cu")]))
+    assert targets.has_hopper_kernels(" ".join(code_names(chosen)).encode()) == compiled
 
 
 REBUILD = "rebuild it with FLASH_ATTN_CUDA_ARCHS=12.0 pip install --no-build-isolation ."
@@ -223,13 +232,47 @@ def test_object_files():
     sources = [Path("fwd_sm80.cu"), Path("fwd_sm90.cu"), Path("run.cpp")]
     found = cuda_objects.objects(parse("8.0;9.0a"), sources)
     assert len({each.name for each in found}) == len(found) == 2 * 2 * 5 + 1
-    (chooser,) = (each for each in found if each.source == sources[2])
-    assert (chooser.name, chooser.flags()) == ("run", ["-x=cu", "-gencode=arch=compute_80,code=sm_80"])
     assert {each.codes for each in found if each.source == sources[0]} == {("sm_80", "sm_90a")}
     assert {each.codes for each in found if each.source == sources[1]} == {("sm_90a",)}
     flags = next(each for each in found if each.name == "fwd_sm90_fp16_128").flags()
     assert {"-DFA_ELEMENT=fp16", "-DFA_HEAD_DIM=128", "-gencode=arch=compute_90a,code=sm_90a"} <= set(flags)
     assert {each.source for each in cuda_objects.objects((Arch(8, 0),), sources)} == {sources[0], sources[2]}
+
+
+def test_head_dims_of_the_backward_pass_for_hopper():
+    found = cuda_objects.objects(parse("8.0;9.0a"), [Path("bwd_sm80.cu"), Path("bwd_sm90.cu")])
+    of = {name: {each.head_dim for each in found if each.source.stem == name} for name in ("bwd_sm80", "bwd_sm90")}
+    assert of == {"bwd_sm80": set(cuda_objects.HEAD_DIMS), "bwd_sm90": {64, 96, 128}}
+    # What run.cpp believes.
+    text = (ROOT / "csrc" / "launch" / "hopper.h").read_text()
+    assert f"kHopperMaxBwdHeadDim = {max(of['bwd_sm90'])};" in text
+
+
+@pytest.mark.parametrize(
+    ("archs", "macro", "code"),
+    [
+        ("8.0", [], 80),
+        ("8.0+PTX", [], 80),
+        ("8.6;12.0", [], 86),
+        ("8.0;9.0a", ["-DFLASH_ATTN_HOPPER"], 80),
+        ("9.0", ["-DFLASH_ATTN_HOPPER"], "90a"),
+        (cuda_archs.DEFAULT, ["-DFLASH_ATTN_HOPPER"], 80),
+    ],
+)
+def test_kernels_for_hopper_are_chosen_where_there_are_any(archs, macro, code, tmp_path):
+    sources = [Path("fwd_sm80.cu"), Path("fwd_sm90.cu"), Path("run.cpp")]
+    found = cuda_objects.objects(parse(archs), sources)
+    (chooser,) = (each for each in found if each.source == sources[2])
+    flags = ["-x=cu", *macro, f"-gencode=arch=compute_{code},code=sm_{code}"]
+    assert (chooser.name, chooser.flags()) == ("run", flags)
+    assert {each.macros for each in found if each is not chooser} == {()}
+    assert bool(macro) == any(each.source == sources[1] for each in found)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(FAKE_NVCC)
+    nvcc.chmod(0o755)
+    text = cuda_objects.ninja_text(str(nvcc), found, tmp_path)
+    assert text.count("FLASH_ATTN_HOPPER") == len(macro)
+    assert ("fwd_sm90" in text) == bool(macro)
 
 
 def test_every_cuda_source_of_the_tree_is_built():

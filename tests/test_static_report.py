@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,40 @@ def test_loops_of_other_kinds():
     assert sum(uniform_branch.usual_pass().values()) == 3
 
 
+# Like fwd_sm90: products before the loop over tiles and after it, all within a loop over rounds; in the inner loop a
+# wait, and a special case that copies.
+WGMMA = """
+	code for sm_90a
+		Function : consumer
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR4].tnspB, R88, gsb0 ;
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0040*/              @!P0 BRA 0x30 ;
+        /*0050*/              @!P1 BRA 0x70 ;
+        /*0060*/                   LDGSTS.E.BYPASS.128.ZFILL [R9], [R4.64], P2 ;
+        /*0070*/               @P2 BRA 0x10 ;
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR4].tnspB, R88, gsb0 ;
+        /*0090*/                   HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR4].tnspB, R88, gsb0 ;
+        /*00a0*/               @P3 BRA 0x0 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_loops_of_wgmma():
+    """The innermost loop with products, though others have more; of ways through it the shortest, not what copies."""
+    (function,) = sass.parse(WGMMA.splitlines())
+    assert function.has_wgmma
+    assert not any(each.has_wgmma for each in functions())
+    assert function.blocks[function.main_loop.head].instructions[0].address == 0x10
+    assert function.usual_pass() == {
+        "HGMMA.64x128x16.F32.BF16.SS": 1,
+        "HGMMA.64x64x16.F32.BF16.RS": 1,
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT": 1,
+        "BRA": 3,
+    }
+
+
 NESTED = """
 	code for sm_80
 		Function : parts
@@ -113,7 +148,7 @@ def test_parts():
 
 def test_a_pass_that_is_not_the_right_one():
     (function,) = sass.parse(NESTED.splitlines())
-    launch = Launch("parts", "3Cfg", 16, 16, 8, 32, 0, 4, 3)
+    launch = Launch("parts", "3Cfg", 16, 16, 16, 8, 32, 0, 1, 8192, 8192, 3, 0, 0)
     static_report.check_products(launch, function.usual_pass(3), function)
     with pytest.raises(cuda_objects.ToolError, match=r"parts: one pass .* read as 4096 multiply-adds, and has 8192"):
         static_report.check_products(launch, function.usual_pass(1), function)
@@ -159,7 +194,29 @@ def test_work_of_instructions():
         "smem": 512 + 128 + 512 + 256 + 512,
         "reduction": 2 * 128,
         "issue": sum(passed.values()),
+        "wgmma": 0,
     }
+
+
+def test_work_of_wgmma():
+    """Four warps share a product: 64 x N x 16, B of 32 N bytes, A of 2048 if it is in shared memory."""
+    work = cost_model.work({"HGMMA.64x128x16.F32.BF16.SS": 4, "HGMMA.64x96x16.F32.RS": 4})
+    assert (work["tensor"], work["wgmma"]) == (0, 64 * 128 * 16 + 64 * 96 * 16)
+    assert work["smem"] == 2048 + 32 * 128 + 32 * 96
+    for kind in ("HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x32.F32.E4M3.E4M3.SS"):
+        with pytest.raises(ValueError, match=f"{kind}: no shape"):
+            cost_model.work({kind: 1})
+
+
+def test_cycles_of_a_tile_of_wgmma():
+    """128 x 128 keys at head_dim 128: what the tile costs by hand, with the tiles that TMA brings."""
+    passed = {"HGMMA.64x128x16.F32.BF16.SS": 8, "HGMMA.64x128x16.F32.BF16.RS": 8, "MUFU.EX2": 64}
+    cycles = cost_model.cycles(passed, 8, "sm_90a", filled_bytes=65536)
+    assert (cycles["tensor"], cycles["mufu"], cycles["smem"], cycles["reduction"]) == (2048, 1024, 1792, 0)
+    with_sums = cost_model.cycles(passed, 8, "sm_90a", 65536, 32768)
+    assert (with_sums["smem"], with_sums["reduction"]) == (1792 + 256, 2048)
+    assert cost_model.utilisation(cycles)[:2] == ("tensor", 1.0)
+    assert cost_model.h200_tflops(0.5, 0.5) == cost_model.H200_TFLOPS / 4
 
 
 def test_cycles():
@@ -187,8 +244,8 @@ ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_10WindowMaskENS_11Pl
 ptxas info    : Used 200 registers, used 1 barriers
 """
 LAUNCHES = [
-    Launch("fwd_sm80", "3Cfg", 64, 128, 64, 128, 32768, 2, 1),
-    Launch("bwd_sm80", "3Cfg", 64, 64, 64, 256, 65536, 5, 1),
+    Launch("fwd_sm80", "3Cfg", 64, 64, 128, 64, 128, 32768, 4, 2**20, 2**20, 1, 0, 0),
+    Launch("bwd_sm80", "3Cfg", 64, 64, 64, 64, 256, 65536, 8, 5 * 2**18, 5 * 2**18, 1, 0, 0),
 ]
 OBJECT = cuda_objects.Object(Path("fwd_sm80.cu"), ("sm_80",), "bf16", 64)
 
@@ -210,6 +267,9 @@ def test_a_kernel_that_is_unknown():
 def test_warnings():
     lines = [
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized",
+        "ptxas info    : Potential Performance Loss: wgmma.mma_async instructions are serialized",
+        "ptxas info    : (C7508) 'setmaxnreg' ignored; unable to determine register count at entry",
+        "ptxas info    : setmaxnreg ignored to maintain minimum register requirements",
         "ptxas warning : Stack size for entry function cannot be statically determined",
         'fwd.h(3): warning #177-D: variable "x" was declared but never referenced',
     ]
@@ -219,9 +279,9 @@ def test_warnings():
 
 def report_of(costs, warnings=(), **changes):
     fields = {
-        "kernel": "fwd_sm80", "element": "bf16", "head_dim": 64, "block_m": 128, "block_n": 64, "variant": "FullMask",
-        "architecture": "sm_80", "threads": 128, "smem_bytes": 1024, "registers": 200, "spill_bytes": 0,
-        "stack_bytes": 0, "symbol": "k",
+        "kernel": "fwd_sm80", "source": "fwd_sm80", "element": "bf16", "head_dim": 64, "head_dim_v": 64,
+        "block_m": 128, "block_n": 64, "variant": "FullMask", "architecture": "sm_80", "threads": 128,
+        "smem_bytes": 1024, "registers": 200, "spill_bytes": 0, "stack_bytes": 0, "symbol": "k",
     }  # fmt: skip
     return Report("nvcc 13.0", costs, [Kernel(**{**fields, **changes})], [], list(warnings))
 
@@ -240,6 +300,7 @@ def test_problems():
         "fwd_sm80 bf16 head_dim 64 128x64 FullMask fits onto no multiprocessor of sm_80"
     ]
     assert problems(report_of(COSTS, warnings=["odd"]), committed) == ["the compiler warns: odd"]
+    assert problems(report_of({**COSTS, "kernels": 1000}, warnings=["odd"]), None) == ["the compiler warns: odd"]
     for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
         (found,) = problems(report_of({**COSTS, key: 1.3 * COSTS[key]}), committed)
         assert found.startswith(f"{key} has grown from {COSTS[key]} to ")
@@ -253,11 +314,56 @@ def test_report_files():
     assert "| fwd_sm80 64: 128 x 64, 128 threads | 1024 | 200 | 0 | 2 | 2 | 2 |" in text
 
 
+def test_tables_of_hopper():
+    """A main loop of wgmma has a table of its own, also with a window."""
+    report = report_of(COSTS)
+    (kernel,) = report.kernels
+    of_hopper = {
+        "kernel": "fwd_sm90",
+        "source": "fwd_sm90",
+        "head_dim": 192,
+        "head_dim_v": 128,
+        "block_n": 128,
+        "architecture": "sm_90a",
+    }
+    cycles = dict.fromkeys(cost_model.UNITS, 0.0) | {"tensor": 2560.0, "mufu": 1056.0, "smem": 3200.0}
+    for mask in ("Full", "Window"):
+        own = replace(kernel, **of_hopper, variant=f"{mask}Mask PlainScores")
+        loop = {"kernel": own, "instructions": {"HGMMA": 20}, "cycles": cycles, "useful": 0.5}
+        report.loops.append(loop)
+    report.loops.append({**loop, "kernel": kernel, "instructions": {"HMMA": 20}})
+    text = static_report.report_tables.markdown(report)
+    before, _, hopper = text.partition("## Predicted cycles of the kernels for Hopper")
+    name, numbers = "fwd_sm90 192/128: 128 x 128, 128 threads", "2560 | 1056 | 0 | 0 | 3200 | 0 | 0 | smem | 315 | 279"
+    assert [line for line in hopper.splitlines() if line.startswith("| fwd_")] == [
+        f"| {name} | {mask} | {numbers} | 148 | 2560, 1024, 704, 2304 |" for mask in ("full", "window")
+    ]
+    _, loops, predicted = before.split("\n## ")[1:]
+    assert loops.count(f"| {name} | sm_90a | 0 | 20 | 0 |") == 1
+    assert "fwd_sm90" not in predicted
+    assert len(json.loads(report.as_json())["loops"]) == 3
+
+
+def test_kernels_that_two_sources_launch_are_told_apart():
+    rows = []
+    for source in ("bwd_sm80", "bwd_sm90"):
+        rows += report_of(COSTS, kernel="bwd_finish", source=source).kernels
+    text = static_report.report_tables.registers_table(rows)
+    assert [text.count(f"| bwd_finish of {source} 64: 128 x 64, ") for source in ("bwd_sm80", "bwd_sm90")] == [1, 1]
+
+
 def test_launches_know_every_tile(tmp_path):
     """The program that prints them compiles, against the host models of the simulator."""
     found = static_report.launches(tmp_path)
     assert {each.head_dim for each in found} == set(cuda_objects.HEAD_DIMS)
-    assert {each.kernel for each in found} >= {"fwd_sm80", "bwd_sm80", "bwd_preprocess", "bwd_finish"}
+    kernels = {"fwd_sm80", "bwd_sm80", "fwd_sm90", "bwd_sm90", "bwd_preprocess", "bwd_finish", "attn_probs_sm80"}
+    assert {each.kernel for each in found} == kernels
+    for name, head_dims in (("fwd_sm90", cuda_objects.HEAD_DIMS), ("bwd_sm90", cuda_objects.HEAD_DIMS_OF["bwd_sm90"])):
+        own = [each for each in found if each.kernel == name]
+        assert {each.head_dim for each in own} == set(head_dims)
+        assert all(each.warps == each.threads // 32 - 4 and each.filled_bytes > 0 for each in own)
+        assert all(each.useful_products <= each.products for each in own)
+    assert len({(each.kernel, each.config) for each in found}) == len(found)
     assert all(each.threads % 32 == 0 and each.threads > 0 for each in found)
 
 

@@ -27,6 +27,27 @@ FA_HOST_DEVICE TileGrid key_grid(const Problem& p, int block_n) {
     return {ceil_div(p.seqlens.seqlen_k, block_n), p.num_heads_k, p.batch_size};
 }
 
+// The order in which tiles are begun. Heads, of all sequences, form sections, which follow one another: those at work
+// at one time share what the section reads. Within a section the last tiles come first, those of all its heads: under a
+// causal mask they have most to do, and what is begun last should be short.
+struct TileOrder {
+    TileGrid grid;
+    int section_heads;  // at least 1
+
+    FA_HOST_DEVICE WorkTile at(int i) const {
+        const int section = i / (grid.num_tiles * section_heads), first_head = section * section_heads;
+        const int heads = min(section_heads, grid.num_heads * grid.batch_size - first_head);
+        const int within = i - section * grid.num_tiles * section_heads, row = first_head + within % heads;
+        return {grid.num_tiles - 1 - within / heads, row % grid.num_heads, row / grid.num_heads};
+    }
+};
+
+// The tiles of one of num_blocks blocks, when there are fewer of them than tiles: one tile of every num_blocks, forth
+// and back, so that nobody gets the longest of each round. i counts from 0.
+FA_HOST_DEVICE int64_t tile_of_round(int64_t i, int block, int num_blocks) {
+    return i * num_blocks + (i % 2 == 0 ? block : num_blocks - 1 - block);
+}
+
 // Queries or keys as tiles of `size`, tile i being [size * i, size * (i + 1)). Where a mask leaves nothing, its ranges
 // end at or before 0, and so do these.
 FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }

@@ -23,5 +23,6 @@ FA_HOST_DEVICE float alibi_slope(const ScoreParams& p, int batch, int head) {
 }
 // Whether scores are more than scaled products.
 FA_HOST_DEVICE bool modifies_scores(const ScoreParams& p) { return p.softcap > 0 || p.alibi_slopes; }
+FA_HOST_DEVICE bool modifies_scores(const Problem& p) { return modifies_scores(p.score) || p.dropout.threshold != 0; }
 
 }  // namespace flash_attn

@@ -4,6 +4,7 @@
 //
 // Scores leave apply() such that exp2(scale_log2 * score - ...) is the softmax.
 #pragma once
+#include "attn/coordinates.h"
 #include "attn/dropout.h"
 #include "attn/scheduler.h"
 #include "attn/score.h"
@@ -19,11 +20,17 @@ struct PlainScores {
 
     FA_DEVICE PlainScores(const Problem& p, int, int, const Sequence&)
         : scale_log2(float(p.score.softmax_scale * kLog2e)) {}
-    template <class Tile> FA_DEVICE void apply(Tile&, int, int) const {}
+    template <class Tile, class At> FA_DEVICE void apply(Tile&, const At&) const {}
 };
 
-// tanh to about 1e-7. The instruction tanh.approx is off by 5e-4, which a softcap of 50 makes an error of 0.025.
-FA_DEVICE float tanh_of(float x) { return 1.f - 2.f * ptx::reciprocal(ptx::exp2(x * float(2 * kLog2e)) + 1.f); }
+// tanh to about 1e-7, of itself where it is small. The instruction tanh.approx is off by 5e-4, which a softcap of 50
+// makes an error of 0.025.
+FA_DEVICE float tanh_of(float x) {
+    const float square = x * x;
+    const float series = 1.f + square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315)));
+    const float large = 1.f - 2.f * ptx::reciprocal(ptx::exp2(x * float(2 * kLog2e)) + 1.f);
+    return square < 0.04f ? x * series : large;
+}
 
 struct ModifiedScores {
     static constexpr bool kModified = true;
@@ -40,16 +47,15 @@ struct ModifiedScores {
 
     FA_DEVICE float bias(int row, int key) const { return alibi_bias(slope, float(row + shift - key)); }
 
-    // row0 and key0 are the tile's corner in the score matrix.
-    template <int kRows, int kCols> FA_DEVICE void apply(AccTile<kRows, kCols>& s, int row0, int key0) const {
+    template <int kRows, int kCols, class At> FA_DEVICE void apply(AccTile<kRows, kCols>& s, const At& at) const {
         if (softcap > 0.f) {
-            const float inner = scale / softcap;
+            const float inner = scale * ptx::reciprocal(softcap);
             s.for_each([&](int, int, float& x) { x = softcap * tanh_of(x * inner); });
         } else {
             s.for_each([&](int, int, float& x) { x *= scale; });
         }
         if (slope == 0.f) return;
-        s.for_each([&](int r, int column, float& x) { x += bias(row0 + lane_row(r), key0 + column); });
+        s.for_each([&](int r, int column, float& x) { x += bias(at.query(r, column), at.key(r, column)); });
     }
 
     // d cap(x) / dx from the score itself, so that nothing has to be kept for it.
@@ -59,7 +65,7 @@ struct ModifiedScores {
 
     // f(value, whether it is dropped) for every element.
     template <int kRows, int kCols, class F>
-    FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, int row0, int key0, F f) const {
+    FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, const QueryRows& at, F f) const {
         // One call of Philox serves 32 keys, of which narrower tiles hold one half.
         constexpr int kKeys = kCols % kDropoutBlockKeys == 0 ? kDropoutBlockKeys : 16;
 #pragma unroll
@@ -68,8 +74,8 @@ struct ModifiedScores {
             for (int j = 0; j < kCols / kKeys; ++j)
 #pragma unroll
                 for (int b = 0; b < 2; ++b) {
-                    const int key = key0 + kKeys * j;
-                    const PhiloxOutput drawn = dropout.block(row0 + lane_row(2 * i), key + lane_column() + b);
+                    const int key = at.key0 + kKeys * j;
+                    const PhiloxOutput drawn = dropout.block(at.query(2 * i, 0), key + lane_column() + b);
                     const bool upper = kKeys == 16 && key / 16 % 2;
 #pragma unroll
                     for (int w = 0; w < kKeys / 8; ++w) {
@@ -80,14 +86,34 @@ struct ModifiedScores {
                     }
                 }
     }
-    template <int kRows, int kCols> FA_DEVICE void drop(AccTile<kRows, kCols>& p, int row0, int key0) const {
+    // A thread has two of the four keys that a call of Philox serves: lane / 4, and the one 8 after it.
+    template <int kRows, int kCols, class F>
+    FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, const KeyRows& at, F f) const {
+        static_assert(kRows == 16);
+        const int upper = at.key(0, 0) % kDropoutBlockKeys / 16 * 2;
+#pragma unroll
+        for (int j = 0; j < kCols / 16; ++j)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                const PhiloxOutput drawn = dropout.block(at.row0 + 16 * j + lane_column() + b, at.key(0, 0));
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t word = upper ? drawn.word[2 + r] : drawn.word[r];
+                    float* const x = &t.x[0][8 * j + 2 * r + b];
+                    f(x[0], (word & 0xffffu) < dropout.threshold);
+                    f(x[4], (word >> 16) < dropout.threshold);
+                }
+            }
+    }
+    template <int kRows, int kCols, class At> FA_DEVICE void drop(AccTile<kRows, kCols>& p, const At& at) const {
         if (dropout.threshold == 0) return;
-        for_each_drawn(p, row0, key0, [](float& x, bool dropped) { x = dropped ? 0.f : x; });
+        for_each_drawn(p, at, [](float& x, bool dropped) { x = dropped ? 0.f : x; });
     }
     // Dropped weights get a set sign bit, kept ones a clear one.
-    template <int kRows, int kCols> FA_DEVICE void mark_dropped(AccTile<kRows, kCols>& p, int row0, int key0) const {
+    template <int kRows, int kCols, class At>
+    FA_DEVICE void mark_dropped(AccTile<kRows, kCols>& p, const At& at) const {
         if (dropout.threshold == 0) return;
-        for_each_drawn(p, row0, key0, [](float& x, bool dropped) {
+        for_each_drawn(p, at, [](float& x, bool dropped) {
             x = ptx::bits_float((ptx::float_bits(x) & 0x7fffffffu) | uint32_t(dropped) << 31);
         });
     }

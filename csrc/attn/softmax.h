@@ -1,6 +1,7 @@
 // The running softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018);
 // FlashAttention-2, section 3.1. A thread keeps the statistics of its own rows, in the log2 domain.
 #pragma once
+#include "attn/coordinates.h"
 #include "attn/score.h"
 #include "ptx/math.h"
 #include "ptx/sync.h"
@@ -8,12 +9,13 @@
 
 namespace flash_attn {
 
-// What the mask hides gets the score -infinity; row0 and key0 are the tile's corner in the score matrix.
-template <int kRows, int kCols, class Mask>
-FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, int row0, int key0) {
-    s.for_each([&](int r, int column, float& x) {
-        if (!mask.keep(row0 + lane_row(r), key0 + column)) x = -ptx::infinity();
-    });
+// What the mask hides gets the score -infinity.
+template <int kRows, int kCols, class Mask, class At>
+FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
+    const auto hide = [&](int r, int column, float& x) {
+        if (!mask.keep(at.query(r, column), at.key(r, column))) x = -ptx::infinity();
+    };
+    s.for_each(hide, at.first_column());
 }
 
 // Over the four lanes that share a row.
@@ -29,6 +31,7 @@ FA_DEVICE float quad_sum(float x) {
 template <int kLaneRows> struct OnlineSoftmax {
     float row_max[kLaneRows], row_sum[kLaneRows];  // sums are of this lane's columns only, until finish()
     float offset[kLaneRows];                       // row_max in the log2 domain
+    float fix[kLaneRows];                          // what was summed up before the last raise_max() is to be scaled by
 
     FA_DEVICE OnlineSoftmax() {
 #pragma unroll
@@ -37,10 +40,9 @@ template <int kLaneRows> struct OnlineSoftmax {
             row_sum[r] = 0.f;
         }
     }
-    // Takes account of the greatest of these scores: rescales what was summed up before, in `out` too.
-    template <int kRows, int kCols, int kOutCols>
-    FA_DEVICE void raise_max(const AccTile<kRows, kCols>& s, AccTile<kRows, kOutCols>& out, float scale_log2) {
-        float fix[kLaneRows];
+    // Takes account of the greatest of these scores. What was summed up before is rescaled, which rescale() has to do
+    // to the output as well.
+    template <int kRows, int kCols> FA_DEVICE void raise_max(const AccTile<kRows, kCols>& s, float scale_log2) {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) fix[r] = row_max[r];
         s.for_each([&](int r, int, float x) { row_max[r] = fmaxf(row_max[r], x); });
@@ -52,6 +54,8 @@ template <int kLaneRows> struct OnlineSoftmax {
             fix[r] = ptx::exp2(fix[r] * scale_log2 - offset[r]);
             row_sum[r] *= fix[r];
         }
+    }
+    template <int kRows, int kCols> FA_DEVICE void rescale(AccTile<kRows, kCols>& out) const {
         out.for_each([&](int r, int, float& x) { x *= fix[r]; });
     }
     // Turns scores into weights relative to the greatest, and adds them up.

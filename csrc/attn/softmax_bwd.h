@@ -13,35 +13,38 @@ namespace flash_attn {
 // zero.
 FA_DEVICE float lse_log2_of(float lse) { return lse == -ptx::infinity() ? ptx::infinity() : lse * float(kLog2e); }
 
-// Scores become weights: zero where lse_log2 is +infinity. kSelect: and where scores are -infinity, even in a row with
-// a log-sum-exp that is NaN, because one of the keys that it does see is.
-template <bool kSelect, int kRows, int kCols, int kLaneRows>
-FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, const float (&lse_log2)[kLaneRows], float scale_log2) {
-    s.for_each([&](int r, int, float& x) {
-        const float weight = ptx::exp2(x * scale_log2 - lse_log2[r]);
-        x = kSelect && x == -ptx::infinity() ? 0.f : weight;
-    });
+// Scores become weights: zero where lse_log2 is +infinity. kSelect: and where scores are -infinity, even for a query
+// with a log-sum-exp that is NaN, because one of the keys that it does see is.
+template <bool kSelect, int kRows, int kCols, class Numbers>
+FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, Numbers lse_log2, float scale_log2) {
+    s.for_each_octet([&](int n) { lse_log2.select(n); },
+                     [&](int r, int b, int, float& x) {
+                         const float weight = ptx::exp2(x * scale_log2 - lse_log2(r, b));
+                         x = kSelect && x == -ptx::infinity() ? 0.f : weight;
+                     });
 }
 
 // dP becomes dS, the gradient of scaled products; weights that mark_dropped() marked become what dV is made of.
-// row0 and key0 are the tile's corner in the score matrix. kSelect: pairs that do not attend may have a dP that is not
-// finite.
-template <bool kSelect, class Scores, int kRows, int kCols, int kLaneRows>
-FA_DEVICE void score_gradient(AccTile<kRows, kCols>& p, AccTile<kRows, kCols>& dp,
-                              const float (&dsoftmax_sum)[kLaneRows], const float (&lse_log2)[kLaneRows],
-                              const Scores& scores, int row0, int key0) {
-    dp.zip(p, [&](int r, int column, float& x, float& weight) {
+// kSelect: pairs that do not attend may have a dP that is not finite.
+template <bool kSelect, class Scores, class At, class Numbers, int kRows, int kCols>
+FA_DEVICE void score_gradient(AccTile<kRows, kCols>& p, AccTile<kRows, kCols>& dp, Numbers dsoftmax_sum,
+                              Numbers lse_log2, const Scores& scores, const At& at) {
+    const auto select = [&](int n) {
+        dsoftmax_sum.select(n);
+        if constexpr (Scores::kModified) lse_log2.select(n);
+    };
+    dp.zip_octets(p, select, [&](int r, int b, int column, float& x, float& weight) {
         float w = weight;
         if constexpr (Scores::kModified) {
             x = is_dropped(weight) ? 0.f : x * scores.dropout_scale;
             weight = is_dropped(weight) ? 0.f : weight * scores.dropout_scale;
             w = fabsf(w);
         }
-        x = kSelect && w == 0.f ? 0.f : w * (x - dsoftmax_sum[r]);
+        x = kSelect && w == 0.f ? 0.f : w * (x - dsoftmax_sum(r, b));
         if constexpr (Scores::kModified) {
             if (scores.softcap > 0.f && w != 0.f) {
-                const float score = (ptx::log2(w) + lse_log2[r]) * float(1 / kLog2e);
-                x *= scores.cap_derivative(score, row0 + lane_row(r), key0 + column);
+                const float score = (ptx::log2(w) + lse_log2(r, b)) * float(1 / kLog2e);
+                x *= scores.cap_derivative(score, at.query(r, column), at.key(r, column));
             }
         }
     });

@@ -27,10 +27,10 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
     if (!tiles.empty())
         load_tile<kThreads>(sQ, rows_from<Element>(p.q, batch, head, first_row), seq.seqlen_q - m0, p.head_dim);
     const float* const lse = row_of(params.softmax_lse, batch, head, first_row + warp_row0);
-    float lse_log2[2 * Config::kWarpRows / 16];
+    RowNumbers<2 * Config::kWarpRows / 16> lse_log2;
 #pragma unroll
     for (int r = 0; r < 2 * Config::kWarpRows / 16; ++r)
-        lse_log2[r] = row0 + lane_row(r) < seq.seqlen_q ? lse_log2_of(ptx::load(lse + lane_row(r))) : ptx::infinity();
+        lse_log2.x[r] = row0 + lane_row(r) < seq.seqlen_q ? lse_log2_of(ptx::load(lse + lane_row(r))) : ptx::infinity();
     Element* const probs = static_cast<Element*>(params.probs) +
                            (int64_t(batch) * p.num_heads + head) * p.seqlens.seqlen_q * p.seqlens.seqlen_k;
     for (int n = tiles.begin; n < tiles.end; ++n) {
@@ -42,11 +42,12 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
         AccTile<Config::kWarpRows, N> acc_s;
         acc_s.clear();
         mma_abt<Element>(acc_s, sQ, warp_row0, sK, 0);
-        scores.apply(acc_s, row0, n0);
+        const QueryRows at{row0, n0};
+        scores.apply(acc_s, at);
         recompute_weights<false>(acc_s, lse_log2, scores.scale_log2);
-        scores.mark_dropped(acc_s, row0, n0);
+        scores.mark_dropped(acc_s, at);
         acc_s.for_each([&](int r, int column, float x) {
-            const int row = row0 + lane_row(r), key = n0 + column;
+            const int row = at.query(r, column), key = at.key(r, column);
             if (row >= seq.seqlen_q || key >= seq.seqlen_k) return;
             const uint32_t pair = mask.keep(row, key) ? ptx::pack<Element>(x, 0.f) : 0;
             ptx::store(probs + int64_t(row) * p.seqlens.seqlen_k + key, Element{uint16_t(pair)});

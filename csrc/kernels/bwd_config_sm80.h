@@ -29,15 +29,23 @@ struct BwdConfigSm80 {
     using GridDkv = WarpGrid<kBlockN, kHeadDim, kWarps, kRowWarpsDkv>;  // keys x head_dim
     static constexpr int kDqParts = kDqParts_, kDqPartCols = kHeadDim / kDqParts;
     using GridDq = WarpGrid<kBlockM, kDqPartCols, kWarps, kRowWarpsDq>;  // queries x a part of head_dim
-    static constexpr int kDqPartElements = kBlockM * kDqPartCols, kDqTileElements = kBlockM * kHeadDim;
     FA_DEVICE static int dq_col0(int part) { return part * kDqPartCols + GridDq::col0(); }
+    static constexpr int kDqTileElements = kBlockM * kHeadDim, kDqTurns = 1;
+    // Element j of row block i of a part, within a tile of dQ: one element of all threads, then the next.
+    FA_DEVICE static int dq_thread() { return ptx::thread_idx(); }
+    FA_DEVICE static constexpr int dq_element(int part, int i, int j) {
+        return part * kBlockM * kDqPartCols + (i * GridDq::Acc::kPerBlock + j) * kThreads;
+    }
 
     using TileQ = SmemTile<kBlockM, kHeadDim>;
     using TileK = SmemTile<kBlockN, kHeadDim>;
     using TileS = SmemTile<kBlockM, kBlockN>;
     using Rows = SmemRows<kBlockM>;
     static constexpr int kSmemBytes = 2 * (TileQ::kBytes + TileK::kBytes + TileS::kBytes + Rows::kBytes);
-    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileQ::kBytes;
+    using TileOut = TileQ;
+    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
+    static constexpr int kFinishThreads = kThreads;
+    static constexpr bool kPadsRows = false, kDpByWgmma = false;
 };
 
 }  // namespace flash_attn

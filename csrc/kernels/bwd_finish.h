@@ -1,5 +1,5 @@
 // After the backward pass: dQ from the fp32 workspace to where it belongs, scaled. One block per tile of queries, with
-// the threads that the main kernel had.
+// as many threads as computed dQ in the main kernel.
 #pragma once
 #include "attn/dq_accum.h"
 #include "attn/rows.h"
@@ -8,7 +8,7 @@
 
 namespace flash_attn {
 
-template <class Config> FA_KERNEL(Config::kThreads, 1) bwd_finish(FA_GRID_CONSTANT BwdKernelParams params) {
+template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_CONSTANT BwdKernelParams params) {
     using Element = typename Config::Element;
     using GridDq = typename Config::GridDq;
     constexpr int M = Config::kBlockM;
@@ -20,7 +20,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) bwd_finish(FA_GRID_CONSTA
     if (m * M >= seq.seqlen_q) return;
 
     const int64_t tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
-    const float* const sums = dq_sums<Config::kDqTileElements>(params.accum, head, tile);
+    const float* const sums = dq_sums<Config>(params.accum, head, tile) + Config::dq_thread();
     const float scale = float(p.score.softmax_scale);
     Element* const rows = row_of<Element>(pass.dq, batch, head, seq.first_row_q + row0);
 #pragma unroll
@@ -29,10 +29,8 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) bwd_finish(FA_GRID_CONSTA
 #pragma unroll
         for (int i = 0; i < dq.kRowBlocks; ++i)
 #pragma unroll
-            for (int j = 0; j < dq.kPerBlock; ++j) {
-                const int at = part * Config::kDqPartElements + (i * dq.kPerBlock + j) * Config::kThreads;
-                dq.x[i][j] = ptx::load(sums + at) * scale;
-            }
+            for (int j = 0; j < dq.kPerBlock; ++j)
+                dq.x[i][j] = ptx::load(sums + Config::dq_element(part, i, j)) * scale;
         const int col0 = Config::dq_col0(part);
         store_rows(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
     }

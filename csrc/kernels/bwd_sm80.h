@@ -30,8 +30,7 @@ template <class Config> FA_DEVICE void add_dq(const typename Config::GridDq::Acc
 #pragma unroll
     for (int i = 0; i < dq.kRowBlocks; ++i)
 #pragma unroll
-        for (int j = 0; j < dq.kPerBlock; ++j)
-            ptx::red_add(sums + (i * dq.kPerBlock + j) * Config::kThreads, dq.x[i][j]);
+        for (int j = 0; j < dq.kPerBlock; ++j) ptx::red_add(sums + Config::dq_element(0, i, j), dq.x[i][j]);
 }
 
 template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
@@ -87,7 +86,8 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     }
     bool k_searched = false, k_nonfinite = false;
     while (head < end_head) {
-        const int m0 = m * M, row0 = m0 + GridS::row0(), key0 = n0 + GridS::col0();
+        const int m0 = m * M;
+        const QueryRows at{m0 + GridS::row0(), n0 + GridS::col0()};
         const Range rows{m0, m0 + M};
         const bool covered = mask.covers(rows, {n0, n0 + N});
         const Scores scores(p, batch, head, seq);
@@ -106,19 +106,19 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         typename GridS::Acc acc_s, acc_dp;
         acc_s.clear();
         mma_abt<Element>(acc_s, sQ, GridS::row0(), sK, GridS::col0());
-        scores.apply(acc_s, row0, key0);
-        if (!covered) apply_mask(acc_s, mask, row0, key0);
-        float lse_log2[acc_s.kLaneRows], dsoftmax_sum[acc_s.kLaneRows];
-        sLse.get(lse_log2, GridS::row0());
+        scores.apply(acc_s, at);
+        if (!covered) apply_mask(acc_s, mask, at);
+        RowNumbers<acc_s.kLaneRows> lse_log2, dsoftmax_sum;
+        sLse.get(lse_log2.x, GridS::row0());
 #pragma unroll
         for (int r = 0; r < acc_s.kLaneRows; ++r)
-            lse_log2[r] = row0 + lane_row(r) < seq.seqlen_q ? lse_log2_of(lse_log2[r]) : ptx::infinity();
+            lse_log2.x[r] = at.query(r, 0) < seq.seqlen_q ? lse_log2_of(lse_log2.x[r]) : ptx::infinity();
         recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
-        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, row0, key0);
+        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
         acc_dp.clear();
         mma_abt<Element>(acc_dp, sDout, GridS::row0(), sV, GridS::col0());
-        sDsoftmaxSum.get(dsoftmax_sum, GridS::row0());
-        score_gradient<Mask::kHidesKeys>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, row0, key0);
+        sDsoftmaxSum.get(dsoftmax_sum.x, GridS::row0());
+        score_gradient<Mask::kHidesKeys>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
         store_shared<Element>(acc_s, sP, GridS::row0(), GridS::col0());
         store_shared<Element>(acc_dp, sDS, GridS::row0(), GridS::col0());
         ptx::sync_threads();  // P and dS are complete; all warps are done with S and dP
@@ -141,10 +141,10 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         if (next_head < end_head) load_q(next_head, next_m);
 
         const int64_t dq_tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
-        float* const sums = dq_sums<Config::kDqTileElements>(params.accum, head, dq_tile);
+        float* const sums = dq_sums<Config>(params.accum, head, dq_tile) + Config::dq_thread();
         // In a fixed order, tiles of keys add theirs in ascending order. Those that precede this one belong to blocks
         // with smaller indices, which start earlier, so that waiting ends.
-        int32_t* const turn = dq_turn(params.accum, head, dq_tile);
+        int32_t* const turn = dq_turns<Config>(params.accum, head, dq_tile);
         if (pass.deterministic) {
             if (ptx::thread_idx() == 0) ptx::wait_for_turn(turn, n - tiles_of(mask.keys_of(rows), N).begin);
             ptx::sync_threads();  // the tile is this block's
@@ -156,7 +156,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
                 typename GridDq::Acc acc_dq;
                 acc_dq.clear();
                 add_nonfinite<Element>(acc_dq, sK, Config::dq_col0(part), attends);
-                add_dq<Config>(acc_dq, sums + part * Config::kDqPartElements);
+                add_dq<Config>(acc_dq, sums + Config::dq_element(part, 0, 0));
             }
             ptx::sync_threads();  // all warps have seen what is about to be cleared
             clear_nonfinite<Element, kThreads>(sK);
@@ -167,7 +167,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
             typename GridDq::Acc acc_dq;
             acc_dq.clear();
             mma_ab<Element>(acc_dq, sDS, GridDq::row0(), sK, Config::dq_col0(part));
-            add_dq<Config>(acc_dq, sums + part * Config::kDqPartElements);
+            add_dq<Config>(acc_dq, sums + Config::dq_element(part, 0, 0));
         }
         if (pass.deterministic) {
             ptx::sync_threads();  // every thread has added its part

@@ -79,9 +79,11 @@ fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
             ptx::sync_threads();
         if (n > tiles.begin) load_k(n - 1);
 
-        scores.apply(acc_s, m0 + warp_row0, n0);
-        if (!covered) apply_mask(acc_s, mask, m0 + warp_row0, n0);
-        softmax.raise_max(acc_s, acc_o, scores.scale_log2);
+        const QueryRows at{m0 + warp_row0, n0};
+        scores.apply(acc_s, at);
+        if (!covered) apply_mask(acc_s, mask, at);
+        softmax.raise_max(acc_s, scores.scale_log2);
+        softmax.rescale(acc_o);
         if (Mask::kHidesKeys && nonfinite) {
             const auto attends = [&](int r, int k) { return mask.keep(m0 + warp_row0 + lane_row(r), n0 + k); };
             add_nonfinite<Element>(acc_o, sV, 0, attends);
@@ -93,7 +95,7 @@ fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
         for (int i = 0; i < N / kStepKeys; ++i) {
             AccTile<Config::kWarpRows, kStepKeys> weights = acc_s.template columns<kStepKeys>(i);
             softmax.weigh(weights, scores.scale_log2);
-            if constexpr (Scores::kModified) scores.drop(weights, m0 + warp_row0, n0 + i * kStepKeys);
+            if constexpr (Scores::kModified) scores.drop(weights, QueryRows{at.row0, n0 + i * kStepKeys});
             mma_ab<Element>(acc_o, PackedTile<Element, Config::kWarpRows, kStepKeys>(weights), sV, i * kStepKeys);
         }
     }

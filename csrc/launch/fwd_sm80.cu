@@ -3,16 +3,19 @@
 #include "launch/dispatch.h"
 #include "launch/instances.h"
 #include "launch/launch.h"
+#include "launch/tile_config.h"
 
 namespace flash_attn::cuda {
 
 template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams& params, const Device& device) {
-    const Problem& p = params.problem;
-    return with_policies<FwdTilesSm80<Element, kHeadDim>>(p, device, [&](auto config, auto mask, auto scores) {
-        using Config = typename decltype(config)::type;
-        const auto kernel = fwd_sm80<Config, typename decltype(mask)::type, typename decltype(scores)::type>;
-        const int64_t blocks = query_grid(p, Config::kBlockM).num_blocks();
-        return launch(kernel, blocks, Config::kThreads, Config::kSmemBytes, device, params);
+    return with_policies(params.problem, [&](auto mask, auto scores) {
+        using Mask = typename decltype(mask)::type;
+        using Scores = typename decltype(scores)::type;
+        return with_tiles<FwdTilesSm80<Element, kHeadDim>, Scores>(device, [&](auto config) {
+            using Config = typename decltype(config)::type;
+            const int64_t blocks = query_grid(params.problem, Config::kBlockM).num_blocks();
+            return launch(fwd_sm80<Config, Mask, Scores>, blocks, Config::kThreads, Config::kSmemBytes, device, params);
+        });
     });
 }
 

@@ -12,8 +12,11 @@ struct fp16;
 namespace cuda {
 
 template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams& params, const Device& device);
+template <class Element, int kHeadDim> const char* run_fwd_sm90(const FwdParams& params, const Device& device);
 template <class Element, int kHeadDim>
 const char* run_bwd_sm80(const BwdParams& params, void* workspace, const Device& device);
+template <class Element, int kHeadDim>
+const char* run_bwd_sm90(const BwdParams& params, void* workspace, const Device& device);
 template <class Element, int kHeadDim> const char* run_attn_probs_sm80(const ProbsParams& params, const Device& device);
 
 }  // namespace cuda

@@ -1,7 +1,9 @@
-// The entry points of kernels.h: choose the instance for the element type and head_dim of a problem.
+// The entry points of kernels.h: choose the instance for the element type and head_dim of a problem. FLASH_ATTN_HOPPER:
+// the kernels for compute capability 9.0 are there too.
+#include "attn/score.h"
 #include "host_device.h"
+#include "launch/hopper.h"
 #include "launch/instances.h"
-#include "launch/workspace.h"
 
 namespace flash_attn::cuda {
 namespace {
@@ -33,13 +35,22 @@ template <class F> const char* with_instance(const Problem& p, F f) {
 
 const char* run_fwd(const FwdParams& params, const Device& device) {
     return with_instance(params.problem, [&](auto type, auto head_dim) {
-        return run_fwd_sm80<typename decltype(type)::type, head_dim.value>(params, device);
+        using Element = typename decltype(type)::type;
+#ifdef FLASH_ATTN_HOPPER
+        if (hopper_takes(params, device)) return run_fwd_sm90<Element, head_dim.value>(params, device);
+#endif
+        return run_fwd_sm80<Element, head_dim.value>(params, device);
     });
 }
 
 const char* run_bwd(const BwdParams& params, void* workspace, const Device& device) {
     return with_instance(params.problem, [&](auto type, auto head_dim) {
-        return run_bwd_sm80<typename decltype(type)::type, head_dim.value>(params, workspace, device);
+        using Element = typename decltype(type)::type;
+#ifdef FLASH_ATTN_HOPPER
+        if constexpr (head_dim.value <= kHopperMaxBwdHeadDim)
+            if (hopper_takes(params, device)) return run_bwd_sm90<Element, head_dim.value>(params, workspace, device);
+#endif
+        return run_bwd_sm80<Element, head_dim.value>(params, workspace, device);
     });
 }
 
@@ -49,14 +60,20 @@ const char* run_attn_probs(const ProbsParams& params, const Device& device) {
     });
 }
 
-int64_t bwd_workspace_bytes(const BwdParams& params) {
+int64_t bwd_workspace_bytes(const BwdParams& params, [[maybe_unused]] const Device& device) {
     const Problem& p = params.problem;
-    int64_t sums = 0;
+    int64_t bytes = 0;
     with_head_dim(max(p.head_dim, p.head_dim_v), HeadDims(), [&](auto head_dim) -> const char* {
-        sums = max(dq_sums_bytes(p, kLargestBlockM, head_dim.value), dq_sums_bytes(p, kSmallestBlockM, head_dim.value));
+        // The generic kernels have tiles of 32 or 64 queries.
+        for (int block_m = 32; block_m <= 64; block_m *= 2)
+            bytes = max(bytes, WorkspaceOffsets(p, {block_m, block_m * head_dim.value, 1, false}).end);
+#ifdef FLASH_ATTN_HOPPER
+        if (hopper_takes(params, device))
+            bytes = WorkspaceOffsets(p, hopper_workspace(head_dim.value, modifies_scores(p))).end;
+#endif
         return nullptr;
     });
-    return sums + p.num_heads * num_dq_tiles(p, kSmallestBlockM) * int64_t(sizeof(int32_t));
+    return bytes;
 }
 
 }  // namespace flash_attn::cuda

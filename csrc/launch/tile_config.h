@@ -3,8 +3,10 @@
 // Small: within 99 KB, which is all that compute capability 8.6, 8.9 and 12.x give to a block. Large: within 163 KB,
 // which 8.0 gives, and 9.0 more; LargeModified: the same for ModifiedScores.
 #pragma once
+#include <type_traits>
 #include "kernels/bwd_config_sm80.h"
 #include "kernels/fwd_sm80.h"
+#include "launch/dispatch.h"
 
 namespace flash_attn {
 
@@ -67,8 +69,14 @@ template <class Element> struct BwdTilesSm80<Element, 256> {
     using LargeModified = Large;
 };
 
-template <class Tiles> constexpr bool fits() {
-    return Tiles::Small::kSmemBytes <= kSmallSmemBytes && Tiles::Large::kSmemBytes <= kLargeSmemBytes;
+// f(Type<Config>) for what a device has room for.
+template <class Tiles, class Scores, class F> auto with_tiles(const cuda::Device& device, F f) {
+    using Small = typename Tiles::Small;
+    using Large = std::conditional_t<Scores::kModified, typename Tiles::LargeModified, typename Tiles::Large>;
+    static_assert(Small::kSmemBytes <= kSmallSmemBytes && Large::kSmemBytes <= kLargeSmemBytes);
+    if constexpr (!std::is_same_v<Small, Large>)
+        if (device.smem_per_block >= kLargeSmemBytes) return f(cuda::Type<Large>());
+    return f(cuda::Type<Small>());
 }
 
 }  // namespace flash_attn

@@ -1,15 +1,38 @@
-// The workspace of the backward pass: the sums of dQ, then the turns.
+// The workspace of the backward pass (attn/dq_accum.h) in one piece of memory.
 #pragma once
 #include <cstdint>
 #include "attn/scheduler.h"
 
 namespace flash_attn::cuda {
 
-// Every kernel's tiles of queries are of this size or divide it, so that a workspace is large enough for any.
-constexpr int kLargestBlockM = 64, kSmallestBlockM = 32;
+struct WorkspaceShape {
+    int block_m, tile_elements, turns;  // of a tile of dQ
+    bool pads_rows;
 
-inline int64_t dq_sums_bytes(const Problem& p, int block_m, int head_dim) {
-    return int64_t(p.num_heads) * num_dq_tiles(p, block_m) * block_m * head_dim * int64_t(sizeof(float));
+    constexpr bool operator==(const WorkspaceShape& other) const {
+        return block_m == other.block_m && tile_elements == other.tile_elements && turns == other.turns &&
+               pads_rows == other.pads_rows;
+    }
+};
+
+template <class Config> constexpr WorkspaceShape workspace_shape() {
+    return {Config::kBlockM, Config::kDqTileElements, Config::kDqTurns, Config::kPadsRows};
 }
+
+// Where the parts start, in bytes.
+struct WorkspaceOffsets {
+    static constexpr int64_t kNumberBytes = 4, kAlignment = 16;
+    int64_t tiles, turns, lse_log2, dsoftmax_sum, end;
+
+    WorkspaceOffsets(const Problem& p, const WorkspaceShape& shape)
+        : tiles(num_dq_tiles(p, shape.block_m) * p.num_heads), turns(tiles * shape.tile_elements * kNumberBytes),
+          lse_log2(turns + round_up(tiles * shape.turns * kNumberBytes, kAlignment)),
+          dsoftmax_sum(lse_log2 + rows_bytes(shape)), end(dsoftmax_sum + rows_bytes(shape)) {}
+
+private:
+    int64_t rows_bytes(const WorkspaceShape& shape) const {
+        return shape.pads_rows ? tiles * shape.block_m * kNumberBytes : 0;
+    }
+};
 
 }  // namespace flash_attn::cuda

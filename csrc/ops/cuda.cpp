@@ -41,7 +41,8 @@ void require_supported(const ProblemArgs& args) {
 }
 
 struct DeviceInfo {
-    int compute_capability, smem_per_block;
+    int compute_capability, smem_per_block, multiprocessors;
+    int64_t l2_bytes;
     std::string trouble;  // why kernels do not run there; empty if they do
 };
 
@@ -50,8 +51,8 @@ DeviceInfo query_device(int index) {
     C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, index));
     const int compute_capability = 10 * properties.major + properties.minor;
     const std::string name = c10::str("cuda:", index, " (", properties.name, ')');
-    return {compute_capability, int(properties.sharedMemPerBlockOptin),
-            device_trouble(name, compute_capability, FLASH_ATTN_CUDA_TARGETS)};
+    return {compute_capability, int(properties.sharedMemPerBlockOptin), properties.multiProcessorCount,
+            properties.l2CacheSize, device_trouble(name, compute_capability, FLASH_ATTN_CUDA_TARGETS)};
 }
 
 const DeviceInfo& device_info(c10::DeviceIndex index) {
@@ -69,7 +70,8 @@ public:
     explicit DeviceScope(const ProblemArgs& args) : guard_(args.q.device()) {
         const DeviceInfo& info = device_info(args.q.device().index());
         TORCH_CHECK(info.trouble.empty(), "flash_attn: ", info.trouble);
-        device_ = {info.compute_capability, info.smem_per_block, c10::cuda::getCurrentCUDAStream().stream()};
+        device_ = {info.compute_capability, info.smem_per_block, info.multiprocessors, info.l2_bytes,
+                   c10::cuda::getCurrentCUDAStream().stream()};
     }
     const cuda::Device& operator*() const { return device_; }
 
@@ -193,7 +195,8 @@ Tensor bwd_cuda(const BwdArgs& args) {
                            view_of(*dv, packed),
                            row_view_of(dsoftmax_sum, packed),
                            args.deterministic};
-    const Tensor workspace = at::empty({cuda::bwd_workspace_bytes(params)}, args.problem.q.options().dtype(at::kByte));
+    const Tensor workspace =
+        at::empty({cuda::bwd_workspace_bytes(params, *device)}, args.problem.q.options().dtype(at::kByte));
     check_launch(cuda::run_bwd(params, workspace.mutable_data_ptr(), *device));
     for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
     return dsoftmax_sum;

@@ -6,17 +6,17 @@
 namespace flash_attn::ptx {
 
 // Global to shared memory; the bytes count towards the phase of bar.
-FA_DEVICE void bulk_load(void* smem_dst, const void* global_src, int bytes, Mbarrier* bar) {
+FA_DEVICE void bulk_load(SmemPtr smem_dst, const void* global_src, int bytes, SmemPtr bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     smem_address(smem_dst)),
-                 "l"(global_src), "r"(bytes), "r"(smem_address(bar))
+                     smem_dst.address),
+                 "l"(global_src), "r"(bytes), "r"(bar.address)
                  : "memory");
 }
 
 // global_dst[i] += smem_src[i], each element atomically. Belongs to the current group of bulk stores.
-FA_DEVICE void bulk_reduce_add(float* global_dst, const float* smem_src, int bytes) {
+FA_DEVICE void bulk_reduce_add(float* global_dst, SmemPtr smem_src, int bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global_dst),
-                 "r"(smem_address(smem_src)), "r"(bytes)
+                 "r"(smem_src.address), "r"(bytes)
                  : "memory");
 }
 

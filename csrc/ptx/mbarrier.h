@@ -5,30 +5,29 @@
 
 namespace flash_attn::ptx {
 
-using Mbarrier = uint64_t;  // lives in shared memory, 8-byte aligned
+constexpr int kMbarrierBytes = 8;  // in shared memory, at a multiple of that
 
-FA_DEVICE void mbarrier_init(Mbarrier* bar, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(arrivals) : "memory");
+FA_DEVICE void mbarrier_init(SmemPtr bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar.address), "r"(arrivals) : "memory");
 }
 
 // Makes barriers that this thread initialised visible to the asynchronous proxy; other threads need a block barrier.
 FA_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-FA_DEVICE void mbarrier_arrive(Mbarrier* bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+FA_DEVICE void mbarrier_arrive(SmemPtr bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar.address) : "memory");
 }
 
 // Arrives, and adds bytes to what this phase waits for.
-FA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes)
-                 : "memory");
+FA_DEVICE void mbarrier_arrive_expect_tx(SmemPtr bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar.address), "r"(bytes) : "memory");
 }
 
 // Returns once the phase of this parity has completed. On a fresh barrier, parity 1 returns at once.
-FA_DEVICE void mbarrier_wait(Mbarrier* bar, int parity) {
+FA_DEVICE void mbarrier_wait(SmemPtr bar, int parity) {
     asm volatile(
         "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra retry;\n}" ::
-            "r"(smem_address(bar)),
+            "r"(bar.address),
         "r"(parity)
         : "memory");
 }

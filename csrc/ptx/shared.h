@@ -13,7 +13,10 @@ FA_DEVICE void store_shared(SmemPtr p, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(p.address), "r"(value) : "memory");
 }
 
-// 16 bytes, at a multiple of 16.
+// 8 and 16 bytes, at multiples of that.
+FA_DEVICE void load_shared_8(uint32_t (&r)[2], SmemPtr p) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(p.address) : "memory");
+}
 FA_DEVICE void load_shared_16(uint32_t (&r)[4], SmemPtr p) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -17,6 +17,15 @@ FA_DEVICE void barrier_sync(int id, int threads) {
 FA_DEVICE void barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// As barrier_sync; true in every one of the threads iff the predicate is true in any of them. PTX ISA, "bar.red".
+FA_DEVICE bool barrier_sync_or(int id, int threads, bool predicate) {
+    uint32_t any;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nbar.red.or.pred p, %1, %2, p;\nselp.b32 %0, 1, 0, p;\n}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"(int(predicate))
+                 : "memory");
+    return any != 0;
+}
 
 // The value of lane ^ mask. PTX ISA, "Data Movement and Conversion Instructions: shfl.sync".
 FA_DEVICE float shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
@@ -24,6 +33,8 @@ FA_DEVICE float shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu
 // sm_90. Orders this thread's accesses to shared memory before what TMA and wgmma do there; those who issue that work
 // still need a barrier. PTX ISA, "membar, fence" and "Memory Consistency Model: Proxies".
 FA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of global memory.
+FA_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // sm_90. True in exactly one lane; every lane of the warp executes it. PTX ISA, "elect.sync".
 FA_DEVICE bool elect_one() {

@@ -12,9 +12,9 @@ using TensorMap = CUtensorMap;  // a kernel parameter: FA_GRID_CONSTANT ptx::Ten
 
 // smem_dst is a multiple of 128; 1024 with the 128-byte swizzle.
 template <int kRank>
-FA_DEVICE void tma_load(void* smem_dst, const TensorMap& map, Mbarrier* bar, const int (&coord)[kRank]) {
+FA_DEVICE void tma_load(SmemPtr smem_dst, const TensorMap& map, SmemPtr bar, const int (&coord)[kRank]) {
     static_assert(kRank >= 2 && kRank <= 5);
-    const uint32_t dst = smem_address(smem_dst), b = smem_address(bar);
+    const uint32_t dst = smem_dst.address, b = bar.address;
     if constexpr (kRank == 2)
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
@@ -41,9 +41,9 @@ FA_DEVICE void tma_load(void* smem_dst, const TensorMap& map, Mbarrier* bar, con
             : "memory");
 }
 
-template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, const void* smem_src, const int (&coord)[kRank]) {
+template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, SmemPtr smem_src, const int (&coord)[kRank]) {
     static_assert(kRank >= 2 && kRank <= 5);
-    const uint32_t src = smem_address(smem_src);
+    const uint32_t src = smem_src.address;
     if constexpr (kRank == 2)
         asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
                      "r"(src), "r"(coord[0]), "r"(coord[1])

@@ -39,6 +39,22 @@ FA_DEVICE SmemPtr pin(SmemPtr p) {
     asm("" : "+r"(p.address));
     return p;
 }
+// The same number, of which the compiler knows nothing: what follows from it is not computed ahead of a loop and kept.
+FA_DEVICE uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+FA_DEVICE int opaque(int x) { return static_cast<int>(opaque(static_cast<uint32_t>(x))); }
+FA_DEVICE uint64_t opaque(uint64_t x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+template <class T> FA_DEVICE T* opaque(T* x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+// A number that is the same in all lanes of a warp, which the compiler now knows as well, and may keep for the warp.
+FA_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 FA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
 FA_DEVICE int block_idx() { return static_cast<int>(blockIdx.x); }

@@ -27,22 +27,30 @@ template <int kRows, int kCols> struct AccTile {
             for (int j = 0; j < kWidth / 2; ++j) part.x[b][j] = x[b][kWidth / 2 * i + j];
         return part;
     }
-    // f(r, column, value) for every element: lane_row(r) is its row.
-    template <class F> FA_DEVICE void for_each(F f) { visit(x, f); }
-    template <class F> FA_DEVICE void for_each(F f) const { visit(x, f); }
-    // f(r, column, value, value of the other tile).
-    template <class F> FA_DEVICE void zip(AccTile& other, F f) {
+    // f(r, column, value) for every element: lane_row(r) is its row. column: the lane's first.
+    template <class F> FA_DEVICE void for_each(F f, int column = lane_column()) { visit(x, f, column); }
+    template <class F> FA_DEVICE void for_each(F f, int column = lane_column()) const { visit(x, f, column); }
+    // select(n) before every 8 columns, then f(r, b, column, value) for their elements: b is 0 or 1, which of the
+    // lane's two columns it is.
+    template <class Select, class F> FA_DEVICE void for_each_octet(Select select, F f) {
+        zip_octets(*this, select, [&](int r, int b, int column, float& value, float&) { f(r, b, column, value); });
+    }
+    // f(r, b, column, value, value of the other tile).
+    template <class Select, class F> FA_DEVICE void zip_octets(AccTile& other, Select select, F f) {
         const int column = lane_column();
 #pragma unroll
         for (int i = 0; i < kRowBlocks; ++i)
 #pragma unroll
-            for (int j = 0; j < kPerBlock; ++j)
-                f(2 * i + j / 2 % 2, j / 4 * 8 + column + j % 2, x[i][j], other.x[i][j]);
+            for (int n = 0; n < kCols / 8; ++n) {
+                select(n);
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    f(2 * i + j / 2, j % 2, 8 * n + column + j % 2, x[i][4 * n + j], other.x[i][4 * n + j]);
+            }
     }
 
 private:
-    template <class Values, class F> FA_DEVICE static void visit(Values& values, F f) {
-        const int column = lane_column();
+    template <class Values, class F> FA_DEVICE static void visit(Values& values, F f, int column) {
 #pragma unroll
         for (int i = 0; i < kRowBlocks; ++i)
 #pragma unroll

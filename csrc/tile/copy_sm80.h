@@ -22,11 +22,11 @@ template <int kThreads, int kRows, int kCols> class TileCopy {
     static_assert(kThreadRows % kPassRows == 0 && Tile::kPanels % kPassPanels == 0);
 
 public:
-    FA_DEVICE explicit TileCopy(Tile tile)
-        : row_(ptx::thread_idx() / Tile::kPanelChunks % kPassRows),
-          panel_(ptx::thread_idx() / (Tile::kPanelChunks * kPassRows) % kPassPanels),
-          column_(panel_ * Tile::kPanelCols + ptx::thread_idx() % Tile::kPanelChunks * 8),
-          to_(Tile{tile.base + Tile::panel_offset(panel_)}.chunk(row_, ptx::thread_idx() % Tile::kPanelChunks)) {}
+    FA_DEVICE explicit TileCopy(Tile tile, int thread = ptx::thread_idx())
+        : row_(thread / Tile::kPanelChunks % kPassRows),
+          panel_(thread / (Tile::kPanelChunks * kPassRows) % kPassPanels),
+          column_(panel_ * Tile::kPanelCols + thread % Tile::kPanelChunks * 8),
+          to_(Tile{tile.base + Tile::panel_offset(panel_)}.chunk(row_, thread % Tile::kPanelChunks)) {}
 
     // Starts copying the tile's rows. Rows from valid_rows and columns from valid_cols on become zero. To be committed
     // by the caller.
@@ -73,10 +73,10 @@ private:
     ptx::SmemPtr to_;
 };
 
-template <int kThreads, int kRows, int kCols, class Element> FA_DEVICE void load_tile(SmemTile<kRows, kCols> tile,
-                                                                                      const StridedRows<Element>& rows,
-                                                                                      int valid_rows, int valid_cols) {
-    TileCopy<kThreads, kRows, kCols>(tile).load(rows, valid_rows, valid_cols);
+template <int kThreads, int kRows, int kCols, class Element>
+FA_DEVICE void load_tile(SmemTile<kRows, kCols> tile, const StridedRows<Element>& rows, int valid_rows, int valid_cols,
+                         int thread = ptx::thread_idx()) {
+    TileCopy<kThreads, kRows, kCols>(tile, thread).load(rows, valid_rows, valid_cols);
 }
 
 }  // namespace flash_attn

@@ -6,9 +6,9 @@
 
 namespace flash_attn {
 
-template <int kRows, int kCols> struct SmemTile {
-    static_assert(kRows % 16 == 0 && kCols % 32 == 0);
-    static constexpr int kPanelCols = kCols == 64 || kCols % 128 == 0 ? 64 : 32;
+template <int kRows, int kCols, int kPanelCols_ = kCols == 64 || kCols % 128 == 0 ? 64 : 32> struct SmemTile {
+    static_assert(kRows % 16 == 0 && kCols % kPanelCols_ == 0);
+    static constexpr int kPanelCols = kPanelCols_;
     static constexpr int kPanels = kCols / kPanelCols, kPanelChunks = kPanelCols / 8;
     static constexpr int kRowBytes = kPanelCols * 2, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
     ptx::SmemPtr base;
@@ -38,11 +38,16 @@ template <int kRows, int kCols> struct SmemTile {
             return ptx::flip_bits(chunk(row, lane_half), at % kPanelChunks << 4) + panel_offset(at / kPanelChunks);
         }
     }
+    FA_DEVICE SmemTile<kRows, kPanelCols, kPanelCols> panel(int i) const { return {base + panel_offset(i)}; }
     // The pair of elements that a lane of an accumulator of kWidth columns has in row row0 + lane / 4 and the n-th 8
     // columns.
     template <int kWidth> FA_DEVICE ptx::SmemPtr lane_pair(int row0, int col0, int n) const {
         return chunk_at<kWidth>(row0 + lane_id() / 4, col0, n, 0) + lane_column() * 2;
     }
 };
+
+// Of panels of 64 columns only, which is how TMA with the 128-byte swizzle writes a tile and wgmma reads it. Has to
+// start at a multiple of 1024 bytes.
+template <int kRows, int kCols> using WideTile = SmemTile<kRows, (kCols + 63) / 64 * 64, 64>;
 
 }  // namespace flash_attn

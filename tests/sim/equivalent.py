@@ -13,6 +13,12 @@ NEVER_FULL = (
     "comes to the same as FullMask"
 )
 NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
+ANY_ORDER = "tiles of a round are given to blocks in another order: each is still worked on once"
+ROUNDS = (
+    "true: `i % 2 == 0`",
+    "false: `i % 2 == 0`",
+    "`==` becomes `!=`: `i * num_blocks + (i % 2 == 0 ? block : num_blocks`",
+)
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
@@ -37,6 +43,7 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (FWD, "true: `Mask::kHidesKeys && !covered`", 0): SEARCHED_IN_VAIN,
     (FWD, "true: `!covered`", 0): MASKED_IN_VAIN,
     (FWD, "true: `Mask::kHidesKeys && nonfinite`", 0): SLOW_PATH,
+    **{("attn/scheduler.h", what, 0): ANY_ORDER for what in ROUNDS},
     ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
     "does not divide kRows, and the static_assert below it fails",
     ("tile/smem_tile.h", "false: `kPanelCols == 64`", 0): "another permutation of the chunks of a row, for whoever "

@@ -7,7 +7,7 @@
 #   make -f tests/sim/Makefile debugger    run_case for a debugger: gdb --args build/sim/debug/run_case 'line of a case'
 SIM_JOBS ?= $(shell nproc)
 
-SIM_KERNELS := fwd_sm80 bwd_sm80 attn_probs_sm80
+SIM_KERNELS := fwd_sm80 bwd_sm80 attn_probs_sm80 fwd_sm90 bwd_sm90
 SIM_HEAD_DIMS := 64 96 128 192 256
 SIM_RUNNER := case check_nonfinite check_other check_reference compare inputs io main reference run simulator tensors
 
@@ -16,6 +16,10 @@ plain_INSTANCES := $(foreach element,bf16 fp16,$(SIM_HEAD_DIMS:%=$(element).%))
 debug_INSTANCES := $(plain_INSTANCES)
 tsan_INSTANCES  := $(SIM_HEAD_DIMS:%=bf16.%)
 asan_INSTANCES  := bf16.64 bf16.96 bf16.256
+
+# $(1): flavour, $(2): kernel. The backward pass of sm_90 has no kernels for head_dims above 128.
+sim_left_out = $(if $(filter bwd_sm90,$(1)),%.192 %.256)
+sim_instances = $(filter-out $(call sim_left_out,$(2)),$($(1)_INSTANCES))
 
 # There are many of them, and at -O1 they run as fast as at -O2: the time is spent in the models. Reports need the line
 # numbers of -g1 only.
@@ -32,7 +36,8 @@ debug_RUNNER := debug
 
 # Missing instances last: the linker takes a symbol from where it comes first.
 define sim_run_case
-SIM_KERNEL_OBJECTS_$(1) := $$(foreach kernel,$$(SIM_KERNELS),$$($(1)_INSTANCES:%=$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o))
+SIM_KERNEL_OBJECTS_$(1) := $$(foreach kernel,$$(SIM_KERNELS),\
+    $$(patsubst %,$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o,$$(call sim_instances,$(1),$$(kernel))))
 SIM_RUNNER_OBJECTS_$(1) := $$(SIM_RUNNER:%=$$(SIM_BUILD)/$$($(1)_RUNNER)/runner/%.o)
 
 $$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BUILD)/$(1)/kernels/run.o \
@@ -41,7 +46,7 @@ $$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$
 
 $$(SIM_BUILD)/$(1)/kernels/run.o: csrc/launch/run.cpp tests/sim/Makefile
 	@mkdir -p $$(@D)
-	$$(CXX) $$(SIM_CXXFLAGS) $$($(1)_KERNEL) -MMD -MP -c $$< -o $$@
+	$$(CXX) $$(SIM_CXXFLAGS) -DFLASH_ATTN_HOPPER $$($(1)_KERNEL) -MMD -MP -c $$< -o $$@
 endef
 
 # $(1): flavour, $(2): kernel, $(3): element type and head_dim
@@ -53,8 +58,8 @@ endef
 sim_instance_flags = -DFA_ELEMENT=$(word 1,$(subst ., ,$(1))) -DFA_HEAD_DIM=$(word 2,$(subst ., ,$(1)))
 
 $(foreach flavour,$(SIM_FLAVOURS),$(eval $(call sim_run_case,$(flavour))))
-$(foreach flavour,$(SIM_FLAVOURS),$(foreach kernel,$(SIM_KERNELS),$(foreach instance,$($(flavour)_INSTANCES),\
-    $(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
+$(foreach flavour,$(SIM_FLAVOURS),$(foreach kernel,$(SIM_KERNELS),$(foreach instance,\
+    $(call sim_instances,$(flavour),$(kernel)),$(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
 
 $(SIM_BUILD)/plain/runner/%.o: tests/sim/runner/%.cpp tests/sim/Makefile
 	@mkdir -p $(@D)

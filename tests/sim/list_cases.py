@@ -42,8 +42,9 @@ class Sim:
     """What a case of the simulator is told beside the problem."""
 
     check: str = "reference"
-    layout: str = "rows"  # "rows", "heads" (before rows), "gaps" (odd offsets and strides), "far" (offsets past 2^32)
+    layout: str = "rows"  # "rows", "heads" (before rows), "gaps" (odd offsets and strides), "chunks", "far"
     smem: int = LARGE_SMEM
+    compute_capability: int = 80
     deterministic: bool = False
 
 
@@ -64,6 +65,11 @@ AXES: dict[str, list] = {
     "layout": ["rows", "heads", "gaps"],
     "smem": [LARGE_SMEM, SMALL_SMEM],
     "deterministic": [False, True],
+}
+HOPPER_AXES: dict[str, list] = {
+    **{name: values for name, values in AXES.items() if name not in ("smem", "layout")},
+    "layout": ["rows", "heads", "chunks"],  # others are not taken
+    "compute_capability": [90],
 }
 PAGED_AXES: dict[str, list] = {
     **{
@@ -95,7 +101,8 @@ def case_of(row: dict, seed: int, lengths: dict, **rest) -> Case:
 
 
 def sim_of(row: dict) -> Sim:
-    return Sim(**{key: row[key] for key in ("layout", "smem", "deterministic") if key in row})
+    names = [field.name for field in dataclasses.fields(Sim)]
+    return Sim(**{name: row[name] for name in names if name in row})
 
 
 def main_table(axes: dict[str, list] = AXES) -> list[Row]:
@@ -203,7 +210,12 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
     }
     nonfinite = [row for row in special_numbers() if row[1].check == "nonfinite"]
     others = [row for row in (*paged_table()[::4], *nonfinite[1:3]) if row[0].dtype == DTYPES[0]]
-    return [*main_table(axes), *others]
+    long = [
+        (Case((400,), (700,), "bfloat16", head_dim=dim, head_dim_v=dim, window_size=(300, -1)), Sim())
+        for dim in (64, 128)
+    ]
+    rows = [*main_table(axes), *others]
+    return [*rows, *on_hopper([*rows, *long])]
 
 
 def sanitizer_table() -> list[Row]:
@@ -213,6 +225,26 @@ def sanitizer_table() -> list[Row]:
     return [
         row for row in rows if row[0].dtype == DTYPES[0] and (row[0].head_dim, row[0].head_dim_v) in {*dims, (6, 5)}
     ]
+
+
+def on_hopper(rows: list[Row]) -> list[Row]:
+    """The same for the kernels for compute capability 9.0, where they take the case."""
+    layouts = {"gaps": "chunks"}
+    changed = [
+        (
+            case,
+            dataclasses.replace(
+                sim, compute_capability=90, smem=LARGE_SMEM, layout=layouts.get(sim.layout, sim.layout)
+            ),
+        )
+        for case, sim in rows
+        if not case.page_size
+    ]
+    return list(dict.fromkeys(changed))
+
+
+def hopper_table() -> list[Row]:
+    return [*main_table(HOPPER_AXES), *on_hopper([*shared_cases(), *other_checks()])]
 
 
 def mutant_table() -> list[Row]:
@@ -245,7 +277,14 @@ def mutant_table() -> list[Row]:
         rows.append((case, Sim(smem=smem, deterministic=True, layout="gaps")))
         dims |= {"seqlens_q": (70,), "seqlens_k": (90,), "window_size": (20, 3)}
         rows.append((dataclasses.replace(SMALL, **dims), Sim("nonfinite", smem=smem)))
-    return rows
+    # Many tiles of keys, the first of them seen by all; tiles of queries without any key; several tiles per block.
+    hopper = [
+        (Case((400,), (700,), "bfloat16", window_size=(300, -1)), Sim(deterministic=True)),
+        (Case((500, 500), (130, 130), "bfloat16", causal=True), Sim()),
+        (Case((700, 700), (300, 300), "bfloat16"), Sim(deterministic=True)),
+        (Case((300, 300), (300, 300), "bfloat16", head_dim=256, head_dim_v=256), Sim()),
+    ]
+    return [*rows, *on_hopper([*rows, *hopper])]
 
 
 TABLES = {
@@ -256,7 +295,8 @@ TABLES = {
     "race": race_table,
     "sanitize": sanitizer_table,
     "mutants": mutant_table,
-    "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks()],
+    "hopper": hopper_table,
+    "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *hopper_table()],
 }
 
 
@@ -293,6 +333,7 @@ def summary() -> str:
         f"paged: {len(paged_table())} cases for {coverage(PAGED_AXES)}",
         f"shared: {len(shared_cases())} cases",
         f"other: {len(other_checks())} cases",
+        f"hopper: {len(hopper_table())} cases for {coverage(HOPPER_AXES)}",
         f"race: {len(race_table())} cases",
         f"sanitize: {len(sanitizer_table())} cases",
     ]

@@ -31,8 +31,12 @@ KERNELS = {
     "fwd_sm80": ["kernels/fwd_sm80.h"],
     "bwd_sm80": ["kernels/bwd_preprocess.h", "kernels/bwd_sm80.h", "kernels/bwd_finish.h"],
     "attn_probs_sm80": ["kernels/attn_probs_sm80.h"],
+    "fwd_sm90": ["kernels/fwd_sm90.h"],
+    "bwd_sm90": ["kernels/bwd_preprocess.h", "kernels/bwd_sm90.h", "kernels/bwd_finish.h"],
 }
-PASSES = {"fwd_sm80": "fwd", "bwd_sm80": "bwd", "attn_probs_sm80": "probs"}
+PASSES = {"fwd_sm80": "fwd", "bwd_sm80": "bwd", "attn_probs_sm80": "probs", "fwd_sm90": "fwd", "bwd_sm90": "bwd"}
+# What both have is tried with the first; where they let a mutant pass, with the other.
+COMPUTE_CAPABILITIES = (80, 90)
 # The first has one tile shape. The others have tiles of several shapes, and what goes with them, and are tried where
 # the first lets a mutant pass.
 HEAD_DIMS = (64, 96, 256)
@@ -82,7 +86,7 @@ def included(path: str, csrc: Path) -> set[str]:
             continue
         found.add(current)
         names = re.findall(r'#include "([^"]+)"', (csrc / current).read_text())
-        left += [name for name in names if not name.startswith("kernels/") or name.endswith("config_sm80.h")]
+        left += [name for name in names if not name.startswith("kernels/") or re.search("config_sm..\\.h", name)]
     return found
 
 
@@ -102,22 +106,30 @@ class Workshop:
         for folder in ("attn", "kernels", "launch", "tile"):
             shutil.copytree(CSRC / folder, self.csrc / folder)
         self.mutations = all_mutations(self.csrc)
-        for flavour, head_dim in itertools.product(FLAVOURS, HEAD_DIMS):
+        for flavour, head_dim, capability in itertools.product(FLAVOURS, HEAD_DIMS, COMPUTE_CAPABILITIES):
             rows = [row for row in mutant_table() if head_dim_of(row) == head_dim]
+            rows = [row for row in rows if row[1].compute_capability == capability]
             # Sequences that overlap are written by several blocks: a race that is no fault of kernels.
             lines = [line_of(row) for row in rows if flavour == "plain" or row[1].check != "hostile"]
-            self.table(flavour, head_dim).write_text("".join(f"{line}\n" for line in lines))
+            self.table(flavour, head_dim, capability).write_text("".join(f"{line}\n" for line in lines))
 
-    def table(self, flavour: str, head_dim: int) -> Path:
-        return self.root / f"cases.{flavour}.{head_dim}.txt"
+    def table(self, flavour: str, head_dim: int, capability: int) -> Path:
+        return self.root / f"cases.{flavour}.{head_dim}.sm{capability}.txt"
 
-    def sources_with(self, path: str) -> list[str]:
+    def sources_with(self, path: str, head_dim: int, capability: int) -> list[str]:
         """The sources in csrc/launch that a header is part of."""
-        return [s for s, kernels in KERNELS.items() if any(path in included(k, self.csrc) for k in kernels)]
+        sources = [s for s, kernels in KERNELS.items() if any(path in included(k, self.csrc) for k in kernels)]
+        return [s for s in sources if s.endswith(f"sm{capability}") and self.object(s, "plain", head_dim).exists()]
 
-    def verdict(self, mutation: Mutation, folder: Path, flavour: str, head_dim: int) -> str:
+    def object(self, source: str, flavour: str, head_dim: int) -> Path:
+        """Of the intact source. Not every kernel has every head_dim."""
+        return self.tools.build / flavour / f"kernels/{source}.bf16.{head_dim}.o"
+
+    def verdict(self, mutation: Mutation, folder: Path, flavour: str, head_dim: int, capability: int) -> str:
         """What the mutant comes to in one flavour of the build."""
-        broken = self.sources_with(mutation.path)
+        broken = self.sources_with(mutation.path, head_dim, capability)
+        if not broken:
+            return VERDICTS[0]
         objects = []
         for source in broken:
             target = folder / f"{source}.{flavour}.{head_dim}.o"
@@ -125,13 +137,14 @@ class Workshop:
                 return NOT_COMPILED
             objects.append(target)
         build = self.tools.build / flavour
-        objects += [build / f"kernels/{s}.bf16.{head_dim}.o" for s in KERNELS if s not in broken]
+        intact = [self.object(s, flavour, head_dim) for s in KERNELS if s not in broken]
+        objects += [path for path in intact if path.exists()]
         objects += [build / "kernels/run.o", *sorted((build / "models").glob("*.o"))]
         runner = sorted((self.tools.build / "plain/runner").glob("*.o"), key=lambda o: o.name == "missing.o")
         program = folder / f"run_case.{flavour}"
         link = [self.tools.cxx, *shlex.split(self.tools.link_flags[flavour]), *map(str, [*objects, *runner])]
         subprocess.run([*link, "-o", str(program)], check=True)
-        return self.run(program, flavour, head_dim, broken)
+        return self.run(program, self.table(flavour, head_dim, capability), flavour, broken)
 
     def compiles(self, folder: Path, source: str, flavour: str, head_dim: int, target: Path) -> bool:
         instance = [
@@ -146,10 +159,9 @@ class Workshop:
         what = ["-x", "c++", "-c", str(self.csrc / f"launch/{source}.cu"), "-o", str(target)]
         return subprocess.run([self.tools.cxx, *instance, *flags, *what], capture_output=True).returncode == 0
 
-    def run(self, program: Path, flavour: str, head_dim: int, broken: list[str]) -> str:
+    def run(self, program: Path, table: Path, flavour: str, broken: list[str]) -> str:
         passes = ["--pass", PASSES[broken[0]]] if len(broken) == 1 else []
-        table = str(self.table(flavour, head_dim))
-        command = [*shlex.split(self.tools.run[flavour]), str(program), "--table", table, "--stop"]
+        command = [*shlex.split(self.tools.run[flavour]), str(program), "--table", str(table), "--stop"]
         try:
             code = subprocess.run([*command, *passes], capture_output=True, timeout=TIMEOUT_S).returncode
         except subprocess.TimeoutExpired:
@@ -157,14 +169,13 @@ class Workshop:
         return VERDICTS.get(code, "crash")
 
     def worst(self, mutation: Mutation, folder: Path, flavour: str) -> str:
-        """The verdict of the first head_dim that notices. Where there is a proof, one is enough to doubt it."""
+        """The verdict of the first kernels that notice. Where there is a proof, one head_dim is enough to doubt it."""
         head_dims = HEAD_DIMS[:1] if proof_of(mutation, self.mutations) else HEAD_DIMS
-        verdict = ""
-        for head_dim in head_dims:
-            verdict = self.verdict(mutation, folder, flavour, head_dim)
+        for capability, head_dim in itertools.product(COMPUTE_CAPABILITIES, head_dims):
+            verdict = self.verdict(mutation, folder, flavour, head_dim, capability)
             if verdict != VERDICTS[0]:
-                break
-        return verdict
+                return verdict
+        return VERDICTS[0]
 
     def outcome(self, number: int, mutation: Mutation) -> Outcome:
         folder = self.root / str(number)

@@ -79,7 +79,9 @@ class Scan:
         return f"`{text if len(text) <= 60 else text[:57] + '...'}`".replace("|", "\\|")
 
 
-SYNCHRONISING = re.compile(r"sync_threads|cp_async|turn\b|_turn\(|clear_|load_")
+SYNCHRONISING = re.compile(
+    r"sync_|cp_async|turn\b|_turn\(|clear_|load_|barrier|fence|wait|release|take|pass\(|commit|acquire|bulk_|init"
+)
 CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::)?\w[\w.]*(?:<[\w:, ]*>)?\(")
 NOT_CALLS = re.compile(r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof)\b")
 
@@ -98,8 +100,8 @@ def removed_calls(scan: Scan) -> Iterator[Mutation]:
 
 
 def shorter_waits(scan: Scan) -> Iterator[Mutation]:
-    for match in re.finditer(r"cp_async_wait<(\d+)>", scan.code):
-        replacement = f"cp_async_wait<{int(match[1]) + 1}>"
+    for match in re.finditer(r"((?:cp_async|wgmma)_wait|bulk_wait(?:_read)?)<(\d+)>", scan.code):
+        replacement = f"{match[1]}<{int(match[2]) + 1}>"
         yield scan.mutation(*match.span(), replacement, f"one group short: `{match[0]}`", True)
 
 
@@ -117,7 +119,7 @@ def decided(scan: Scan, begin: int, end: int) -> Iterator[Mutation]:
     condition = scan.text[begin:end]
     for value in ("true", "false"):
         what = f"{value}: {scan.shown(begin, end)}"
-        synchronises = bool(re.search("deterministic|turn|nonfinite|next", condition))
+        synchronises = bool(re.search("deterministic|turn|nonfinite|next|found|leader|lane_id|thread", condition))
         yield scan.mutation(begin, end, f"(({condition}), {value})", what, synchronises)
 
 
@@ -195,6 +197,30 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("kernels/bwd_sm80.h", "n - tiles_of(mask.keys_of(rows), N).begin", "n"),
     ("kernels/bwd_sm80.h", "n - tiles_of(mask.keys_of(rows), N).begin", "0"),
     ("kernels/bwd_sm80.h", "m = tiles.begin;", "m = tiles.begin + 1;"),
+    ("kernels/fwd_sm90.h", "at_v_.advance();", ""),
+    ("kernels/fwd_sm90.h", "at_k_.advance();", ""),
+    ("kernels/fwd_sm90.h", "at_q_.advance();", ""),
+    ("kernels/fwd_sm90.h", "values_done(tile, n + 1, !previous", "values_done(tile, n, !previous"),
+    ("kernels/fwd_sm90.h", "(consumer + 1) % Config::kConsumers", "consumer"),
+    ("kernels/fwd_sm90.h", "sees_keys ? smem.q.kBytes : 0", "smem.q.kBytes"),
+    ("kernels/fwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
+    ("kernels/bwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
+    ("kernels/bwd_sm90.h", "seen.end - 1 - n", "seen.end - n"),
+    ("kernels/bwd_sm90.h", "n - seen.begin", "n"),
+    ("kernels/fwd_config_sm90.h", "kOutApart ? kWarps : Config::kConsumers", "kOutApart ? kWarps - 1 : 1"),
+    ("kernels/fwd_config_sm90.h", "pipe_k.init(kWarps)", "pipe_k.init(kWarps - 1)"),
+    ("kernels/fwd_config_sm90.h", "kWarps + inspectors", "kWarps + inspectors - 1"),
+    ("kernels/bwd_config_sm90.h", "pipe_q.init(4 * Config::kConsumers + ", "pipe_q.init(4 * Config::kConsumers - 1 + "),
+    (
+        "kernels/bwd_config_sm90.h",
+        "pipe_dout.init(4 * Config::kConsumers + ",
+        "pipe_dout.init(4 * Config::kConsumers - 1 + ",
+    ),
+    ("tile/pipeline.h", "parity ^= int(wraps);", ""),
+    ("tile/pipeline.h", "at.parity ^ 1", "at.parity"),
+    ("tile/copy_sm90.h", "row0_(kTmaRows - seqlen)", "row0_(kTmaRows - seqlen - 1)"),
+    ("tile/copy_sm90.h", "(first_row + seqlen) * t.row_steps", "first_row * t.row_steps"),
+    ("tile/gemm_sm90.h", "true);", "i > 0);"),
     ("attn/scheduler.h", "p.seqlens.total_q / block_m + p.batch_size + 1", "p.seqlens.total_q / block_m + 1"),
     ("attn/scheduler.h", "return first_row_q / block_m + batch;", "return first_row_q / block_m;"),
 ]
@@ -209,7 +235,8 @@ def listed(csrc: Path) -> Iterator[Mutation]:
         for begin in places:
             end = begin + len(text)
             what = f"{scan.shown(begin, end)} becomes `{replacement}`".replace("\n", " ")
-            yield scan.mutation(begin, end, replacement, what, "sync" in text or "turn" in text)
+            synchronises = bool(re.search("sync|turn|init|parity|advance|inspect|Apart", text))
+            yield scan.mutation(begin, end, replacement, what, synchronises)
 
 
 def all_mutations(csrc: Path = CSRC) -> list[Mutation]:

@@ -74,6 +74,7 @@ void sync_threads();
 bool sync_threads_or(bool predicate);
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
+bool barrier_sync_or(int id, int threads, bool predicate);
 void fence_proxy_async();
 void set_max_registers(int per_thread);
 

@@ -89,6 +89,7 @@ void sync_threads() { sync(0, all_threads(), kSync, false); }
 bool sync_threads_or(bool predicate) { return sync(0, all_threads(), kReduce, predicate); }
 void barrier_sync(int id, int threads) { sync(id, threads, kSync, false); }
 void barrier_arrive(int id, int threads) { arrive(self->block->named[id & 15], id, threads, kSync, false); }
+bool barrier_sync_or(int id, int threads, bool predicate) { return sync(id, threads, kReduce, predicate); }
 
 // ---------------------------------------------------------------- mbarriers
 namespace {

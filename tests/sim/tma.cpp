@@ -42,15 +42,16 @@ template <class F> void for_each_row(const AsyncCopy& copy, F f) {
     const int row_bytes = map.box[0] * map.element_bytes, rows = copy.bytes / row_bytes;
     for (int row = 0; row < rows; ++row) {
         bool inside = true;
-        int64_t offset = int64_t{copy.coord[0]} * map.element_bytes;
+        // Addresses wrap around, which tile/copy_sm90.h makes use of.
+        uint64_t address = reinterpret_cast<uintptr_t>(map.base) + uint64_t(int64_t{copy.coord[0]} * map.element_bytes);
         for (int d = 1, rest = row; d < map.rank; rest /= map.box[d], ++d) {
             const int64_t x = copy.coord[d] + rest % map.box[d];
             inside &= x >= 0 && x < map.dim[d];
-            offset += x * map.stride_bytes[d];
+            address += uint64_t(x) * uint64_t(map.stride_bytes[d]);
         }
         auto clamped = [&](int64_t x) { return static_cast<int>(x < 0 ? 0 : x > map.box[0] ? map.box[0] : x); };
         const int first = clamped(-int64_t{copy.coord[0]}), last = clamped(map.dim[0] - copy.coord[0]);
-        f(row * row_bytes, static_cast<char*>(map.base) + offset, first * map.element_bytes,
+        f(row * row_bytes, reinterpret_cast<char*>(address), first * map.element_bytes,
           inside && last > first ? last * map.element_bytes : first * map.element_bytes);
     }
 }

@@ -15,7 +15,7 @@ using namespace flash_attn;
 namespace {
 
 constexpr int kHeadDim = 64;
-constexpr cuda::Device kDevice{80, kLargeSmemBytes, nullptr};
+constexpr cuda::Device kDevice{80, kLargeSmemBytes, 1, 1, nullptr};
 
 // Zeros: only where bytes go matters here. Not freed.
 void* zeros(int64_t bytes) {

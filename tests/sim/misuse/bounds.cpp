@@ -31,7 +31,7 @@ template <class T> FA_KERNEL(32, 1) load_store_kernel(T* p) {
 }
 FA_KERNEL(32, 1) red_add_kernel(float* p) { ptx::red_add(p + ptx::thread_idx(), 1.f); }
 FA_KERNEL(32, 1) bulk_load_kernel(const float* in, int bytes) {
-    auto* bar = reinterpret_cast<ptx::Mbarrier*>(ptx::smem());
+    const ptx::SmemPtr bar = ptx::smem();
     if (ptx::thread_idx() == 0) {
         ptx::mbarrier_init(bar, 1);
         ptx::fence_mbarrier_init();

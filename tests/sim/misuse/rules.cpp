@@ -18,7 +18,7 @@ FA_KERNEL(32, 1) kernel_with_a_name() { ptx::barrier_sync(16, 32); }
 namespace {
 
 int lane() { return ptx::thread_idx() % 32; }
-ptx::Mbarrier* barrier_at(int byte) { return reinterpret_cast<ptx::Mbarrier*>(ptx::smem() + byte); }
+ptx::SmemPtr barrier_at(int byte) { return ptx::smem() + byte; }
 
 // ---------------------------------------------------------------- lanes of a warp
 FA_KERNEL(32, 1) divergent_kernel() {

@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
     test_warp();
     test_numbers();
     test_sm90();
+    test_tiles_sm90();
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -42,13 +42,13 @@ inline void finish() { require(cudaDeviceSynchronize() == cudaSuccess, "a kernel
 inline cuda::Device device() {
     int smem = 0;
     cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-    return {90, smem, nullptr};
+    return {90, smem, 1, 1, nullptr};
 }
 #else
 inline void* allocate(size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
 inline void deallocate(void* p) { std::free(p); }
 inline void finish() {}
-inline cuda::Device device() { return {90, 227 << 10, nullptr}; }
+inline cuda::Device device() { return {90, 227 << 10, 1, 1, nullptr}; }
 #endif
 
 template <class T> struct Buffer {
@@ -109,10 +109,11 @@ template <class Element> void fill_small(Buffer<uint16_t>& b) {
 template <class Element> const char* type_name() { return std::is_same_v<Element, bf16> ? "bf16" : "fp16"; }
 
 // ---------------------------------------------------------------- the groups of tests
-void test_memory();   // memory.cpp: copies, global accesses, turns
-void test_warp();     // warp.cpp: barriers, fragments, products, exchange
-void test_numbers();  // numbers.cpp: conversions, functions
-void test_sm90();     // sm90.cpp: TMA, mbarrier and more; nothing in builds for other architectures
-void test_wgmma();    // wgmma.cpp, called by it
+void test_memory();      // memory.cpp: copies, global accesses, turns
+void test_warp();        // warp.cpp: barriers, fragments, products, exchange
+void test_numbers();     // numbers.cpp: conversions, functions
+void test_sm90();        // sm90.cpp: TMA, mbarrier and more; nothing in builds for other architectures
+void test_tiles_sm90();  // tiles_sm90.cpp: likewise
+void test_wgmma();       // wgmma.cpp, called by it
 
 }  // namespace flash_attn::primitives

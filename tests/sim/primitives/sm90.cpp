@@ -54,7 +54,7 @@ FA_KERNEL(32, 1)
 tma_kernel(FA_GRID_CONSTANT ptx::TensorMap in, FA_GRID_CONSTANT ptx::TensorMap out, int col, int row, int plane,
            uint16_t* raw) {
     uint16_t* tile = reinterpret_cast<uint16_t*>(ptx::smem());
-    ptx::Mbarrier* bar = reinterpret_cast<ptx::Mbarrier*>(ptx::smem() + kRows * kCols * 2);
+    const ptx::SmemPtr bar = ptx::smem() + kRows * kCols * 2;
     if (ptx::thread_idx() == 0) {
         ptx::mbarrier_init(bar, 1);
         ptx::fence_mbarrier_init();
@@ -110,7 +110,7 @@ constexpr int kFloats = 256;
 
 FA_KERNEL(64, 1) bulk_kernel(const float* in, float* reduced) {
     float* s = reinterpret_cast<float*>(ptx::smem());
-    ptx::Mbarrier* bar = reinterpret_cast<ptx::Mbarrier*>(ptx::smem() + kFloats * 4);
+    const ptx::SmemPtr bar = ptx::smem() + kFloats * 4;
     const int t = ptx::thread_idx();
     if (t == 0) {
         ptx::mbarrier_init(bar, 1);

@@ -7,9 +7,9 @@ namespace flash_attn::ptx {
 using TensorMap = sim::TensorMap;
 
 template <int kRank>
-FA_DEVICE void tma_load(void* smem_dst, const TensorMap& map, Mbarrier* bar, const int (&coord)[kRank]) {
+FA_DEVICE void tma_load(void* smem_dst, const TensorMap& map, void* bar, const int (&coord)[kRank]) {
     static_assert(kRank >= 2 && kRank <= 5);
-    sim::tma_load(smem_dst, map, bar, coord, kRank);
+    sim::tma_load(smem_dst, map, static_cast<uint64_t*>(bar), coord, kRank);
 }
 template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, const void* smem_src, const int (&coord)[kRank]) {
     static_assert(kRank >= 2 && kRank <= 5);

@@ -31,6 +31,8 @@ using SmemPtr = char*;
 FA_DEVICE SmemPtr pin(SmemPtr p) { return p; }
 // Shared memory begins at a multiple of 1024 bytes here too, so that the low bits are those of the address.
 FA_DEVICE SmemPtr flip_bits(SmemPtr p, int bits) { return smem() + ((p - smem()) ^ bits); }
+template <class T> FA_DEVICE T opaque(T x) { return x; }
+FA_DEVICE int uniform(int x) { return x; }
 
 FA_DEVICE int thread_idx() { return sim::thread_idx(); }
 FA_DEVICE int block_idx() { return sim::block_idx(); }

@@ -17,15 +17,18 @@ FA_DEVICE void wgmma_commit() { sim::wgmma_commit(); }
 template <int kPending> FA_DEVICE void wgmma_wait() { sim::wgmma_wait(kPending); }
 template <int kCount> FA_DEVICE void pin_registers(float (&)[kCount]) {}
 
+template <int N> constexpr bool kIsWgmmaWidth =
+    N == 32 || N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176 || N == 192 || N == 256;
+
 template <class Element, int N, Major kMajorA, Major kMajorB>
 FA_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
-    static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths of csrc/ptx/wgmma.h");
+    static_assert(kIsWgmmaWidth<N>, "the widths of csrc/ptx/wgmma.h");
     sim::wgmma(
         {kElement<Element>, N, nullptr, desc_a, desc_b, kMajorA == Major::kMN, kMajorB == Major::kMN, accumulate, d});
 }
 template <class Element, int N, Major kMajorB>
 FA_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate) {
-    static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths of csrc/ptx/wgmma.h");
+    static_assert(kIsWgmmaWidth<N>, "the widths of csrc/ptx/wgmma.h");
     sim::wgmma({kElement<Element>, N, a, 0, desc_b, false, kMajorB == Major::kMN, accumulate, d});
 }
 

@@ -43,8 +43,11 @@ ElementType to_type(const std::string& text) {
 }
 
 Layout to_layout(const std::string& text) {
-    const std::map<std::string, Layout> layouts{
-        {"rows", Layout::kRows}, {"heads", Layout::kHeads}, {"gaps", Layout::kGaps}, {"far", Layout::kFar}};
+    const std::map<std::string, Layout> layouts{{"rows", Layout::kRows},
+                                                {"heads", Layout::kHeads},
+                                                {"gaps", Layout::kGaps},
+                                                {"chunks", Layout::kChunks},
+                                                {"far", Layout::kFar}};
     const auto found = layouts.find(text);
     if (found == layouts.end()) reject(text);
     return found->second;
@@ -101,6 +104,8 @@ const std::map<std::string, Setter>& setters() {
         {"check", set(&Case::check)},
         {"layout", [](Case& c, const std::string& text) { c.layout = to_layout(text); }},
         {"smem", set(&Case::smem)},
+        {"compute_capability", set(&Case::compute_capability)},
+        {"multiprocessors", set(&Case::multiprocessors)},
         {"deterministic", set(&Case::deterministic)},
     };
     return table;

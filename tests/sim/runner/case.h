@@ -7,7 +7,7 @@
 
 namespace flash_attn::runner {
 
-enum class Layout { kRows, kHeads, kGaps, kFar };
+enum class Layout { kRows, kHeads, kGaps, kChunks, kFar };
 
 struct Case {
     std::vector<int> seqlens_q, seqlens_k;
@@ -26,7 +26,7 @@ struct Case {
 
     std::string check = "reference";
     Layout layout = Layout::kRows;
-    int smem = 232448;
+    int smem = 232448, compute_capability = 80, multiprocessors = 3;
     bool deterministic = false;
 
     int batch_size() const { return int(seqlens_q.size()); }

@@ -1,6 +1,7 @@
 #include "runner/io.h"
 #include <algorithm>
 #include "launch/tile_config.h"
+#include "launch/tile_config_sm90.h"
 
 namespace flash_attn::runner {
 namespace {
@@ -14,10 +15,20 @@ struct TileShape {
 
 template <class Config> TileShape shape() { return {Config::kBlockM, Config::kBlockN, Config::kHeadDim}; }
 
+bool modifies_scores(const Case& c) { return c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0; }
+
 template <class Tiles> TileShape shape_of(const Case& c) {
     if (c.smem < kLargeSmemBytes) return shape<typename Tiles::Small>();
-    const bool modified = c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0;
-    return modified ? shape<typename Tiles::LargeModified>() : shape<typename Tiles::Large>();
+    return modifies_scores(c) ? shape<typename Tiles::LargeModified>() : shape<typename Tiles::Large>();
+}
+
+template <class Tiles> TileShape hopper_shape_of(const Case& c) {
+    return modifies_scores(c) ? shape<typename Tiles::Modified>() : shape<typename Tiles::Plain>();
+}
+template <int kHeadDim> TileShape hopper_shape(const Case& c) {
+    if constexpr (kHeadDim == 192)
+        if (c.head_dim_v <= 128) return hopper_shape_of<FwdTilesSm90<bf16, 192, 128>>(c);
+    return hopper_shape_of<FwdTilesSm90<bf16, kHeadDim, kHeadDim>>(c);
 }
 
 // The tiles of the first head_dim that is large enough.
@@ -45,9 +56,11 @@ template <class F> void for_each_tile(int length, int size, F f) {
 
 }  // namespace
 
-Traffic forward_traffic(const Inputs& x) {
+Traffic forward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
-    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() { return shape_of<FwdTilesSm80<bf16, kHeadDim>>(c); });
+    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
+        return hopper ? hopper_shape<kHeadDim>(c) : shape_of<FwdTilesSm80<bf16, kHeadDim>>(c);
+    });
     Traffic bytes;
     for (const Sequence& s : sequences(c))
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {
@@ -64,17 +77,25 @@ Traffic forward_traffic(const Inputs& x) {
     return bytes;
 }
 
-Traffic backward_traffic(const Inputs& x) {
+Traffic backward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
-    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() { return shape_of<BwdTilesSm80<bf16, kHeadDim>>(c); });
-    const int64_t dq_tile_bytes = int64_t(t.rows) * t.head_dim * kFloatBytes, dims = c.head_dim + c.head_dim_v;
+    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
+        if constexpr (kHeadDim <= 128)
+            if (hopper) return hopper_shape_of<BwdTilesSm90<bf16, kHeadDim>>(c);
+        return shape_of<BwdTilesSm80<bf16, kHeadDim>>(c);
+    });
+    // On Hopper, tiles of dQ consist of panels of 64 columns, each with a counter of its own, and two numbers per query
+    // are written once more, for whole tiles, which the main kernel then reads.
+    const int64_t dq_columns = hopper ? round_up(t.head_dim, 64) : t.head_dim, dims = c.head_dim + c.head_dim_v;
+    const int64_t dq_tile_bytes = t.rows * dq_columns * kFloatBytes, turns = hopper ? 2 : 1;
+    const int64_t padded_bytes = hopper ? 2 * t.rows * kFloatBytes : 0;
     Traffic bytes;
     for (const Sequence& s : sequences(c)) {
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int) {
-            // Before: out, dout, softmax_lse and dlse give dsoftmax_sum; the tile of dQ and its counter are cleared.
+            // Before: out, dout, softmax_lse and dlse give dsoftmax_sum; the tile of dQ and its counters are cleared.
             bytes.read += c.num_heads * rows * (2 * c.head_dim_v * kElementBytes + kFloatBytes);
             bytes.read += c.lse_grad ? c.num_heads * rows * kFloatBytes : 0;
-            bytes.written += c.num_heads * (rows * kFloatBytes + dq_tile_bytes + kFloatBytes);
+            bytes.written += c.num_heads * (rows * kFloatBytes + dq_tile_bytes + turns * kFloatBytes + padded_bytes);
             // After: dQ.
             bytes.read += c.num_heads * dq_tile_bytes;
             bytes.written += c.num_heads * rows * c.head_dim * kElementBytes;
@@ -87,8 +108,9 @@ Traffic backward_traffic(const Inputs& x) {
             // A tile of keys is read once per head of keys, unless nothing sees it; q, dout, softmax_lse and
             // dsoftmax_sum once per head of queries and tile of keys that they see.
             if (tiles_seen) bytes.read += c.num_heads_k * keys * dims * kElementBytes;
-            bytes.read += c.num_heads * rows_seen * (dims * kElementBytes + 2 * kFloatBytes);
-            bytes.added += c.num_heads * tiles_seen * dq_tile_bytes;
+            bytes.read += c.num_heads * rows_seen * dims * kElementBytes;
+            bytes.read += c.num_heads * (hopper ? tiles_seen * padded_bytes : rows_seen * 2 * kFloatBytes);
+            bytes.added += c.num_heads * tiles_seen * t.rows * t.head_dim * kFloatBytes;
             bytes.written += c.num_heads_k * keys * dims * kElementBytes;  // dK and dV
         });
     }

@@ -6,8 +6,9 @@
 
 namespace flash_attn::runner {
 
-Traffic forward_traffic(const Inputs& x);
-Traffic backward_traffic(const Inputs& x);
+// hopper: by the kernels for compute capability 9.0.
+Traffic forward_traffic(const Inputs& x, bool hopper);
+Traffic backward_traffic(const Inputs& x, bool hopper);
 Traffic probs_traffic(const Inputs& x);
 
 }  // namespace flash_attn::runner

@@ -9,7 +9,11 @@ constexpr const char* kMissing = "this build has no kernels for this element typ
 }  // namespace
 
 template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams&, const Device&) { return kMissing; }
+template <class Element, int kHeadDim> const char* run_fwd_sm90(const FwdParams&, const Device&) { return kMissing; }
 template <class Element, int kHeadDim> const char* run_bwd_sm80(const BwdParams&, void*, const Device&) {
+    return kMissing;
+}
+template <class Element, int kHeadDim> const char* run_bwd_sm90(const BwdParams&, void*, const Device&) {
     return kMissing;
 }
 template <class Element, int kHeadDim> const char* run_attn_probs_sm80(const ProbsParams&, const Device&) {
@@ -17,9 +21,11 @@ template <class Element, int kHeadDim> const char* run_attn_probs_sm80(const Pro
 }
 
 template <class Element, int... kHeadDims> struct Missing {
-    const void* functions[3 * sizeof...(kHeadDims)] = {
+    const void* functions[5 * sizeof...(kHeadDims)] = {
         reinterpret_cast<const void*>(run_fwd_sm80<Element, kHeadDims>)...,
+        reinterpret_cast<const void*>(run_fwd_sm90<Element, kHeadDims>)...,
         reinterpret_cast<const void*>(run_bwd_sm80<Element, kHeadDims>)...,
+        reinterpret_cast<const void*>(run_bwd_sm90<Element, kHeadDims>)...,
         reinterpret_cast<const void*>(run_attn_probs_sm80<Element, kHeadDims>)...,
     };
 };

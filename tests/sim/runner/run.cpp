@@ -3,12 +3,16 @@
 #include <cstdlib>
 #include <cstring>
 #include "kernels.h"
+#include "launch/hopper.h"
 #include "runner/elements.h"
 
 namespace flash_attn::runner {
 namespace {
 
-cuda::Device device_of(const Case& c) { return {80, c.smem, nullptr}; }
+// So few that two heads of a hundred keys and a head_dim of 64 make a section.
+constexpr int64_t kL2Bytes = 100000;
+
+cuda::Device device_of(const Case& c) { return {c.compute_capability, c.smem, c.multiprocessors, kL2Bytes, nullptr}; }
 
 void check_error(const char* pass, const char* error, Report& report) {
     if (error) report.fail(format("%s: refused: %s", pass, error));
@@ -112,6 +116,7 @@ Forward run_forward(const Inputs& x, Schedule schedule, Report& report) {
     check_error("forward", cuda::run_fwd(params, device_of(c)), report);
     Forward result;
     result.traffic = take_traffic();
+    result.hopper = cuda::hopper_takes(params, device_of(c));
     result.out = collect("out", c, out, true, report);
     result.softmax_lse = collect_rows("softmax_lse", c, softmax_lse, shape.batch, shape.rows, report);
     return result;
@@ -139,10 +144,11 @@ Backward run_backward(const Inputs& x, const Compact& out, const Compact& softma
     params.deterministic = c.deterministic;
     set_schedule({schedule.seed, schedule.landing, c.deterministic});
     take_traffic();
-    const Workspace workspace(cuda::bwd_workspace_bytes(params));
+    const Workspace workspace(cuda::bwd_workspace_bytes(params, device_of(c)));
     check_error("backward", cuda::run_bwd(params, workspace.data(), device_of(c)), report);
     Backward result;
     result.traffic = take_traffic();
+    result.hopper = cuda::hopper_takes(params, device_of(c));
     result.dq = collect("dq", c, dq, true, report);
     result.dk = collect("dk", c, dk, false, report);
     result.dv = collect("dv", c, dv, false, report);

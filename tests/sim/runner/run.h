@@ -12,10 +12,12 @@ namespace flash_attn::runner {
 struct Forward {
     Compact out, softmax_lse;
     Traffic traffic;
+    bool hopper;  // by the kernels for compute capability 9.0
 };
 struct Backward {
     Compact dq, dk, dv, dsoftmax_sum;
     Traffic traffic;
+    bool hopper;
 };
 
 struct Probs {

@@ -80,6 +80,12 @@ void Tensor::set_strides(Layout layout, Access access) {
             row_stride_ = head_stride_ * (shape_.heads + 1);
             batch_stride_ = row_stride_ * (shape_.rows + 1);
             break;
+        case Layout::kChunks:  // the same, all at multiples of 16 bytes, whoever reads or writes
+            start_ = kAligned;
+            head_stride_ = round_up(shape_.head_dim, kAligned) + kAligned;
+            row_stride_ = head_stride_ * (shape_.heads + 1);
+            batch_stride_ = row_stride_ * (shape_.rows + 1);
+            break;
         case Layout::kFar:
             row_stride_ = kFarRow, head_stride_ = kFarHead, batch_stride_ = kFarBatch;
             break;
@@ -102,7 +108,7 @@ bool Tensor::gaps_untouched() const {
 }
 
 RowTensor::RowTensor(int batch, int heads, int rows, Layout layout) : batch_(batch), heads_(heads), rows_(rows) {
-    const bool gaps = layout == Layout::kGaps, far = layout == Layout::kFar;
+    const bool gaps = layout == Layout::kGaps || layout == Layout::kChunks, far = layout == Layout::kFar;
     start_ = gaps ? 1 : 0;
     head_stride_ = far ? kFarHead : rows + (gaps ? 3 : 0);
     batch_stride_ = far ? kFarBatch : heads * head_stride_ + (gaps ? 5 : 0);

@@ -1,0 +1,119 @@
+// Tile shapes of the backward pass for compute capability 9.0, and where things lie in shared memory.
+#pragma once
+#include "kernels/fwd_config_sm90.h"
+#include "ptx/shared.h"
+
+namespace flash_attn {
+
+// Two consumers, of 64 keys each.
+template <class Element_, int kHeadDim_, int kBlockM_> struct BwdConfigSm90 {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kConsumers = 2, kStages = 2;
+    static constexpr int kBlockN = kConsumers * kWarpgroupRows;
+    static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+
+    // Each consumer computes one block of every tile of dQ, of 64 rows: half of all rows, or half of the columns.
+    static constexpr bool kDqHalvesRows = kBlockM == 128;
+    static_assert(kDqHalvesRows ? kHeadDim == 64 : kBlockM == 64 && kHeadDim <= 128);
+    static constexpr int kDqCols = kDqHalvesRows || kHeadDim > 64 ? 64 : 32;
+    static constexpr int kDqBlockElements = 64 * kDqCols;
+    static constexpr int kDqTileElements = kConsumers * kDqBlockElements, kDqTurns = kConsumers;
+    FA_DEVICE static constexpr int dq_row0(int consumer) { return kDqHalvesRows ? 64 * consumer : 0; }
+    FA_DEVICE static constexpr int dq_column0(int consumer) { return kDqHalvesRows ? 0 : kDqCols * consumer; }
+    // Of a block's elements those of columns that exist come first.
+    FA_DEVICE static constexpr int dq_block_bytes(int consumer) {
+        return 64 * min(kDqCols, kHeadDim - dq_column0(consumer)) * 4;
+    }
+    // Element j of a thread of the consumer, within its block: 16 bytes of all threads, then the next.
+    FA_DEVICE static constexpr int dq_element(int j) { return j / 4 * 4 * kWarpgroupThreads + j % 4; }
+
+    using TileK = WideTile<kBlockN, kHeadDim>;  // V too
+    using TileQ = WideTile<kBlockM, kHeadDim>;  // dO too
+    using TileDs = WideTile<kBlockM, kBlockN>;
+    using Stages = Pipeline<kStages>;
+    static constexpr int kRowBytes = kBlockM * 4;  // one number per query
+    static constexpr int kTileBytes = 2 * TileK::kBytes + kStages * (2 * TileQ::kBytes + TileDs::kBytes);
+    static constexpr int kDqBytes = kConsumers * kDqBlockElements * 4;
+    static constexpr int kInspectionBytes = kStages * (ptx::kMbarrierBytes + 4);
+    static constexpr int kBarrierBytes = ptx::kMbarrierBytes + 2 * Stages::kBytes + kInspectionBytes;
+    static constexpr int kOtherBytes = kStages * 2 * kRowBytes + kBarrierBytes + 8 + 4 * kConsumers;
+    static constexpr int kSmemBytes = kTileBytes + kDqBytes + kOtherBytes;
+    static_assert(kSmemBytes <= kSm90SmemBytes);
+
+    // Of the kernels before and after the main one. The one after has as many threads as there are consumers.
+    using TileOut = WideTile<kBlockM, kHeadDim>;
+    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
+    static constexpr int kFinishThreads = kConsumers * kWarpgroupThreads, kDqParts = 1;
+    static constexpr bool kPadsRows = true, kDpByWgmma = true;
+    struct GridDq {
+        using Acc = AccTile<16, kDqCols>;
+        FA_DEVICE static int row0() { return dq_row0(finish_consumer()) + warp_id() % 4 * 16; }
+    };
+    FA_DEVICE static int finish_consumer() { return ptx::thread_idx() / kWarpgroupThreads; }
+    FA_DEVICE static int dq_col0(int) { return dq_column0(finish_consumer()); }
+    FA_DEVICE static int dq_thread() {
+        return finish_consumer() * kDqBlockElements + ptx::thread_idx() % kWarpgroupThreads * 4;
+    }
+    FA_DEVICE static constexpr int dq_element(int, int, int j) { return dq_element(j); }
+};
+
+template <class Config> struct BwdSmemSm90 {
+    using TileK = typename Config::TileK;
+    using TileQ = typename Config::TileQ;
+    using TileDs = typename Config::TileDs;
+    TileK k, v;
+    ptx::SmemPtr kv_full;
+    typename Config::Stages pipe_q, pipe_dout;  // with softmax_lse, and with dsoftmax_sum
+
+    FA_DEVICE explicit BwdSmemSm90(ptx::SmemPtr base)
+        : k{base}, v{k.end()},
+          kv_full(base + (Config::kSmemBytes - Config::kOtherBytes + Config::kStages * 2 * Config::kRowBytes)),
+          pipe_q{kv_full + ptx::kMbarrierBytes}, pipe_dout{pipe_q.end()} {}
+    FA_DEVICE TileQ q(int stage) const { return {v.end() + stage * TileQ::kBytes}; }
+    FA_DEVICE TileQ dout(int stage) const { return {v.end() + (Config::kStages + stage) * TileQ::kBytes}; }
+    FA_DEVICE TileDs ds(int stage) const {
+        return {v.end() + (2 * Config::kStages * TileQ::kBytes + stage * TileDs::kBytes)};
+    }
+    FA_DEVICE ptx::SmemPtr dq(int consumer) const {
+        return k.base + (Config::kTileBytes + consumer * Config::kDqBlockElements * 4);
+    }
+    FA_DEVICE ptx::SmemPtr lse_log2(int stage) const { return dq(Config::kConsumers) + stage * Config::kRowBytes; }
+    static constexpr int kDsoftmaxSumOffset = Config::kStages * Config::kRowBytes;
+    FA_DEVICE ptx::SmemPtr dsoftmax_sum(int stage) const { return lse_log2(stage) + kDsoftmaxSumOffset; }
+    FA_DEVICE ptx::SmemPtr inspected(int stage) const { return pipe_dout.end() + stage * ptx::kMbarrierBytes; }
+    FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStages) + stage * 4; }
+
+    // Whether anything that is not finite was cleared for a consumer.
+    FA_DEVICE ptx::SmemPtr found_any(int consumer) const { return first_dq_tile() + (8 + 4 * consumer); }
+    // Number of the first tile in the workspace, of the first head, which is needed too rarely to keep it in registers.
+    FA_DEVICE void store_first_dq_tile(int64_t tile) const {
+        ptx::store_shared(first_dq_tile(), static_cast<uint32_t>(tile));
+        ptx::store_shared(first_dq_tile() + 4, static_cast<uint32_t>(tile >> 32));
+    }
+    FA_DEVICE int64_t load_first_dq_tile() const {
+        uint32_t words[2];
+        ptx::load_shared_8(words, first_dq_tile());
+        return static_cast<int64_t>(words[1]) << 32 | words[0];
+    }
+
+    // One thread. Q and dO are released by the warps that inspect them as well.
+    FA_DEVICE void init_barriers(int inspectors) const {
+        ptx::mbarrier_init(kv_full, 1);
+        pipe_q.init(4 * Config::kConsumers + inspectors);
+        pipe_dout.init(4 * Config::kConsumers + inspectors);
+        for (int stage = 0; stage < Config::kStages; ++stage) ptx::mbarrier_init(inspected(stage), 1);
+        ptx::fence_mbarrier_init();
+    }
+
+private:
+    FA_DEVICE ptx::SmemPtr first_dq_tile() const { return found(Config::kStages); }
+};
+
+// Barriers of a block, beside 0, that of all its threads.
+struct BwdBarriersSm90 {
+    static constexpr int kConsumers = 1;                                         // among all consumers
+    FA_DEVICE static constexpr int group(int consumer) { return 2 + consumer; }  // among the threads of one
+    static constexpr int kInspectors = 4;
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,83 @@
+// Tile shapes of the forward pass for compute capability 9.0, and where things lie in shared memory.
+#pragma once
+#include "tile/copy_sm90.h"
+#include "tile/gemm_sm90.h"
+#include "tile/pipeline.h"
+
+namespace flash_attn {
+
+constexpr int kSm90SmemBytes = 227 * 1024;  // that a block may have
+
+// Of the four warps of the warpgroup that loads one does so; these have time to look for NaN and infinity.
+constexpr int kInspectors = 3;
+
+// How the registers of a multiprocessor are divided, 512 for the four threads, one of each warpgroup, that share them
+// with 2 consumers, or with 3: loading needs few, products and softmax all the others.
+FA_HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 24 : 32; }
+FA_HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 240 : 160; }
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kStages_>
+struct FwdConfigSm90 {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_;
+    static constexpr int kStages = kStages_, kConsumers = kBlockM / kWarpgroupRows;
+    static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+    static_assert(kConsumers == 2 || kConsumers == 3);
+    // Warpgroups issue their products in turn, so that the softmax of one runs beside the products of another: worth it
+    // where softmax takes nearly as long.
+    static constexpr bool kTakesTurns = kHeadDim <= 128;
+
+    using TileQ = WideTile<kBlockM, kHeadDim>;
+    using TileK = WideTile<kBlockN, kHeadDim>;
+    using TileV = WideTile<kBlockN, kHeadDimV>;
+    using TileOut = WideTile<kBlockM, kHeadDimV>;
+    using Stages = Pipeline<kStages>;
+    // Of the stages' V: a barrier that says it has been inspected, and a word that says what was found.
+    static constexpr int kInspectionBytes = kStages * (ptx::kMbarrierBytes + 4);
+    static constexpr int kOtherBytes = Pipeline<1>::kBytes + 2 * Stages::kBytes + kInspectionBytes;
+    static constexpr int kTileBytes = TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes);
+    // Where there is room, the next Q is loaded while the output is still being stored. Otherwise the output takes its
+    // place.
+    static constexpr bool kOutApart = kTileBytes + TileOut::kBytes + kOtherBytes <= kSm90SmemBytes;
+    static constexpr int kSmemBytes = kTileBytes + (kOutApart ? TileOut::kBytes : 0) + kOtherBytes;
+    static_assert(kSmemBytes <= kSm90SmemBytes && TileOut::kBytes <= TileQ::kBytes);
+};
+
+template <class Config> struct FwdSmemSm90 {
+    using TileK = typename Config::TileK;
+    using TileV = typename Config::TileV;
+    typename Config::TileQ q;
+    typename Config::TileOut out;
+    Pipeline<1> pipe_q;
+    typename Config::Stages pipe_k, pipe_v;
+
+    FA_DEVICE explicit FwdSmemSm90(ptx::SmemPtr base)
+        : q{base}, out{Config::kOutApart ? base + Config::kTileBytes : base},
+          pipe_q{base + (Config::kSmemBytes - Config::kOtherBytes)}, pipe_k{pipe_q.end()}, pipe_v{pipe_k.end()} {}
+    FA_DEVICE TileK k(int stage) const { return {q.end() + stage * TileK::kBytes}; }
+    FA_DEVICE TileV v(int stage) const { return {q.end() + (Config::kStages * TileK::kBytes + stage * TileV::kBytes)}; }
+    FA_DEVICE ptx::SmemPtr inspected(int stage) const { return pipe_v.end() + stage * ptx::kMbarrierBytes; }
+    FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStages) + stage * 4; }
+
+    // One thread. V is released by the warps that inspect it as well. Q is released by the thread that stores the
+    // output where that takes its place, otherwise by every warp.
+    FA_DEVICE void init_barriers(int inspectors) const {
+        constexpr int kWarps = 4 * Config::kConsumers;
+        pipe_q.init(Config::kOutApart ? kWarps : Config::kConsumers);
+        pipe_k.init(kWarps);
+        pipe_v.init(kWarps + inspectors);
+        for (int stage = 0; stage < Config::kStages; ++stage) ptx::mbarrier_init(inspected(stage), 1);
+        ptx::fence_mbarrier_init();
+    }
+};
+
+// Barriers 1 to 7 of a block; 0 is that of all its threads.
+struct FwdBarriersSm90 {
+    FA_DEVICE static constexpr int turn(int consumer) {
+        return 1 + consumer;
+    }  // it is the consumer's turn to issue products
+    FA_DEVICE static constexpr int group(int consumer) { return 4 + consumer; }  // among the threads of a consumer
+    static constexpr int kInspectors = 7;                                        // among those who inspect V
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,42 @@
+// Tensor maps, made by the driver. libcuda is not linked, since the package has to load where there is none.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <array>
+#include <cstdint>
+
+namespace flash_attn::cuda {
+
+inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
+    constexpr unsigned kSince = 12000;  // of the interface that is called
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &result);
+    return status == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)
+               : nullptr;
+}
+
+// 16-bit elements, swizzled over 128 bytes; what lies outside reads as zero. sizes and box count elements, the
+// contiguous dimension first; strides are those of the others. Returns null, or what went wrong.
+inline const char* encode_tensor_map(CUtensorMap& map, void* base, std::array<int64_t, 4> sizes,
+                                     std::array<int64_t, 3> stride_bytes, std::array<int, 4> box) {
+    static const auto encode = find_encode_tiled();
+    if (!encode) return "the CUDA driver is too old: it has no cuTensorMapEncodeTiled, which came with CUDA 12.0";
+    constexpr int kRank = 4;
+    cuuint64_t size[kRank], stride[kRank - 1];
+    cuuint32_t box_size[kRank], element_stride[kRank];
+    for (int i = 0; i < kRank; ++i) {
+        size[i] = static_cast<cuuint64_t>(sizes[i]);
+        box_size[i] = static_cast<cuuint32_t>(box[i]);
+        element_stride[i] = 1;
+        if (i) stride[i - 1] = static_cast<cuuint64_t>(stride_bytes[i - 1]);
+    }
+    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank, base, size, stride, box_size,
+                                   element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : "the CUDA driver refuses a tensor map";
+}
+
+}  // namespace flash_attn::cuda

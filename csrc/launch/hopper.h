@@ -1,0 +1,58 @@
+// Which problems the kernels for compute capability 9.0 take. The others are served by those for 8.0 and later.
+#pragma once
+#include "attn/scheduler.h"
+#include "host_device.h"
+#include "kernels.h"
+#include "launch/tma_strides.h"
+#include "launch/workspace.h"
+
+namespace flash_attn::cuda {
+
+// Sizes of q, of k and of what has their rows, with so many columns.
+inline TensorSize query_size(const Problem& p, int columns) {
+    const bool packed = p.seqlens.cu_seqlens_q;
+    return {packed ? 1 : p.batch_size, p.num_heads, packed ? p.seqlens.total_q : p.seqlens.seqlen_q, columns};
+}
+inline TensorSize key_size(const Problem& p, int columns) {
+    const bool packed = p.seqlens.cu_seqlens_k;
+    return {packed ? 1 : p.batch_size, p.num_heads_k, packed ? p.seqlens.total_k : p.seqlens.seqlen_k, columns};
+}
+
+// Keys and values in pages are not taken, nor tensors that TMA cannot see.
+inline bool hopper_takes(const Problem& p, const Device& device) {
+    return device.compute_capability == 90 && !p.paged_kv.block_table &&
+           TmaStrides(p.q, query_size(p, p.head_dim)).fit() && TmaStrides(p.k, key_size(p, p.head_dim)).fit() &&
+           TmaStrides(p.v, key_size(p, p.head_dim_v)).fit();
+}
+inline bool hopper_takes(const FwdParams& params, const Device& device) {
+    const Problem& p = params.problem;
+    return hopper_takes(p, device) && TmaStrides(params.out, query_size(p, p.head_dim_v)).fit();
+}
+
+// Nor, in the backward pass, a head_dim for which the accumulators of dK and dV do not fit into registers.
+constexpr int kHopperMaxBwdHeadDim = 128;
+inline bool hopper_takes(const BwdParams& params, const Device& device) {
+    const Problem& p = params.problem;
+    return hopper_takes(p, device) && max(p.head_dim, p.head_dim_v) <= kHopperMaxBwdHeadDim &&
+           TmaStrides(params.dout, query_size(p, p.head_dim_v)).fit() &&
+           TmaStrides(params.dk, key_size(p, p.head_dim)).fit() &&
+           TmaStrides(params.dv, key_size(p, p.head_dim_v)).fit();
+}
+
+// How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go
+// first: of as many as share half of the L2 cache. Otherwise one head follows another. key_head_bytes: of what the
+// heads that share keys and values read again and again; heads_per_key_head: how many of the grid that is.
+inline int section_heads(const Problem& p, const TileGrid& grid, const Device& device, int64_t key_head_bytes,
+                         int heads_per_key_head) {
+    if (is_full(p.window)) return 1;
+    const int64_t heads = max<int64_t>(device.l2_bytes / 2 / max<int64_t>(key_head_bytes, 1), 1) * heads_per_key_head;
+    return int(clamp<int64_t>(heads, 1, max<int64_t>(int64_t(grid.num_heads) * grid.batch_size, 1)));
+}
+
+// The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.
+constexpr WorkspaceShape hopper_workspace(int head_dim, bool modified) {
+    if (head_dim > 64) return {64, 64 * 128, 2, true};
+    return modified ? WorkspaceShape{64, 64 * 64, 2, true} : WorkspaceShape{128, 128 * 64, 2, true};
+}
+
+}  // namespace flash_attn::cuda

@@ -1,0 +1,23 @@
+// Host model of csrc/launch/encode_tensor_map.h.
+#pragma once
+#include <array>
+#include "sim.h"
+
+namespace flash_attn::cuda {
+
+inline const char* encode_tensor_map(sim::TensorMap& map, void* base, std::array<int64_t, 4> sizes,
+                                     std::array<int64_t, 3> stride_bytes, std::array<int, 4> box) {
+    constexpr int64_t kMaxSize = int64_t(1) << 32, kMaxStride = int64_t(1) << 40;
+    map = {base, 4, 2, {}, {}, {}, 128};
+    for (size_t i = 0; i < 4; ++i) {
+        map.dim[i] = sizes[i];
+        map.box[i] = box[i];
+        if (i) map.stride_bytes[i] = stride_bytes[i - 1];
+        if (sizes[i] < 1 || sizes[i] > kMaxSize) return "the CUDA driver refuses a tensor map: size";
+        if (i && (map.stride_bytes[i] % 16 || map.stride_bytes[i] <= 0 || map.stride_bytes[i] >= kMaxStride))
+            return "the CUDA driver refuses a tensor map: stride";
+    }
+    return reinterpret_cast<uintptr_t>(base) % 16 ? "the CUDA driver refuses a tensor map: address" : nullptr;
+}
+
+}  // namespace flash_attn::cuda
