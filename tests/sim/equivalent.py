@@ -1,6 +1,7 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
+BWD_HOPPER = "kernels/bwd_sm90.h"
 
 MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
 SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where they do no harm: none is found, or it is added here"
@@ -43,6 +44,8 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (FWD, "true: `Mask::kHidesKeys && !covered`", 0): SEARCHED_IN_VAIN,
     (FWD, "true: `!covered`", 0): MASKED_IN_VAIN,
     (FWD, "true: `Mask::kHidesKeys && nonfinite`", 0): SLOW_PATH,
+    (BWD_HOPPER, "`<` becomes `<=`: `= tile.tiles().begin; m < tile.tiles().end; ++m)`", 0): "the tile after the last "
+    "has no query that sees these keys: nothing is added to it",
     **{("attn/scheduler.h", what, 0): ANY_ORDER for what in ROUNDS},
     ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
     "does not divide kRows, and the static_assert below it fails",
