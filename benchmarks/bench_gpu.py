@@ -58,7 +58,8 @@ def peers_and_us(case: Case, device: str) -> list[Implementation]:
     ours, *peers = (varlen_implementations if case.seqlens else dense_implementations)(case, device)
     if case.seqlen_k > gpu.MATH_LIMIT:
         peers = [peer for peer in peers if "math" not in peer.name and "mask" not in peer.name]
-    return [ours, *([gpu.deterministic(ours)] if case.backward else []), *(peer for peer in peers if works(peer))]
+    variants = [*([gpu.deterministic(ours)] if case.backward else []), *gpu.other_kernels(ours)]
+    return [ours, *variants, *(peer for peer in peers if works(peer))]
 
 
 def measure(case: Case, device: str, budget: float) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def merge(folder: Path) -> int:
     (folder / "gpu.md").write_text(gpu_report.markdown(machines[0], ordered))
     written = ["gpu.json", "gpu.md", *gpu_report.draw(folder, machines[0], ordered)]
     print(f"wrote {', '.join(written)} to {folder}")
+    print(gpu_report.summary(ordered))
     for row in ordered:
         for problem in row["problems"]:
             print(problem, file=sys.stderr)

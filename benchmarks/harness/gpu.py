@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flash_attn import build_info
 from harness.cases import RAGGED_SEQLENS, Case
 from harness.implementation import OURS, Implementation
 
@@ -37,14 +39,14 @@ def gpu_cases() -> list[Case]:
 
 
 def _dense() -> Iterator[Case]:
-    for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-        for head_dim in (64, 128, 256):
-            for causal in (False, True):
-                yield _case("dense", seqlen, head_dim, causal=causal)
+    for dtype in ("bf16", "fp16"):
+        for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+            for head_dim in (64, 128, 256):
+                for causal in (False, True):
+                    yield _case("dense", seqlen, head_dim, causal=causal, dtype=dtype)
     for causal in (False, True):
         yield _case("dense", 4096, 96, causal=causal, num_heads=16, num_heads_k=16)
         yield _case("dense", 4096, 192, causal=causal, num_heads=16, num_heads_k=16, head_dim_v=128)
-        yield _case("dense", 4096, 128, causal=causal, dtype="fp16")
 
 
 def _special() -> Iterator[Case]:
@@ -113,6 +115,27 @@ class _Deterministic(Implementation):
 def deterministic(ours: Implementation) -> Implementation:
     """The same, deterministic; no peer, for the price of it."""
     return _Deterministic(f"{OURS}, deterministic", ours.forward, ours.inputs, ours.dout)
+
+
+class _Generic(Implementation):
+    """Ours, by the kernels that every GPU has."""
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """What csrc/ops/cuda.cpp asks for at every call."""
+        os.environ["FLASH_ATTN_GENERIC_KERNELS"] = "1"
+        try:
+            yield
+        finally:
+            del os.environ["FLASH_ATTN_GENERIC_KERNELS"]
+
+
+def other_kernels(ours: Implementation) -> list[Implementation]:
+    """The same by the generic kernels, where a GPU has others as well; no peer."""
+    has_others = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    if not has_others or not build_info()["hopper_max_head_dim"]:
+        return []
+    return [_Generic(f"{OURS}, generic", ours.forward, ours.inputs, ours.dout)]
 
 
 def function_of(implementation: Implementation, which: str) -> Callable[[], object]:

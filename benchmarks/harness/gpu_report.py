@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def one_line(row: Row) -> str:
     return f"{row['name'].removesuffix(' fwd+bwd'):<44} {'; '.join(parts)}"
 
 
+def summary(rows: list[Row]) -> str:
+    """For every pass of the dense cases: the geometric mean of the ratios to the best peer, and which are under 1."""
+    lines = []
+    for which in PASSES:
+        dense = [row for row in rows if row["case"]["group"] == "dense" and which in row["passes"]]
+        found = [(row["name"], best) for row in dense if (best := best_peer(row["passes"][which])) is not None]
+        if not found:
+            continue
+        slower = [f"{name} ({ratio:.2f} {peer})" for name, (peer, ratio) in found if ratio < 1]
+        mean = statistics.geometric_mean(ratio for _, (_, ratio) in found)
+        under = f"{len(slower)} under 1: {', '.join(slower)}" if slower else "none under 1"
+        lines.append(f"{which}, {len(found)} dense cases: {mean:.3f} of the best peer, {under}.")
+    return "\n".join(lines)
+
+
 def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
     """One section per group, one line per case and pass."""
     text = [heading(machine)]
@@ -52,6 +68,7 @@ def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
         "TFLOP/s count the products that the mask leaves. A ratio is a peer's time / ours, the median over rounds in "
         f"which\neach was timed once: above 1 ours is quicker; under {FLOOR} in bold.\n"
     )
+    text.append(f"{summary(rows)}\n")
     for group in dict.fromkeys(row["case"]["group"] for row in rows):
         text.append(f"## {group}\n")
         text.append("| case | pass | ours, ms | TFLOP/s | best of torch | ratio | others | SM MHz | W |")

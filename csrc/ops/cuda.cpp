@@ -64,13 +64,25 @@ const DeviceInfo& device_info(c10::DeviceIndex index) {
     return all.at(index);
 }
 
+bool is_set(const char* variable) {
+    const char* value = std::getenv(variable);
+    return value && *value && std::string_view(value) != "0";
+}
+
+// FLASH_ATTN_GENERIC_KERNELS=1: every GPU is taken for one of the first generation that the kernels run on, so that the
+// generic kernels can be compared with those for newer ones. Asked at every call.
+int used_compute_capability(const DeviceInfo& info) {
+    constexpr int kOldest = 80;
+    return is_set("FLASH_ATTN_GENERIC_KERNELS") ? kOldest : info.compute_capability;
+}
+
 // Makes the device of q the current one, for as long as this lives, and names its current stream.
 class DeviceScope {
 public:
     explicit DeviceScope(const ProblemArgs& args) : guard_(args.q.device()) {
         const DeviceInfo& info = device_info(args.q.device().index());
         TORCH_CHECK(info.trouble.empty(), "flash_attn: ", info.trouble);
-        device_ = {info.compute_capability, info.smem_per_block, info.multiprocessors, info.l2_bytes,
+        device_ = {used_compute_capability(info), info.smem_per_block, info.multiprocessors, info.l2_bytes,
                    c10::cuda::getCurrentCUDAStream().stream()};
     }
     const cuda::Device& operator*() const { return device_; }
@@ -102,10 +114,7 @@ MaybeOwned<Tensor> aligned_rows(const Tensor& tensor) {
 }
 
 bool wants_value_checks() {
-    static const bool wanted = [] {
-        const char* value = std::getenv("FLASH_ATTN_CHECK");
-        return value && *value && std::string_view(value) != "0";
-    }();
+    static const bool wanted = is_set("FLASH_ATTN_CHECK");
     return wanted;
 }
 
