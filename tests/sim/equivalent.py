@@ -29,6 +29,7 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (MASK, "`>=` becomes `>`: `dow& w) { return w.left >= kMaxSeqlen && w.right >`", 0): NEVER_FULL,
     (MASK, "`>=` becomes `>`: `= kMaxSeqlen && w.right >= kMaxSeqlen; } // The m`", 0): NEVER_FULL,
     ("attn/rows.h", "false: `!p.paged_kv.block_table`", 0): "kv_row_offset() finds rows without a table as well",
+    (SCORES, "`<` becomes `<=`: `1.f); return square < 0.04f ? x * series : la`", 0): "both formulas are right there",
     (SCORES, "false: `slope == 0.f`", 0): "a slope of 0 adds 0 to every score",
     (SCORES, "false: `dropout.threshold == 0`", 0): NOTHING_DROPPED,
     (SCORES, "false: `dropout.threshold == 0`", 1): NOTHING_DROPPED,

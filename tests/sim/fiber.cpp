@@ -1,6 +1,8 @@
 // Stacks, and switching between them.
 #include "fiber.h"
 
+#include <cstring>
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -90,6 +92,10 @@ char* allocate_guarded(size_t bytes, size_t* allocated_bytes) {
 
 void create_fiber(Fiber& fiber, void (*entry)()) {
     fiber.stack = allocate_guarded(kStackBytes, &fiber.stack_bytes);
+    // Registers that nobody has set are NaN, not the zeros that fresh memory holds. They lie near the top.
+    constexpr size_t kFilled = 16384;
+    const size_t filled = fiber.stack_bytes < kFilled ? fiber.stack_bytes : kFilled;
+    std::memset(fiber.stack + fiber.stack_bytes - filled, 0xff, filled);
     prepare(fiber, entry);
 }
 

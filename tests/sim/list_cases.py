@@ -263,6 +263,8 @@ def mutant_table() -> list[Row]:
         (Case((256, 256), (128, 128), "bfloat16", 1, 1, causal=True, lse_grad=True), Sim(deterministic=True)),
         (Case((64,), (500,), "bfloat16"), Sim(deterministic=True)),
         (threshold_case(), Sim()),
+        # Scores near zero, which a softcap must leave as exact as they are.
+        (Case((32,), (32,), "bfloat16", 1, 1, 1, 1, window_size=(0, 0), softcap=20.0, softmax_scale=0.9), Sim()),
         (Case((64,), (190,), "bfloat16", window_size=(188, 0)), Sim()),
         (dataclasses.replace(tiles, page_size=16, causal=True, **modified), Sim()),
         (dataclasses.replace(tiles, head_dim=40, head_dim_v=24, page_size=37), Sim(layout="heads")),
@@ -279,6 +281,8 @@ def mutant_table() -> list[Row]:
         rows.append((dataclasses.replace(SMALL, **dims), Sim("nonfinite", smem=smem)))
     # Many tiles of keys, the first of them seen by all; tiles of queries without any key; several tiles per block.
     hopper = [
+        # Three of the numbers that are drawn for keys as rows equal the threshold.
+        (Case((512,), (16,), "bfloat16", dropout_p=17503 / 65536), Sim()),
         (Case((400,), (700,), "bfloat16", window_size=(300, -1)), Sim(deterministic=True)),
         (Case((500, 500), (130, 130), "bfloat16", causal=True), Sim()),
         (Case((700, 700), (300, 300), "bfloat16"), Sim(deterministic=True)),

@@ -83,7 +83,8 @@ SYNCHRONISING = re.compile(
     r"sync_|cp_async|turn\b|_turn\(|clear_|load_|barrier|fence|wait|release|take|pass\(|commit|acquire|bulk_|init"
 )
 CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::)?\w[\w.]*(?:<[\w:, ]*>)?\(")
-NOT_CALLS = re.compile(r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof)\b")
+# Words before brackets that are no calls, and calls that only hold a device's compiler back.
+NOT_CALLS = re.compile(r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof|pin_tile)\b")
 
 
 def removed_calls(scan: Scan) -> Iterator[Mutation]:
