@@ -1,5 +1,5 @@
-// The running softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018);
-// FlashAttention-2, section 3.1. A thread keeps the statistics of its own rows, in the log2 domain.
+// The running softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018),
+// and FlashAttention-2, section 3.1. A thread keeps the statistics of its own rows, in the log2 domain.
 #pragma once
 #include "attn/coordinates.h"
 #include "attn/score.h"

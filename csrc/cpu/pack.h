@@ -1,6 +1,6 @@
-// Copies tiles of tensors into operands of products. Rows come as pointers, so that it does not matter where they lie;
-// a null pointer is a row of zeros. In an operand for pairs (Bf16Dot) what is called depth below counts pairs, and an
-// odd last number is paired with 0.
+// Copies tiles of tensors into operands of products. Rows come as pointers, so that it does not matter where they lie,
+// and a null pointer is a row of zeros. In an operand for pairs (Bf16Dot) what is called depth below counts pairs, and
+// an odd last number is paired with 0.
 #pragma once
 #include "cpu/element.h"
 #include "cpu/gemm.h"

@@ -27,8 +27,8 @@ double largest_size(const Compact& t) {
 }
 
 // How large what cancels is in gradients of scores, times `other` (k for dq, q for dk): see cancelling_size in
-// tests/check.py. A query that sees a single key has gradients of zero. Plain attention subtracts a number from itself;
-// kernels subtract rowsum(dout * out), which dropout has rescaled and rounded.
+// tests/check.py. A query that sees a single key has gradients of zero. Plain attention subtracts a number from itself,
+// and kernels subtract rowsum(dout * out), which dropout has rescaled and rounded.
 double cancelling_size(const Case& c, const Values& values, const Compact& out, const Compact& other) {
     if (c.dropout_p == 0) return 0;
     double squares = 0;
