@@ -130,7 +130,10 @@ def wgmma_share(kind: str) -> tuple[float, float]:
 
 
 def access_bytes(opcode: str) -> int:
-    """Bytes per lane: 4, or what the modifier says in bits."""
+    """Bytes per lane: 4, or what the modifier says, in bits or as a vector (F32x4)."""
+    vector = re.search(r"\.F32x(\d)\b", opcode)
+    if vector is not None:
+        return 4 * int(vector[1])
     sizes = [int(part) for part in opcode.split(".") if part in ("16", "32", "64", "128")]
     return sizes[-1] // 8 if sizes else 4
 

@@ -26,8 +26,6 @@ SOURCES = ROOT / "csrc" / "launch"
 FOLDER = ROOT / "build" / "cuda"
 ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
-# Sources that have instances for some of them only; for the others, run.cpp chooses other kernels.
-HEAD_DIMS_OF = {"bwd_sm90": (64, 96, 128)}
 # For run.cpp: there are kernels for Hopper to choose.
 HOPPER_MACRO = "FLASH_ATTN_HOPPER"
 
@@ -85,8 +83,7 @@ def objects(archs: Sequence[cuda_archs.Arch], sources: Sequence[Path] | None = N
             # It holds no kernel, but includes headers of kernels, which take nvcc.
             found.append(Object(source, codes[:1], macros=macros))
         elif codes:
-            head_dims = HEAD_DIMS_OF.get(source.stem, HEAD_DIMS)
-            found += [Object(source, codes, element, head_dim) for head_dim in head_dims for element in ELEMENTS]
+            found += [Object(source, codes, element, head_dim) for head_dim in HEAD_DIMS for element in ELEMENTS]
     return found
 
 

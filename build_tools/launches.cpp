@@ -60,8 +60,9 @@ template <class Config> void print_bwd_sm90() {
     constexpr int kOne = Config::kBlockM * Config::kBlockN * Config::kHeadDim;
     constexpr int kDq = Config::kConsumers * Config::kDqBlockElements * Config::kBlockN;  // with columns past head_dim
     constexpr int kFilled = 2 * (Config::TileQ::kBytes + Config::kRowBytes);
-    int reduced_bytes = 0;
-    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) reduced_bytes += Config::dq_block_bytes(consumer);
+    int reduced_bytes = 0;  // that is what TMA does: where consumers own columns they add to dQ themselves
+    for (int consumer = 0; consumer < Config::kConsumers && !Config::kOwnsColumns; ++consumer)
+        reduced_bytes += Config::dq_block_bytes(consumer);
     print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
     print<Config>("bwd_sm90", Config::kThreads, Config::kSmemBytes,
                   {4 * Config::kConsumers, 4 * kOne + kDq, 5 * kOne, 1, kFilled, reduced_bytes});
@@ -85,10 +86,8 @@ template <class Element, int kHeadDim> void print_head_dim() {
     print_probs<typename Fwd::Small>();
     print_fwd_tiles_sm90<FwdTilesSm90<Element, kHeadDim, kHeadDim>>();
     if constexpr (kHeadDim == 192) print_fwd_tiles_sm90<FwdTilesSm90<Element, 192, 128>>();
-    if constexpr (kHeadDim <= 128) {
-        print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Plain>();
-        print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Modified>();
-    }
+    print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Plain>();
+    print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Modified>();
 }
 
 template <class Element> void print_element() {

@@ -61,11 +61,10 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         torch_version, cuda_version (None: no CUDA kernels), cpu_instruction_set, max_head_dim; cuda_archs, the code
-        that there is for GPUs; hopper_max_head_dim, up to which head_dim "forward" and "backward" run on the kernels
-        for Hopper where the GPU has compute capability 9.0, empty if there are none. Pages of keys (block_table) run
-        on the generic kernels there too, and so do tensors that TMA cannot read or write: their rows must be apart,
-        and start at multiples of 16 bytes, which they do not where they are contiguous and head_dim is no multiple of
-        8.
+        that there is for GPUs; hopper_kernels, whether there are kernels for Hopper, on which forward and backward
+        run where the GPU has compute capability 9.0. Pages of keys (block_table) run on the generic kernels there too,
+        and so do tensors that TMA cannot read or write: their rows must be apart, and start at multiples of 16 bytes,
+        which they do not where they are contiguous and head_dim is no multiple of 8.
 
     Raises:
         RuntimeError: the extension is not available.

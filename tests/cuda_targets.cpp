@@ -1,11 +1,7 @@
 // csrc/ops/cuda_targets.h as C functions, for test_cuda_build.py.
 #include <cstring>
 
-#include "launch/hopper.h"
 #include "ops/cuda_targets.h"
-
-static_assert(flash_attn::kHopperMaxHeadDimFwd == flash_attn::cuda::kMaxHeadDim);
-static_assert(flash_attn::kHopperMaxHeadDimBwd == flash_attn::cuda::kHopperMaxBwdHeadDim);
 
 extern "C" {
 

@@ -239,15 +239,6 @@ def test_object_files():
     assert {each.source for each in cuda_objects.objects((Arch(8, 0),), sources)} == {sources[0], sources[2]}
 
 
-def test_head_dims_of_the_backward_pass_for_hopper():
-    found = cuda_objects.objects(parse("8.0;9.0a"), [Path("bwd_sm80.cu"), Path("bwd_sm90.cu")])
-    of = {name: {each.head_dim for each in found if each.source.stem == name} for name in ("bwd_sm80", "bwd_sm90")}
-    assert of == {"bwd_sm80": set(cuda_objects.HEAD_DIMS), "bwd_sm90": {64, 96, 128}}
-    # What run.cpp believes.
-    text = (ROOT / "csrc" / "launch" / "hopper.h").read_text()
-    assert f"kHopperMaxBwdHeadDim = {max(of['bwd_sm90'])};" in text
-
-
 @pytest.mark.parametrize(
     ("archs", "macro", "code"),
     [

@@ -133,7 +133,7 @@ class _Generic(Implementation):
 def other_kernels(ours: Implementation) -> list[Implementation]:
     """The same by the generic kernels, where a GPU has others as well; no peer."""
     has_others = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    if not has_others or not build_info()["hopper_max_head_dim"]:
+    if not has_others or not build_info()["hopper_kernels"]:
         return []
     return [_Generic(f"{OURS}, generic", ours.forward, ours.inputs, ours.dout)]
 

@@ -37,7 +37,7 @@ FA_DEVICE void load_keys(SmemTile<kRows, kCols> tile, const Problem& p, const Te
         const int64_t offset = kv_row_offset(view, p.paged_kv, batch, first_row + row);
         return offset < 0 ? nullptr : pool + offset;
     };
-    TileCopy<kThreads, kRows, kCols>(tile).load_found(pool, find_row, valid_rows, columns);
+    TileCopy<kThreads, SmemTile<kRows, kCols>>(tile).load_found(pool, find_row, valid_rows, columns);
 }
 
 }  // namespace flash_attn

@@ -1,21 +1,25 @@
 // Tile shapes of the backward pass for compute capability 9.0, and where things lie in shared memory.
 #pragma once
-#include "kernels/fwd_config_sm90.h"
+#include "kernels/roles_sm90.h"
 #include "ptx/shared.h"
+#include "tile/copy_sm90.h"
+#include "tile/pipeline.h"
 
 namespace flash_attn {
 
-// Two consumers, of 64 keys each.
-template <class Element_, int kHeadDim_, int kBlockM_> struct BwdConfigSm90 {
+// Consumers own rows of dK and dV, 64 keys each, or, where those would not fit into their registers, columns: as many
+// of all keys.
+template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdConfigSm90 {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kConsumers = 2, kStages = 2;
-    static constexpr int kBlockN = kConsumers * kWarpgroupRows;
-    static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
+    static constexpr bool kOwnsColumns = kHeadDim > 128;
+    static constexpr int kConsumers = kHeadDim == 192 ? 3 : 2, kThreads = (1 + kConsumers) * kWarpgroupThreads;
+    static_assert(kOwnsColumns ? kHeadDim % (64 * kConsumers) == 0 : kBlockN == 64 * kConsumers);
 
-    // Each consumer computes one block of every tile of dQ, of 64 rows: half of all rows, or half of the columns.
+    // Each consumer computes one block of every tile of dQ, of 64 rows: half of all rows, or its share of the columns.
     static constexpr bool kDqHalvesRows = kBlockM == 128;
-    static_assert(kDqHalvesRows ? kHeadDim == 64 : kBlockM == 64 && kHeadDim <= 128);
-    static constexpr int kDqCols = kDqHalvesRows || kHeadDim > 64 ? 64 : 32;
+    static_assert(kDqHalvesRows ? kHeadDim == 64 : kBlockM == 64);
+    static constexpr int kDqCols = kOwnsColumns ? kHeadDim / kConsumers : kDqHalvesRows || kHeadDim > 64 ? 64 : 32;
     static constexpr int kDqBlockElements = 64 * kDqCols;
     static constexpr int kDqTileElements = kConsumers * kDqBlockElements, kDqTurns = kConsumers;
     FA_DEVICE static constexpr int dq_row0(int consumer) { return kDqHalvesRows ? 64 * consumer : 0; }
@@ -27,18 +31,27 @@ template <class Element_, int kHeadDim_, int kBlockM_> struct BwdConfigSm90 {
     // Element j of a thread of the consumer, within its block: 16 bytes of all threads, then the next.
     FA_DEVICE static constexpr int dq_element(int j) { return j / 4 * 4 * kWarpgroupThreads + j % 4; }
 
-    using TileK = WideTile<kBlockN, kHeadDim>;  // V too
-    using TileQ = WideTile<kBlockM, kHeadDim>;  // dO too
-    using TileDs = WideTile<kBlockM, kBlockN>;
-    using Stages = Pipeline<kStages>;
+    using TileK = WideTile<kBlockN, kHeadDim>;     // V too
+    using TileQ = WideTile<kBlockM, kHeadDim>;     // dO too
+    using TileDs = WideTile<kBlockM, kBlockN>;     // two of them: of this step and the last, or P and dS
     static constexpr int kRowBytes = kBlockM * 4;  // one number per query
-    static constexpr int kTileBytes = 2 * TileK::kBytes + kStages * (2 * TileQ::kBytes + TileDs::kBytes);
-    static constexpr int kDqBytes = kConsumers * kDqBlockElements * 4;
-    static constexpr int kInspectionBytes = kStages * (ptx::kMbarrierBytes + 4);
-    static constexpr int kBarrierBytes = ptx::kMbarrierBytes + 2 * Stages::kBytes + kInspectionBytes;
-    static constexpr int kOtherBytes = kStages * 2 * kRowBytes + kBarrierBytes + 8 + 4 * kConsumers;
-    static constexpr int kSmemBytes = kTileBytes + kDqBytes + kOtherBytes;
+    static constexpr int kDqBytes = kOwnsColumns ? 0 : kDqTileElements * 4;
+    static constexpr int kTileBytes = 2 * TileK::kBytes + 3 * TileQ::kBytes + 2 * TileDs::kBytes + kDqBytes;
+    // dO has a second stage where there is room for it beside barriers and numbers, 2 KB at most.
+    static constexpr int kStagesQ = 2, kStagesDout = kTileBytes + TileQ::kBytes + 2048 <= kSm90SmemBytes ? 2 : 1;
+    using PipelineQ = Pipeline<kStagesQ>;
+    using PipelineDout = Pipeline<kStagesDout>;
+    static constexpr int kDqOffset = 2 * TileK::kBytes + (kStagesQ + kStagesDout) * TileQ::kBytes + 2 * TileDs::kBytes;
+    static constexpr int kRowsOffset = kDqOffset + kDqBytes;
+    static constexpr int kBarriersOffset = kRowsOffset + (kStagesQ + kStagesDout) * kRowBytes;
+    static constexpr int kInspectionBytes = kStagesDout * (ptx::kMbarrierBytes + 4);
+    static constexpr int kBarrierBytes =
+        ptx::kMbarrierBytes + PipelineQ::kBytes + PipelineDout::kBytes + kInspectionBytes;
+    static constexpr int kSmemBytes = kBarriersOffset + round_up(kBarrierBytes, 8) + 8 + 4 * kConsumers;
     static_assert(kSmemBytes <= kSm90SmemBytes);
+
+    // Rows of dK and dV that are stored at a time.
+    static constexpr int kOutRows = kOwnsColumns ? kBlockN : kWarpgroupRows;
 
     // Of the kernels before and after the main one. The one after has as many threads as there are consumers.
     using TileOut = WideTile<kBlockM, kHeadDim>;
@@ -63,28 +76,30 @@ template <class Config> struct BwdSmemSm90 {
     using TileDs = typename Config::TileDs;
     TileK k, v;
     ptx::SmemPtr kv_full;
-    typename Config::Stages pipe_q, pipe_dout;  // with softmax_lse, and with dsoftmax_sum
+    typename Config::PipelineQ pipe_q;        // with softmax_lse
+    typename Config::PipelineDout pipe_dout;  // with dsoftmax_sum
 
     FA_DEVICE explicit BwdSmemSm90(ptx::SmemPtr base)
-        : k{base}, v{k.end()},
-          kv_full(base + (Config::kSmemBytes - Config::kOtherBytes + Config::kStages * 2 * Config::kRowBytes)),
-          pipe_q{kv_full + ptx::kMbarrierBytes}, pipe_dout{pipe_q.end()} {}
+        : k{base}, v{k.end()}, kv_full(base + Config::kBarriersOffset), pipe_q{kv_full + ptx::kMbarrierBytes},
+          pipe_dout{pipe_q.end()} {}
     FA_DEVICE TileQ q(int stage) const { return {v.end() + stage * TileQ::kBytes}; }
-    FA_DEVICE TileQ dout(int stage) const { return {v.end() + (Config::kStages + stage) * TileQ::kBytes}; }
-    FA_DEVICE TileDs ds(int stage) const {
-        return {v.end() + (2 * Config::kStages * TileQ::kBytes + stage * TileDs::kBytes)};
-    }
+    FA_DEVICE TileQ dout(int stage) const { return {v.end() + (Config::kStagesQ + stage) * TileQ::kBytes}; }
+    FA_DEVICE TileDs ds(int i) const { return {dout(Config::kStagesDout).base + i * TileDs::kBytes}; }
     FA_DEVICE ptx::SmemPtr dq(int consumer) const {
-        return k.base + (Config::kTileBytes + consumer * Config::kDqBlockElements * 4);
+        return k.base + (Config::kDqOffset + consumer * Config::kDqBlockElements * 4);
     }
-    FA_DEVICE ptx::SmemPtr lse_log2(int stage) const { return dq(Config::kConsumers) + stage * Config::kRowBytes; }
-    static constexpr int kDsoftmaxSumOffset = Config::kStages * Config::kRowBytes;
+    FA_DEVICE ptx::SmemPtr lse_log2(int stage) const {
+        return k.base + (Config::kRowsOffset + stage * Config::kRowBytes);
+    }
+    // Of the same stage, where both have as many.
+    static constexpr int kDsoftmaxSumOffset = Config::kStagesQ * Config::kRowBytes;
     FA_DEVICE ptx::SmemPtr dsoftmax_sum(int stage) const { return lse_log2(stage) + kDsoftmaxSumOffset; }
+    // Of the stages of dO: a barrier that says that its tiles have been inspected, and a word, what was found.
     FA_DEVICE ptx::SmemPtr inspected(int stage) const { return pipe_dout.end() + stage * ptx::kMbarrierBytes; }
-    FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStages) + stage * 4; }
+    FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStagesDout) + stage * 4; }
 
-    // Whether anything that is not finite was cleared for a consumer.
-    FA_DEVICE ptx::SmemPtr found_any(int consumer) const { return first_dq_tile() + (8 + 4 * consumer); }
+    // How often anything that is not finite was cleared for a consumer.
+    FA_DEVICE ptx::SmemPtr times_cleared(int consumer) const { return first_dq_tile() + (8 + 4 * consumer); }
     // Number of the first tile in the workspace, of the first head, which is needed too rarely to keep it in registers.
     FA_DEVICE void store_first_dq_tile(int64_t tile) const {
         ptx::store_shared(first_dq_tile(), static_cast<uint32_t>(tile));
@@ -101,19 +116,19 @@ template <class Config> struct BwdSmemSm90 {
         ptx::mbarrier_init(kv_full, 1);
         pipe_q.init(4 * Config::kConsumers + inspectors);
         pipe_dout.init(4 * Config::kConsumers + inspectors);
-        for (int stage = 0; stage < Config::kStages; ++stage) ptx::mbarrier_init(inspected(stage), 1);
+        for (int stage = 0; stage < Config::kStagesDout; ++stage) ptx::mbarrier_init(inspected(stage), 1);
         ptx::fence_mbarrier_init();
     }
 
 private:
-    FA_DEVICE ptx::SmemPtr first_dq_tile() const { return found(Config::kStages); }
+    FA_DEVICE ptx::SmemPtr first_dq_tile() const { return kv_full + round_up(Config::kBarrierBytes, 8); }
 };
 
 // Barriers of a block, beside 0, that of all its threads.
 struct BwdBarriersSm90 {
     static constexpr int kConsumers = 1;                                         // among all consumers
     FA_DEVICE static constexpr int group(int consumer) { return 2 + consumer; }  // among the threads of one
-    static constexpr int kInspectors = 4;
+    static constexpr int kInspectors = 5;
 };
 
 }  // namespace flash_attn

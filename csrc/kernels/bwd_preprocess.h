@@ -41,7 +41,7 @@ FA_DEVICE void for_each_row_product(typename Config::TileOut dout, typename Conf
         static_assert(Config::kBlockM == kWarpgroupRows || Config::TileOut::kPanels == 1);
         const WideTile<kWarpgroupRows, Config::kHeadDim> columns{dout.base + dout.row_offset(row0)};
         AccTile<16, kWarpgroupRows> products;
-        wgmma_abt<Element, Config::kHeadDim>(products, out, row0, columns);
+        wgmma_abt<Element, Config::kHeadDim>(products, out, row0, columns, 0);
         ptx::wgmma_wait<0>();
         pin_tile(products);
         products.for_each([&](int r, int column, float& sum) {

@@ -7,23 +7,11 @@
 #include "attn/mask.h"
 #include "attn/softmax_bwd.h"
 #include "kernels/bwd_preprocess.h"
-#include "ptx/shared.h"
 #include "tile/nonfinite.h"
 #include "tile/store_rows.h"
+#include "tile/store_tile.h"
 
 namespace flash_attn {
-
-template <class Element, int kRows, int kCols, int kTileRows, int kTileCols>
-FA_DEVICE void store_shared(const AccTile<kRows, kCols>& t, SmemTile<kTileRows, kTileCols> tile, int row0, int col0) {
-#pragma unroll
-    for (int r = 0; r < t.kLaneRows; ++r)
-#pragma unroll
-        for (int n = 0; n < kCols / 8; ++n) {
-            const float* const x = &t.x[r / 2][4 * n + r % 2 * 2];
-            const ptx::SmemPtr pair = tile.template lane_pair<kCols>(row0, col0, n);
-            ptx::store_shared(pair + tile.row_offset(r * 8), ptx::pack<Element>(x[0], x[1]));
-        }
-}
 
 // Adds a part of a tile of dQ to the workspace.
 template <class Config> FA_DEVICE void add_dq(const typename Config::GridDq::Acc& dq, float* sums) {

@@ -1,20 +1,10 @@
 // Tile shapes of the forward pass for compute capability 9.0, and where things lie in shared memory.
 #pragma once
+#include "kernels/roles_sm90.h"
 #include "tile/copy_sm90.h"
-#include "tile/gemm_sm90.h"
 #include "tile/pipeline.h"
 
 namespace flash_attn {
-
-constexpr int kSm90SmemBytes = 227 * 1024;  // that a block may have
-
-// Of the four warps of the warpgroup that loads one does so; these have time to look for NaN and infinity.
-constexpr int kInspectors = 3;
-
-// How the registers of a multiprocessor are divided, 512 for the four threads, one of each warpgroup, that share them
-// with 2 consumers, or with 3: loading needs few, products and softmax all the others.
-FA_HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 24 : 32; }
-FA_HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 240 : 160; }
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kStages_>
 struct FwdConfigSm90 {
@@ -73,9 +63,8 @@ template <class Config> struct FwdSmemSm90 {
 
 // Barriers 1 to 7 of a block; 0 is that of all its threads.
 struct FwdBarriersSm90 {
-    FA_DEVICE static constexpr int turn(int consumer) {
-        return 1 + consumer;
-    }  // it is the consumer's turn to issue products
+    // It is the consumer's turn to issue products.
+    FA_DEVICE static constexpr int turn(int consumer) { return 1 + consumer; }
     FA_DEVICE static constexpr int group(int consumer) { return 4 + consumer; }  // among the threads of a consumer
     static constexpr int kInspectors = 7;                                        // among those who inspect V
 };

@@ -1,6 +1,7 @@
-// Forward pass for compute capability 9.0: FlashAttention-3 (2024), algorithms 1 and 2. One warp loads tiles by TMA;
-// two or three warpgroups, the consumers, compute 64 queries each, walking over the tiles of keys from the last to the
-// first. While the tensor cores multiply the weights of one tile with V, the consumer computes the weights of the next.
+// Forward pass for compute capability 9.0: FlashAttention-3 (2024), algorithms 1 and 2. One warp loads tiles by TMA,
+// and two or three warpgroups, the consumers, compute 64 queries each, walking over the tiles of keys from the last to
+// the first. While the tensor cores multiply the weights of one tile with V, the consumer computes the weights of the
+// next.
 //
 // A block works on tiles of queries until there are none left, and begins to load for the next before it has stored the
 // last. All roles walk over the same tiles in the same order.
@@ -192,7 +193,7 @@ private:
 
     // S = Q K^T
     FA_DEVICE void multiply_keys(AccTile<16, N>& acc_s) {
-        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q, consumer_ * kWarpgroupRows, smem_.k(at_k_.stage));
+        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q, consumer_ * kWarpgroupRows, smem_.k(at_k_.stage), 0);
     }
     FA_DEVICE void keys_done(AccTile<16, N>& acc_s) {
         pin_tile(acc_s);
@@ -280,17 +281,9 @@ fwd_sm90(FA_GRID_CONSTANT FwdKernelParamsSm90 params) {
     const FwdSmemSm90<Config> smem(ptx::smem());
     if (ptx::thread_idx() == 0) smem.init_barriers(Mask::kHidesKeys ? kInspectors : 0);
     ptx::sync_threads();  // barriers are initialised
-    if (warpgroup_id() == 0) {
-        ptx::reg_dealloc<producer_registers(Config::kConsumers)>();
-        if (ptx::uniform(warp_id()) == 0) {
-            if (ptx::elect_one()) load_tiles<Config, Mask>(smem, params);
-        } else if (Mask::kHidesKeys) {
-            inspect_values<Config, Mask>(smem, params);
-        }
-    } else {
-        ptx::reg_alloc<consumer_registers(Config::kConsumers)>();
-        FwdConsumerSm90<Config, Mask, Scores>(smem, params).run();
-    }
+    run_roles<Config::kConsumers, Mask::kHidesKeys>([&] { load_tiles<Config, Mask>(smem, params); },
+                                                    [&] { inspect_values<Config, Mask>(smem, params); },
+                                                    [&] { FwdConsumerSm90<Config, Mask, Scores>(smem, params).run(); });
 }
 
 }  // namespace flash_attn

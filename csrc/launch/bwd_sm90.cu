@@ -21,8 +21,8 @@ template <class Config> const char* make_tensors(BwdKernelParamsSm90& kernel_par
     if (!error) error = make_tma_tensor(kernel_params.dout, params.dout, dout, Config::kBlockM);
     if (!error) error = make_tma_tensor(kernel_params.k, p.k, k, Config::kBlockN);
     if (!error) error = make_tma_tensor(kernel_params.v, p.v, v, Config::kBlockN);
-    if (!error) error = make_tma_tensor(kernel_params.dk, params.dk, k, kWarpgroupRows);
-    if (!error) error = make_tma_tensor(kernel_params.dv, params.dv, v, kWarpgroupRows);
+    if (!error) error = make_tma_tensor(kernel_params.dk, params.dk, k, Config::kOutRows);
+    if (!error) error = make_tma_tensor(kernel_params.dv, params.dv, v, Config::kOutRows);
     return error;
 }
 

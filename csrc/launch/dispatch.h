@@ -1,13 +1,11 @@
 // From what is known when a kernel is called to what was known when it was compiled.
 #pragma once
-#include <type_traits>
 #include "attn/mask.h"
 #include "attn/score_tile.h"
 #include "kernels.h"
+#include "launch/instances.h"
 
 namespace flash_attn::cuda {
-
-template <class T> struct Type { using type = T; };
 
 // f(Type<Mask>, Type<Scores>) for the mask and the scores that a problem needs.
 template <class F> const char* with_policies(const Problem& p, F f) {

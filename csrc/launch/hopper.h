@@ -29,12 +29,9 @@ inline bool hopper_takes(const FwdParams& params, const Device& device) {
     return hopper_takes(p, device) && TmaStrides(params.out, query_size(p, p.head_dim_v)).fit();
 }
 
-// Nor, in the backward pass, a head_dim for which the accumulators of dK and dV do not fit into registers.
-constexpr int kHopperMaxBwdHeadDim = 128;
 inline bool hopper_takes(const BwdParams& params, const Device& device) {
     const Problem& p = params.problem;
-    return hopper_takes(p, device) && max(p.head_dim, p.head_dim_v) <= kHopperMaxBwdHeadDim &&
-           TmaStrides(params.dout, query_size(p, p.head_dim_v)).fit() &&
+    return hopper_takes(p, device) && TmaStrides(params.dout, query_size(p, p.head_dim_v)).fit() &&
            TmaStrides(params.dk, key_size(p, p.head_dim)).fit() &&
            TmaStrides(params.dv, key_size(p, p.head_dim_v)).fit();
 }
@@ -51,6 +48,7 @@ inline int section_heads(const Problem& p, const TileGrid& grid, const Device& d
 
 // The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.
 constexpr WorkspaceShape hopper_workspace(int head_dim, bool modified) {
+    if (head_dim > 128) return {64, 64 * head_dim, head_dim == 192 ? 3 : 2, true};
     if (head_dim > 64) return {64, 64 * 128, 2, true};
     return modified ? WorkspaceShape{64, 64 * 64, 2, true} : WorkspaceShape{128, 128 * 64, 2, true};
 }

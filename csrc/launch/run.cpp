@@ -1,5 +1,6 @@
 // The entry points of kernels.h: choose the instance for the element type and head_dim of a problem. FLASH_ATTN_HOPPER:
 // the kernels for compute capability 9.0 are there too.
+#include <type_traits>
 #include "attn/score.h"
 #include "host_device.h"
 #include "launch/hopper.h"
@@ -12,8 +13,7 @@ template <int... kValues> struct Values {};
 using HeadDims = Values<64, 96, 128, 192, 256>;
 static_assert(kMaxHeadDim == 256);
 
-template <int kHeadDim> struct HeadDim { static constexpr int value = kHeadDim; };
-template <class T> struct Type { using type = T; };
+template <int kHeadDim> using HeadDim = std::integral_constant<int, kHeadDim>;
 
 // f(HeadDim<d>) for the first d that is large enough.
 template <class F, int... kValues> const char* with_head_dim(int head_dim, Values<kValues...>, F f) {
@@ -47,8 +47,7 @@ const char* run_bwd(const BwdParams& params, void* workspace, const Device& devi
     return with_instance(params.problem, [&](auto type, auto head_dim) {
         using Element = typename decltype(type)::type;
 #ifdef FLASH_ATTN_HOPPER
-        if constexpr (head_dim.value <= kHopperMaxBwdHeadDim)
-            if (hopper_takes(params, device)) return run_bwd_sm90<Element, head_dim.value>(params, workspace, device);
+        if (hopper_takes(params, device)) return run_bwd_sm90<Element, head_dim.value>(params, workspace, device);
 #endif
         return run_bwd_sm80<Element, head_dim.value>(params, workspace, device);
     });

@@ -5,8 +5,8 @@
 
 namespace flash_attn {
 
-// FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain: for scores that are only scaled;
-// Modified: for softcap, ALiBi and dropout, which need registers of their own.
+// FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain is for scores that are only scaled,
+// Modified for softcap, ALiBi and dropout, which need registers of their own.
 template <class Element, int kHeadDim, int kHeadDimV> struct FwdTilesSm90;
 template <class Element> struct FwdTilesSm90<Element, 64, 64> {
     using Plain = FwdConfigSm90<Element, 64, 64, 192, 128, 2>;
@@ -33,19 +33,27 @@ template <class Element> struct FwdTilesSm90<Element, 256, 256> {
     using Modified = FwdConfigSm90<Element, 256, 256, 128, 64, 2>;
 };
 
-// BwdConfigSm90<Element, head_dim, queries>.
+// BwdConfigSm90<Element, head_dim, queries, keys>.
 template <class Element, int kHeadDim> struct BwdTilesSm90;
 template <class Element> struct BwdTilesSm90<Element, 64> {
-    using Plain = BwdConfigSm90<Element, 64, 128>;
-    using Modified = BwdConfigSm90<Element, 64, 64>;
+    using Plain = BwdConfigSm90<Element, 64, 128, 128>;
+    using Modified = BwdConfigSm90<Element, 64, 64, 128>;
 };
 template <class Element> struct BwdTilesSm90<Element, 96> {
-    using Plain = BwdConfigSm90<Element, 96, 64>;
+    using Plain = BwdConfigSm90<Element, 96, 64, 128>;
     using Modified = Plain;
 };
 template <class Element> struct BwdTilesSm90<Element, 128> {
-    using Plain = BwdConfigSm90<Element, 128, 64>;
+    using Plain = BwdConfigSm90<Element, 128, 64, 128>;
     using Modified = Plain;
+};
+template <class Element> struct BwdTilesSm90<Element, 192> {
+    using Plain = BwdConfigSm90<Element, 192, 64, 96>;
+    using Modified = Plain;
+};
+template <class Element> struct BwdTilesSm90<Element, 256> {
+    using Plain = BwdConfigSm90<Element, 256, 64, 80>;
+    using Modified = BwdConfigSm90<Element, 256, 64, 64>;  // dropout draws for 32 keys at a time
 };
 
 }  // namespace flash_attn

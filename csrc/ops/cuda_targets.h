@@ -8,9 +8,6 @@ namespace flash_attn {
 
 constexpr int kOldestComputeCapability = 80;  // cp.async, bf16 and m16n8k16
 
-// Up to which head_dim the kernels for Hopper, compute capability 9.0, serve the passes; as in launch/hopper.h.
-constexpr int kHopperMaxHeadDimFwd = 256, kHopperMaxHeadDimBwd = 128;
-
 // "sm_80 sm_90a compute_80", as setup.py passes it, taken apart.
 inline std::vector<std::string> split_targets(std::string_view text) {
     std::vector<std::string> targets;
@@ -34,7 +31,7 @@ inline bool runs_on(std::string_view target, int compute_capability) {
     return compute_capability >= version && (is_intermediate || compute_capability / 10 == version / 10);
 }
 
-// Whether a build has the kernels for Hopper: they exist as its machine code only.
+// Whether a build has the kernels for Hopper, compute capability 9.0: they exist as its machine code only.
 inline bool has_hopper_kernels(std::string_view targets) {
     for (const std::string& target : split_targets(targets)) {
         if (target == "sm_90a") return true;

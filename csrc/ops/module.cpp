@@ -10,21 +10,18 @@ namespace flash_attn {
 pybind11::dict build_info() {
     pybind11::dict info;
     pybind11::list cuda_archs;
-    pybind11::dict hopper_max_head_dim;
+    bool hopper_kernels = false;
     info["torch_version"] = TORCH_VERSION;
 #ifdef FLASH_ATTN_CUDA_VERSION
     info["cuda_version"] = FLASH_ATTN_CUDA_VERSION;
     for (const std::string& target : split_targets(FLASH_ATTN_CUDA_TARGETS)) cuda_archs.append(target);
-    if (has_hopper_kernels(FLASH_ATTN_CUDA_TARGETS)) {
-        hopper_max_head_dim["forward"] = kHopperMaxHeadDimFwd;
-        hopper_max_head_dim["backward"] = kHopperMaxHeadDimBwd;
-    }
+    hopper_kernels = has_hopper_kernels(FLASH_ATTN_CUDA_TARGETS);
 #else
     info["cuda_version"] = pybind11::none();
 #endif
     info["cpu_instruction_set"] = cpu::instruction_set();
     info["cuda_archs"] = cuda_archs;
-    info["hopper_max_head_dim"] = hopper_max_head_dim;
+    info["hopper_kernels"] = hopper_kernels;
     info["max_head_dim"] = kMaxHeadDim;
     return info;
 }

@@ -39,6 +39,10 @@ template <int kCount> FA_DEVICE void pin_registers(float (&r)[kCount]) {
         "+f"(d[i + 7])
 #define FA_REGS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FA_ACC_16 FA_ACC8(0), FA_ACC8(8)
+#define FA_REGS_20 \
+    FA_REGS_16     \
+    ", %16, %17, %18, %19"
+#define FA_ACC_20 FA_ACC_16, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
 #define FA_REGS_32 \
     FA_REGS_16     \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -76,6 +80,7 @@ template <int kCount> FA_DEVICE void pin_registers(float (&r)[kCount]) {
 // n: width; regs, acc: its registers; then the numbers of the operands that follow them.
 #define FA_WGMMA_WIDTHS(X)                                                       \
     X(32, FA_REGS_16, (FA_ACC_16), "16", "17", "18", "19", "20", "21", "22")     \
+    X(40, FA_REGS_20, (FA_ACC_20), "20", "21", "22", "23", "24", "25", "26")     \
     X(64, FA_REGS_32, (FA_ACC_32), "32", "33", "34", "35", "36", "37", "38")     \
     X(80, FA_REGS_40, (FA_ACC_40), "40", "41", "42", "43", "44", "45", "46")     \
     X(96, FA_REGS_48, (FA_ACC_48), "48", "49", "50", "51", "52", "53", "54")     \
@@ -107,7 +112,7 @@ template <int kCount> FA_DEVICE void pin_registers(float (&r)[kCount]) {
     if constexpr (N == n && !kBf16) FA_WGMMA_RS(n, "f16.f16", regs, acc, x0, x1, x2, x3, x4, x5, x6);
 
 template <int N> constexpr bool kIsWgmmaWidth =
-    N == 32 || N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176 || N == 192 || N == 256;
+    N == 32 || N == 40 || N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176 || N == 192 || N == 256;
 
 template <class Element, int N, Major kMajorA, Major kMajorB>
 FA_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
@@ -128,6 +133,8 @@ FA_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc
 #undef FA_ACC8
 #undef FA_REGS_16
 #undef FA_ACC_16
+#undef FA_REGS_20
+#undef FA_ACC_20
 #undef FA_REGS_32
 #undef FA_ACC_32
 #undef FA_REGS_40

@@ -7,7 +7,7 @@ namespace flash_attn {
 // fp32, [kRows, kCols]: element 4 n + 2 h + b of row block i is row 16 i + 8 h + lane / 4, column 8 n + 2 (lane % 4) +
 // b.
 template <int kRows, int kCols> struct AccTile {
-    static_assert(kRows % 16 == 0 && kCols % 16 == 0);
+    static_assert(kRows % 16 == 0 && kCols % 8 == 0);
     static constexpr int kRowBlocks = kRows / 16, kPerBlock = kCols / 2;
     static constexpr int kLaneRows = 2 * kRowBlocks;
     float x[kRowBlocks][kPerBlock];
@@ -60,6 +60,7 @@ private:
 
 // The same as 16-bit elements, which is how mma.sync takes its A operand: four registers per row block and 16 columns.
 template <class Element, int kRows, int kCols> struct PackedTile {
+    static_assert(kCols % 16 == 0);
     static constexpr int kRowBlocks = kRows / 16, kSteps = kCols / 16;
     uint32_t a[kRowBlocks][kSteps][4];
 

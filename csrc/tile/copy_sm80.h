@@ -14,8 +14,10 @@ template <class Element> struct StridedRows {
 
 // What one thread of kThreads does to a tile, 16 bytes at a time: neighbouring threads take neighbouring chunks of a
 // row, and the block passes over the rows of a panel, or over several panels at once, in as few steps as there are.
-template <int kThreads, int kRows, int kCols> class TileCopy {
-    using Tile = SmemTile<kRows, kCols>;
+template <int kThreads, class Tile> class TileCopy;
+template <int kThreads, int kRows, int kCols, int kPanelCols>
+class TileCopy<kThreads, SmemTile<kRows, kCols, kPanelCols>> {
+    using Tile = SmemTile<kRows, kCols, kPanelCols>;
     static constexpr int kThreadRows = kThreads / Tile::kPanelChunks;
     static constexpr int kPassRows = min(kThreadRows, kRows), kPassPanels = kThreadRows / kPassRows;
     static_assert(kPassRows % 8 == 0 && kRows % kPassRows == 0, "a thread's chunk keeps its place in every pass");
@@ -73,10 +75,9 @@ private:
     ptx::SmemPtr to_;
 };
 
-template <int kThreads, int kRows, int kCols, class Element>
-FA_DEVICE void load_tile(SmemTile<kRows, kCols> tile, const StridedRows<Element>& rows, int valid_rows, int valid_cols,
-                         int thread = ptx::thread_idx()) {
-    TileCopy<kThreads, kRows, kCols>(tile, thread).load(rows, valid_rows, valid_cols);
+template <int kThreads, class Tile, class Element>
+FA_DEVICE void load_tile(Tile tile, const StridedRows<Element>& rows, int valid_rows, int valid_cols) {
+    TileCopy<kThreads, Tile>(tile).load(rows, valid_rows, valid_cols);
 }
 
 }  // namespace flash_attn

@@ -3,12 +3,12 @@
 // A tensor map knows the bounds of a tensor, not those of a sequence in it, and rows past the end of a sequence must be
 // zero in shared memory and untouched in global memory. So the map has four dimensions that overlap:
 //
-//   columns: head_dim of them, contiguous;
-//   rows:    2^30 of them. The last row of a sequence is always the last of these: row r is number 2^30 - seqlen + r,
-//            and what follows lies outside;
-//   turns:   2^34 bytes less than a row apart. Turn 2^30 is 2^64 bytes, nothing at all to a 64-bit address, less the
-//            2^30 rows that were added above;
-//   steps:   of as many bytes as divide all strides. They lead to the row that is seqlen rows past the first.
+//   columns  head_dim of them, contiguous.
+//   rows     2^30 of them. The last row of a sequence is always the last of these: row r is number 2^30 - seqlen + r,
+//            and what follows lies outside.
+//   turns    2^34 bytes less than a row apart. Turn 2^30 is 2^64 bytes, nothing at all to a 64-bit address, less the
+//            2^30 rows that were added above.
+//   steps    Of as many bytes as divide all strides. They lead to the row that is seqlen rows past the first.
 //
 // The sum is the address of row r. The same arithmetic is used in Triton (python/triton/tools/ragged_tma.py).
 #pragma once
@@ -67,9 +67,12 @@ public:
     // on. To be committed by the caller.
     template <int kRows, int kCols> FA_DEVICE void store(SmemTile<kRows, kCols, 64> tile, int tile_row, int row) const {
 #pragma unroll
-        for (int i = 0; i < tile.kPanels; ++i)
-            ptx::tma_store<kTmaRank>(map_, tile.panel(i).base + tile.row_offset(tile_row),
-                                     {64 * i, row0_ + row, kTmaTurn, step_});
+        for (int i = 0; i < tile.kPanels; ++i) store_panel(tile, i, tile_row, row);
+    }
+    template <int kRows, int kCols>
+    FA_DEVICE void store_panel(SmemTile<kRows, kCols, 64> tile, int panel, int tile_row, int row) const {
+        ptx::tma_store<kTmaRank>(map_, tile.panel(panel).base + tile.row_offset(tile_row),
+                                 {64 * panel, row0_ + row, kTmaTurn, step_});
     }
 
 private:

@@ -7,38 +7,35 @@
 
 namespace flash_attn {
 
-// One of kThreads threads: replaces what is not finite in its share of the tile. Returns whether there was any.
-template <class Element, int kThreads, int kRows, int kCols>
-FA_DEVICE bool clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
+// One of kThreads threads: calls f(address, chunk) for the 16-byte chunks of its share of the tile that hold anything
+// not finite. Returns whether there were any.
+template <class Element, int kThreads, int kRows, int kCols, class F>
+FA_DEVICE bool for_nonfinite_chunks(SmemTile<kRows, kCols, 64> tile, int thread, F f) {
     bool found = false;
-#pragma unroll 1
+#pragma unroll 1  // loads that the compiler batches would not fit into the registers of those who only look
     for (int byte = thread * 16; byte < tile.kBytes; byte += kThreads * 16) {
         uint32_t chunk[4];
         ptx::load_shared_16(chunk, tile.base + byte);
         bool here = false;
 #pragma unroll
         for (int i = 0; i < 4; ++i) here |= ptx::any_nonfinite<Element>(chunk[i]);
-        if (!here) continue;
-        found = true;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) chunk[i] = nonfinite_to_zero<Element>(chunk[i]);
-        ptx::store_shared_16(tile.base + byte, chunk);
+        if (here) f(tile.base + byte, chunk);
+        found |= here;
     }
     return found;
 }
-
-// The same without replacing.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE bool holds_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
-    bool found = false;
-#pragma unroll 1
-    for (int byte = thread * 16; byte < tile.kBytes; byte += kThreads * 16) {
-        uint32_t chunk[4];
-        ptx::load_shared_16(chunk, tile.base + byte);
+    return for_nonfinite_chunks<Element, kThreads>(tile, thread, [](ptx::SmemPtr, const uint32_t (&)[4]) {});
+}
+// Replaces it by zero.
+template <class Element, int kThreads, int kRows, int kCols>
+FA_DEVICE bool clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
+    return for_nonfinite_chunks<Element, kThreads>(tile, thread, [](ptx::SmemPtr at, uint32_t (&chunk)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) found |= ptx::any_nonfinite<Element>(chunk[i]);
-    }
-    return found;
+        for (int i = 0; i < 4; ++i) chunk[i] = nonfinite_to_zero<Element>(chunk[i]);
+        ptx::store_shared_16(at, chunk);
+    });
 }
 
 // c[r, column] += what is not finite in row k of b, for every k below K with attends(r, k). b: in global memory; its
@@ -57,6 +54,26 @@ FA_DEVICE void add_nonfinite_rows(AccTile<kRows, kCols>& c, const Element* b, in
             if (!attending[r] || column >= columns) return;
             const uint32_t bits = ptx::load(row + column).bits;
             if (ptx::any_nonfinite<Element>(bits)) x += ptx::unpack_lo<Element>(bits);
+        });
+    }
+}
+
+// The transpose: c[r, column] += what is not finite in column r of row k of b, for every k with attends(k, column).
+template <class Element, int kRows, int kCols, class Attends>
+FA_DEVICE void add_nonfinite_columns(AccTile<kRows, kCols>& c, const Element* b, int64_t row_stride, int valid_rows,
+                                     int valid_cols, Attends attends) {
+#pragma unroll 1
+    for (int k = 0; k < valid_rows; ++k) {
+        float found[c.kLaneRows] = {};
+#pragma unroll
+        for (int r = 0; r < c.kLaneRows; ++r) {
+            if (lane_row(r) >= valid_cols) continue;
+            const uint32_t bits = ptx::load(b + k * row_stride + lane_row(r)).bits;
+            if (ptx::any_nonfinite<Element>(bits)) found[r] = ptx::unpack_lo<Element>(bits);
+        }
+        const int row = ptx::opaque(k);
+        c.for_each([&](int r, int column, float& x) {
+            if (found[r] != 0.f && attends(row, column)) x += found[r];
         });
     }
 }

@@ -12,7 +12,7 @@ namespace flash_attn {
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE bool holds_nonfinite(SmemTile<kRows, kCols> tile) {
     bool found = false;
-    TileCopy<kThreads, kRows, kCols>(tile).for_each_chunk([&](ptx::SmemPtr p) {
+    TileCopy<kThreads, SmemTile<kRows, kCols>>(tile).for_each_chunk([&](ptx::SmemPtr p) {
         uint32_t chunk[4];
         ptx::load_shared_16(chunk, p);
 #pragma unroll
@@ -29,7 +29,7 @@ template <class Element> FA_DEVICE uint32_t nonfinite_to_zero(uint32_t pair) {
 // Replaces them by zero in this thread's share of the tile.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE void clear_nonfinite(SmemTile<kRows, kCols> tile) {
-    TileCopy<kThreads, kRows, kCols>(tile).for_each_chunk([&](ptx::SmemPtr p) {
+    TileCopy<kThreads, SmemTile<kRows, kCols>>(tile).for_each_chunk([&](ptx::SmemPtr p) {
         uint32_t chunk[4];
         ptx::load_shared_16(chunk, p);
 #pragma unroll

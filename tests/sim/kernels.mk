@@ -17,10 +17,6 @@ debug_INSTANCES := $(plain_INSTANCES)
 tsan_INSTANCES  := $(SIM_HEAD_DIMS:%=bf16.%)
 asan_INSTANCES  := bf16.64 bf16.96 bf16.256
 
-# $(1): flavour, $(2): kernel. The backward pass of sm_90 has no kernels for head_dims above 128.
-sim_left_out = $(if $(filter bwd_sm90,$(1)),%.192 %.256)
-sim_instances = $(filter-out $(call sim_left_out,$(2)),$($(1)_INSTANCES))
-
 # There are many of them, and at -O1 they run as fast as at -O2: the time is spent in the models. Reports need the line
 # numbers of -g1 only.
 plain_INSTANCE_FLAGS := -O1 -g1
@@ -37,7 +33,7 @@ debug_RUNNER := debug
 # Missing instances last: the linker takes a symbol from where it comes first.
 define sim_run_case
 SIM_KERNEL_OBJECTS_$(1) := $$(foreach kernel,$$(SIM_KERNELS),\
-    $$(patsubst %,$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o,$$(call sim_instances,$(1),$$(kernel))))
+    $$(patsubst %,$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o,$$($(1)_INSTANCES)))
 SIM_RUNNER_OBJECTS_$(1) := $$(SIM_RUNNER:%=$$(SIM_BUILD)/$$($(1)_RUNNER)/runner/%.o)
 
 $$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BUILD)/$(1)/kernels/run.o \
@@ -59,7 +55,7 @@ sim_instance_flags = -DFA_ELEMENT=$(word 1,$(subst ., ,$(1))) -DFA_HEAD_DIM=$(wo
 
 $(foreach flavour,$(SIM_FLAVOURS),$(eval $(call sim_run_case,$(flavour))))
 $(foreach flavour,$(SIM_FLAVOURS),$(foreach kernel,$(SIM_KERNELS),$(foreach instance,\
-    $(call sim_instances,$(flavour),$(kernel)),$(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
+    $($(flavour)_INSTANCES),$(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
 
 $(SIM_BUILD)/plain/runner/%.o: tests/sim/runner/%.cpp tests/sim/Makefile
 	@mkdir -p $(@D)

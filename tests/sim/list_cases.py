@@ -168,6 +168,11 @@ def special_numbers() -> list[Row]:
     return [*rows, *((dataclasses.replace(large, causal=causal), Sim("large")) for causal in (False, True))]
 
 
+def wide_nonfinite() -> Row:
+    """Keys that are cleared and restored for one tile of queries after another."""
+    return dataclasses.replace(SMALL, head_dim=256, head_dim_v=256, window_size=(20, 3)), Sim("nonfinite")
+
+
 def threshold_case() -> Case:
     """Eight random numbers equal the threshold of dropout, 8900 of 65536, so that they are kept but hardly."""
     return Case((128,), (256,), "bfloat16", dropout_p=8900 / 65536)
@@ -215,7 +220,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
         for dim in (64, 128)
     ]
     rows = [*main_table(axes), *others]
-    return [*rows, *on_hopper([*rows, *long])]
+    return [*rows, *on_hopper([*rows, *long, wide_nonfinite()])]
 
 
 def sanitizer_table() -> list[Row]:
@@ -287,6 +292,7 @@ def mutant_table() -> list[Row]:
         (Case((500, 500), (130, 130), "bfloat16", causal=True), Sim()),
         (Case((700, 700), (300, 300), "bfloat16"), Sim(deterministic=True)),
         (Case((300, 300), (300, 300), "bfloat16", head_dim=256, head_dim_v=256), Sim()),
+        wide_nonfinite(),
     ]
     return [*rows, *on_hopper([*rows, *hopper])]
 

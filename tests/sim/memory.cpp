@@ -129,11 +129,18 @@ void note_plain_store(const void* p, int bytes) {
     check_global("st.global", p, bytes, bytes);
     counters.plain.written += bytes;
 }
+static void add_atomically(float* p, float value, void* caller) {
+    counters.red.added += 4;
+    options.ordered_reds ? note_write(p, 4, caller) : note_atomic_add(p);
+    *p += value;
+}
 void red_add(float* p, float value) {
     check_global("red.global", p, 4, 4);
-    counters.red.added += 4;
-    options.ordered_reds ? note_write(p, 4, __builtin_return_address(0)) : note_atomic_add(p);
-    *p += value;
+    add_atomically(p, value, __builtin_return_address(0));
+}
+void red_add_16(float* p, const float (&x)[4]) {
+    check_global("red.global.v4", p, 16, 16);
+    for (int i = 0; i < 4; ++i) add_atomically(p + i, x[i], __builtin_return_address(0));
 }
 
 }  // namespace sim

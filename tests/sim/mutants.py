@@ -79,14 +79,14 @@ class Outcome:
 
 def included(path: str, csrc: Path) -> set[str]:
     """The files of csrc that one of them includes, through any number of others, but for other kernels."""
-    found, left = set(), [path]
+    found, left, of_kernels = set(), [path], set(itertools.chain(*KERNELS.values()))
     while left:
         current = left.pop()
         if current in found or not (csrc / current).exists():
             continue
         found.add(current)
         names = re.findall(r'#include "([^"]+)"', (csrc / current).read_text())
-        left += [name for name in names if not name.startswith("kernels/") or re.search("config_sm..\\.h", name)]
+        left += [name for name in names if name not in of_kernels]
     return found
 
 

@@ -82,7 +82,7 @@ class Scan:
 SYNCHRONISING = re.compile(
     r"sync_|cp_async|turn\b|_turn\(|clear_|load_|barrier|fence|wait|release|take|pass\(|commit|acquire|bulk_|init"
 )
-CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::)?\w[\w.]*(?:<[\w:, ]*>)?\(")
+CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::|this->)?\w[\w.]*(?:<[\w:, ]*>)?\(")
 # Words before brackets that are no calls, and calls that only hold a device's compiler back.
 NOT_CALLS = re.compile(r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof|pin_tile)\b")
 
@@ -206,8 +206,10 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("kernels/fwd_sm90.h", "sees_keys ? smem.q.kBytes : 0", "smem.q.kBytes"),
     ("kernels/fwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
     ("kernels/bwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
-    ("kernels/bwd_sm90.h", "seen.end - 1 - n", "seen.end - n"),
-    ("kernels/bwd_sm90.h", "n - seen.begin", "n"),
+    ("kernels/bwd_tile_sm90.h", "seen.end - 1 - n", "seen.end - n"),
+    ("kernels/bwd_tile_sm90.h", "n - seen.begin", "n"),
+    ("kernels/bwd_consumer_sm90.h", "times_cleared() % 2", "1"),
+    ("kernels/bwd_columns_sm90.h", "wgmma_wait<kPanels>", "wgmma_wait<kPanels + 1>"),
     ("kernels/fwd_config_sm90.h", "kOutApart ? kWarps : Config::kConsumers", "kOutApart ? kWarps - 1 : 1"),
     ("kernels/fwd_config_sm90.h", "pipe_k.init(kWarps)", "pipe_k.init(kWarps - 1)"),
     ("kernels/fwd_config_sm90.h", "kWarps + inspectors", "kWarps + inspectors - 1"),
@@ -222,6 +224,8 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("tile/copy_sm90.h", "row0_(kTmaRows - seqlen)", "row0_(kTmaRows - seqlen - 1)"),
     ("tile/copy_sm90.h", "(first_row + seqlen) * t.row_steps", "first_row * t.row_steps"),
     ("tile/gemm_sm90.h", "true);", "i > 0);"),
+    ("tile/gemm_sm90.h", "kAdd || i > 0", "i > 0"),
+    ("tile/gemm_sm90.h", "kAdd || i > 0", "true"),
     ("attn/scheduler.h", "p.seqlens.total_q / block_m + p.batch_size + 1", "p.seqlens.total_q / block_m + 1"),
     ("attn/scheduler.h", "return first_row_q / block_m + batch;", "return first_row_q / block_m;"),
 ]
@@ -236,7 +240,7 @@ def listed(csrc: Path) -> Iterator[Mutation]:
         for begin in places:
             end = begin + len(text)
             what = f"{scan.shown(begin, end)} becomes `{replacement}`".replace("\n", " ")
-            synchronises = bool(re.search("sync|turn|init|parity|advance|inspect|Apart", text))
+            synchronises = bool(re.search("sync|turn|init|parity|advance|inspect|Apart|wait|cleared", text))
             yield scan.mutation(begin, end, replacement, what, synchronises)
 
 

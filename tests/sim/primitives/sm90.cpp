@@ -172,6 +172,23 @@ void test_bulk_turns() {
     expect(ok, "bulk reductions in turn");
 }
 
+// Four numbers at a time, and of every thread of a warp to places of its own, which all blocks share.
+FA_KERNEL(32, 1) red_add_16_kernel(float* sums) {
+    const float x = static_cast<float>(ptx::thread_idx() + ptx::block_idx());
+    ptx::red_add_16(sums + 4 * ptx::thread_idx(), {x, 2 * x, 3 * x, 4 * x});
+}
+
+void test_red_add_16() {
+    constexpr int kBlocks = 5;
+    Buffer<float> sums(128);
+    sums.fill(3);
+    run(red_add_16_kernel, kBlocks, 32, 0, sums.data);
+    bool ok = true;
+    for (int i = 0; i < sums.size; ++i)
+        ok &= sums[i] == 3 + static_cast<float>((i % 4 + 1) * (i / 4 * kBlocks + kBlocks * (kBlocks - 1) / 2));
+    expect(ok, "red.add.v4.f32, across blocks");
+}
+
 }  // namespace
 
 void test_sm90() {
@@ -184,6 +201,7 @@ void test_sm90() {
     test_bulk(1);
     test_bulk(4);
     test_bulk_turns();
+    test_red_add_16();
     test_wgmma();
 }
 

@@ -3,10 +3,12 @@
 
 #ifdef PRIMITIVES_WITH_SM90
 #include "launch/tma_tensor.h"
+#include "ptx/global.h"
 #include "ptx/shared.h"
 #include "ptx/sync.h"
 #include "tile/copy_sm90.h"
 #include "tile/gemm_sm90.h"
+#include "tile/store_tile.h"
 
 namespace flash_attn::primitives {
 namespace {
@@ -78,7 +80,7 @@ void test_rows(int columns, Place at) {
 }
 
 // ---------------------------------------------------------------- products
-// a: [64][kK], b: [kN][kK] and [kK][kN], c: [3][64][kN], all rounded up to tiles of 64 columns in shared memory.
+// a: [64][kK], b: [kN][kK] and [kK][kN], c: [5][64][kN], all rounded up to tiles of 64 columns in shared memory.
 constexpr int kK = 96, kN = 64, kPart = 32;
 
 template <int kRows, int kCols> FA_DEVICE void fill(WideTile<kRows, kCols> tile, const uint16_t* rows, int columns) {
@@ -109,7 +111,7 @@ FA_KERNEL(kWarpgroupThreads, 1) products_kernel(const uint16_t* a, const uint16_
     // a b^T, then that times the first 64 rows of bt, from registers and from shared memory, in two parts.
     AccTile<16, kN> product, again;
     AccTile<16, kPart> part;
-    wgmma_abt<bf16, kK>(product, sA, 0, sB);
+    wgmma_abt<bf16, kK>(product, sA, 0, sB, 0);
     ptx::wgmma_wait<0>();
     pin_tile(product);
     write(c, product, kN, 0);
@@ -135,11 +137,41 @@ FA_KERNEL(kWarpgroupThreads, 1) products_kernel(const uint16_t* a, const uint16_
     ptx::wgmma_wait<0>();
     pin_tile(again);
     write(c + 3 * 64 * kN, again, kN, 0);
+    // The same without transposing in shared memory.
+    again.clear();
+    wgmma_atb<bf16>(again, sP, 0, first_rows);
+    ptx::wgmma_wait<0>();
+    pin_tile(again);
+    write(c + 4 * 64 * kN, again, kN, 0);
+}
+
+// a [64][kK] times 40 rows of b [kN][kK] from kRow0 on, stored as bf16 in shared memory from column kCol0 on, across
+// two panels. stored: [64][128]
+constexpr int kFewer = 40, kRow0 = 24, kCol0 = 40;
+FA_KERNEL(kWarpgroupThreads, 1) some_rows_kernel(const uint16_t* a, const uint16_t* b, uint16_t* stored) {
+    const WideTile<64, kK> sA{ptx::smem()}, sB{sA.end()};
+    const WideTile<64, 128> sC{sB.end()};
+    fill<64, kK>(sA, a, kK);
+    fill<kN, kK>(sB, b, kK);
+    ptx::fence_proxy_async();
+    ptx::sync_threads();
+    AccTile<16, kFewer> product;
+    wgmma_abt<bf16, kK>(product, sA, 0, sB, kRow0);
+    ptx::wgmma_wait<0>();
+    pin_tile(product);
+    store_shared<bf16>(product, sC, ptx::thread_idx() / 32 * 16, kCol0);
+    ptx::sync_threads();
+    for (int i = ptx::thread_idx(); i < 64 * kFewer / 8; i += kWarpgroupThreads) {
+        const int row = i / (kFewer / 8), chunk = kCol0 / 8 + i % (kFewer / 8);
+        uint32_t elements[4];
+        ptx::load_shared_16(elements, sC.panel(chunk / 8).chunk(row, chunk % 8));
+        ptx::store_16(stored + row * 128 + chunk * 8, elements);
+    }
 }
 
 void test_products() {
     Buffer<uint16_t> a(64 * kK), b(kN * kK), bt(kK * kN);
-    Buffer<float> c(4 * 64 * kN);
+    Buffer<float> c(5 * 64 * kN);
     // Small enough for products of products to be exact.
     const auto value = [](int i, int j) { return float((i * 5 + j * 3) % 7 == 0) - float((i + j * 2) % 11 == 0); };
     for (int i = 0; i < 64; ++i)
@@ -150,7 +182,7 @@ void test_products() {
         }
     run(products_kernel, 1, kWarpgroupThreads, 128 * 1024, a.data, b.data, bt.data, c.data);
     float product[64][kN];
-    bool right[4] = {true, true, true, true};
+    bool right[5] = {true, true, true, true, true};
     for (int i = 0; i < 64; ++i)
         for (int j = 0; j < kN; ++j) {
             product[i][j] = 0;
@@ -167,9 +199,18 @@ void test_products() {
             right[1] &= c[64 * kN + i * kN + j] == sum;
             right[2] &= c[2 * 64 * kN + i * kN + j] == sum;
             right[3] &= c[3 * 64 * kN + i * kN + j] == transposed;
+            right[4] &= c[4 * 64 * kN + i * kN + j] == transposed;
         }
-    const char* const names[] = {"a b^T of tiles", "a b, a in registers", "a b of tiles, in parts", "a^T b of tiles"};
-    for (int i = 0; i < 4; ++i) expect(right[i], names[i]);
+    const char* const names[] = {"a b^T of tiles", "a b, a in registers", "a b of tiles, in parts",
+                                 "a b of tiles, a stored transposed", "a^T b of tiles"};
+    for (int i = 0; i < 5; ++i) expect(right[i], names[i]);
+
+    Buffer<uint16_t> stored(64 * 128);
+    run(some_rows_kernel, 1, kWarpgroupThreads, 128 * 1024, a.data, b.data, stored.data);
+    bool some = true;
+    for (int i = 0; i < 64; ++i)
+        for (int j = 0; j < kFewer; ++j) some &= stored[i * 128 + kCol0 + j] == small_bits<bf16>(product[i][kRow0 + j]);
+    expect(some, "a b^T of tiles, 40 rows of b, stored across panels");
 }
 
 }  // namespace

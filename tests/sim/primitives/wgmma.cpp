@@ -129,6 +129,8 @@ void test_wgmma() {
         }
     run(one_warp_kernel, 1, 32, 0);
     test_product<fp16, 64, false, K, MN>("wgmma ss fp16 n64, A K-major, B MN-major", 1, 0);
+    test_product<bf16, 40, false, K, K>("wgmma ss bf16 n40, A K-major, B K-major", 1, 0);
+    test_product<fp16, 40, true, K, MN>("wgmma rs fp16 n40, B MN-major", 1, 0);
     test_product<fp16, 192, true, K, MN>("wgmma rs fp16 n192, B MN-major", 1, 0);
     test_product<bf16, 192, false, K, K>("wgmma ss bf16 n192, A K-major, B K-major", 1, 0);
     test_product<bf16, 256, true, K, MN>("wgmma rs bf16 n256, B MN-major", 1, 0);

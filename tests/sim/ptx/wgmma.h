@@ -18,7 +18,7 @@ template <int kPending> FA_DEVICE void wgmma_wait() { sim::wgmma_wait(kPending);
 template <int kCount> FA_DEVICE void pin_registers(float (&)[kCount]) {}
 
 template <int N> constexpr bool kIsWgmmaWidth =
-    N == 32 || N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176 || N == 192 || N == 256;
+    N == 32 || N == 40 || N == 64 || N == 80 || N == 96 || N == 112 || N == 128 || N == 176 || N == 192 || N == 256;
 
 template <class Element, int N, Major kMajorA, Major kMajorB>
 FA_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {

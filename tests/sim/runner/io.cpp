@@ -80,15 +80,13 @@ Traffic forward_traffic(const Inputs& x, bool hopper) {
 Traffic backward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
     const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
-        if constexpr (kHeadDim <= 128)
-            if (hopper) return hopper_shape_of<BwdTilesSm90<bf16, kHeadDim>>(c);
-        return shape_of<BwdTilesSm80<bf16, kHeadDim>>(c);
+        return hopper ? hopper_shape_of<BwdTilesSm90<bf16, kHeadDim>>(c) : shape_of<BwdTilesSm80<bf16, kHeadDim>>(c);
     });
-    // On Hopper, tiles of dQ consist of panels of 64 columns, each with a counter of its own, and two numbers per query
-    // are written once more, for whole tiles, which the main kernel then reads.
+    // On Hopper, tiles of dQ consist of panels of 64 columns, every consumer has a counter of its own, and two numbers
+    // per query are written once more, for whole tiles, which the main kernel then reads.
     const int64_t dq_columns = hopper ? round_up(t.head_dim, 64) : t.head_dim, dims = c.head_dim + c.head_dim_v;
-    const int64_t dq_tile_bytes = t.rows * dq_columns * kFloatBytes, turns = hopper ? 2 : 1;
-    const int64_t padded_bytes = hopper ? 2 * t.rows * kFloatBytes : 0;
+    const int64_t dq_tile_bytes = t.rows * dq_columns * kFloatBytes, consumers = t.head_dim == 192 ? 3 : 2;
+    const int64_t turns = hopper ? consumers : 1, padded_bytes = hopper ? 2 * t.rows * kFloatBytes : 0;
     Traffic bytes;
     for (const Sequence& s : sequences(c)) {
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int) {

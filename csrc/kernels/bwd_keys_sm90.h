@@ -1,0 +1,135 @@
+// Consumers that own 64 keys each, rows of dK and dV. Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so
+// that P^T and dS^T are in registers just as the products dV += P^T dO and dK += dS^T Q take them. Only dS passes
+// through shared memory, for dQ = dS K, of which each consumer computes one block and has it added to the workspace by
+// a bulk reduction.
+#pragma once
+#include "kernels/bwd_consumer_sm90.h"
+
+namespace flash_attn {
+
+template <class Config, class Mask, class Scores> class BwdKeysSm90 : BwdConsumerSm90<Config, Mask> {
+    using Base = BwdConsumerSm90<Config, Mask>;
+    using Base::M, Base::D;
+    using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_, Base::at_dout_;
+    using typename Base::Element, typename Base::Tile;
+    using Packed = PackedTile<Element, 16, M>;
+    using DqBlock = typename Config::GridDq::Acc;
+    static_assert(Config::kStagesDout == Config::kStagesQ);
+
+public:
+    FA_DEVICE BwdKeysSm90(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) : Base(smem, params) {}
+
+    FA_DEVICE void run() {
+        acc_dk_.clear();
+        acc_dv_.clear();
+        this->for_each_tile([&](int i, int m) { step(i, m); });
+        this->for_each_cleared([&](const Tile& tile, int m, const Element* dout, int rows) {
+            const auto attends = [&](int r, int k) {
+                return tile.mask.keep(m * M + k, tile.n0 + row0() + lane_row(r));
+            };
+            add_nonfinite_rows(acc_dv_, dout, params_.common.pass.dout.row_stride, rows,
+                               params_.common.pass.problem.head_dim_v, attends);
+        });
+        store();
+    }
+
+private:
+    // One tile of queries of the i-th head.
+    FA_DEVICE void step(int i, int m) {
+        const Scores scores(params_.common.pass.problem, tile_.batch, tile_.first_head + i, tile_.seq);
+        const KeyRows at(m * M, tile_.n0 + row0());
+        const bool covered = tile_.covered(m);
+        const int stage = at_q_.stage;
+        AccTile<16, M> acc_s, acc_dp;
+        smem_.pipe_q.wait(at_q_);
+        wgmma_abt<Element, D>(acc_s, smem_.k, consumer_ * kWarpgroupRows, smem_.q(stage), 0);
+        smem_.pipe_dout.wait(at_dout_);
+        wgmma_abt<Element, D>(acc_dp, smem_.v, consumer_ * kWarpgroupRows, smem_.dout(stage), 0);
+        ptx::wgmma_wait<1>();  // S is there, dP goes on
+        pin_tile(acc_s);
+        const ColumnNumbers lse_log2(smem_.lse_log2(stage)), dsoftmax_sum(lse_log2, smem_.kDsoftmaxSumOffset);
+        scores.apply(acc_s, at);
+        if (!covered) apply_mask(acc_s, tile_.mask, at);
+        recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
+        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
+        ptx::wgmma_wait<0>();
+        pin_tile(acc_dp);
+        score_gradient<Mask::kHidesKeys>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
+        const bool cleared = this->inspect_and_clear(covered);
+
+        const Packed weights(acc_s), ds(acc_dp);
+        wgmma_ab<Element>(acc_dv_, weights, smem_.dout(stage));
+        store_matrices_transposed(ds, smem_.ds(stage).panel(consumer_));
+        ptx::fence_proxy_async();  // for dS, and for the numbers per query, which TMA will overwrite
+        if (this->is_leader()) ptx::bulk_wait_read<0>();
+        this->sync_consumers();  // dS is complete; the last dQ has left shared memory
+        DqBlock acc_dq;
+        wgmma_ab<Element>(acc_dq, smem_.ds(stage), Config::dq_row0(consumer_), smem_.k, Config::dq_column0(consumer_));
+        ptx::wgmma_wait<1>();  // dV is done, dQ goes on
+        this->release(smem_.pipe_dout, at_dout_);
+        wgmma_ab<Element>(acc_dk_, ds, smem_.q(stage));
+        ptx::wgmma_wait<1>();  // dQ is done, dK goes on
+        pin_tile(acc_dq);
+        add_dq(acc_dq, i, m);
+        ptx::wgmma_wait<0>();
+        pin_tile(acc_dk_);
+        pin_tile(acc_dv_);
+        this->release(smem_.pipe_q, at_q_);
+        if (Mask::kHidesKeys && cleared) this->restore_keys();
+    }
+
+    // Adds this consumer's block to the workspace.
+    FA_DEVICE void add_dq(const DqBlock& dq, int i, int m) const {
+        const ptx::SmemPtr block = smem_.dq(consumer_);
+        const ptx::SmemPtr mine = block + int(fresh_thread_idx() % kWarpgroupThreads * 16);
+#pragma unroll
+        for (int j = 0; j < dq.kPerBlock; j += 4) {
+            const float* const x = &dq.x[0][j];
+            ptx::store_shared_16(mine + Config::dq_element(j) * 4, {ptx::float_bits(x[0]), ptx::float_bits(x[1]),
+                                                                    ptx::float_bits(x[2]), ptx::float_bits(x[3])});
+        }
+        ptx::fence_proxy_async();
+        this->sync_group();  // the block is there
+        if (!this->is_leader()) return;
+        const DqAccum& accum = params_.common.accum;
+        const bool in_turn = params_.common.pass.deterministic;
+        const int64_t dq_tile = smem_.load_first_dq_tile() + m;  // counted from the first head
+        int32_t* const turn = dq_turns<Config>(accum, i, dq_tile) + consumer_;
+        if (in_turn) {
+            ptx::wait_for_turn(turn, Tile(params_).turn(params_, m));
+            ptx::fence_proxy_async_global();  // what others have added comes before what is added here
+        }
+        float* const sums = dq_sums<Config>(accum, i, dq_tile) + consumer_ * Config::kDqBlockElements;
+        ptx::bulk_reduce_add(sums, block, Config::dq_block_bytes(consumer_));
+        ptx::bulk_commit();
+        if (!in_turn) return;
+        ptx::bulk_wait<0>();  // it has been added
+        ptx::fence_proxy_async_global();
+        ptx::pass_turn(turn);
+    }
+
+    // dK and dV, by way of the memory of K and V.
+    FA_DEVICE void store() {
+        const float scale = float(params_.common.pass.problem.score.softmax_scale);
+        acc_dk_.for_each([&](int, int, float& x) { x *= scale; });
+        this->sync_consumers();  // all are done with K; of V each has read its own rows only
+        store_matrices(PackedTile<Element, 16, D>(acc_dk_), smem_.k, row0());
+        store_matrices(PackedTile<Element, 16, D>(acc_dv_), smem_.v, row0());
+        ptx::fence_proxy_async();
+        this->sync_group();  // this consumer's rows are there
+        if (!this->is_leader()) return;
+        const Tile tile(params_);
+        const int first_row = consumer_ * kWarpgroupRows;
+        tile.key_rows(params_.dk).store(smem_.k, first_row, tile.n0 + first_row);
+        tile.key_rows(params_.dv).store(smem_.v, first_row, tile.n0 + first_row);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+    }
+
+    // The warp's first row of the tile of keys.
+    FA_DEVICE int row0() const { return int(fresh_thread_idx() / kWarpThreads - 4) * 16; }
+
+    AccTile<16, D> acc_dk_, acc_dv_;
+};
+
+}  // namespace flash_attn
