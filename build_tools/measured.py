@@ -3,7 +3,9 @@
     python build_tools/measured.py LOG COMMAND...
 
 LOG becomes a JSON file with the processor time, the largest resident set of any of its processes, and what was printed.
-What is no mere information about registers is printed here as well.
+What is no mere information about registers is printed here as well. Where the compiler says that it makes products of
+wgmma wait for one another, or that setmaxnreg has no effect, the command has failed: the kernel would be right, and
+several times slower.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from pathlib import Path
 RESOURCE_USAGE = re.compile(
     r"^(ptxas|nvlink) info\s*: (?!.*(\(C\d|Performance Loss|setmaxnreg))|^\s+\d+ bytes stack frame, |^\s*$"
 )
+SLOW_KERNEL = re.compile(r"^ptxas (info|warning)\s*: \(C75\d\d\)", re.MULTILINE)
 
 
 def main(log: str, *command: str) -> int:
-    """Run the command; the exit status is its own."""
+    """Run the command; the exit status is its own, or 1 if what it made must not be used, and is removed."""
     started = time.perf_counter()
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -39,6 +42,10 @@ def main(log: str, *command: str) -> int:
         "output": result.stdout,
     }
     Path(log).write_text(json.dumps(content, indent=1) + "\n")
+    if result.returncode == 0 and SLOW_KERNEL.search(result.stdout):
+        print("error: this compiler makes a slow kernel of that (C75xx); CUDA 13.0 does not", file=sys.stderr)
+        Path(command[command.index("-o") + 1]).unlink(missing_ok=True)
+        return 1
     return result.returncode
 
 

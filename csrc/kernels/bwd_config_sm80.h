@@ -45,7 +45,7 @@ struct BwdConfigSm80 {
     using TileOut = TileQ;
     static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
     static constexpr int kFinishThreads = kThreads;
-    static constexpr bool kPadsRows = false, kDpByWgmma = false;
+    static constexpr bool kPadsRows = false, kDpByWgmma = false, kOverlap = false;
 };
 
 }  // namespace flash_attn

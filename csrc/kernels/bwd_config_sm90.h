@@ -57,7 +57,7 @@ template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdC
     using TileOut = WideTile<kBlockM, kHeadDim>;
     static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
     static constexpr int kFinishThreads = kConsumers * kWarpgroupThreads, kDqParts = 1;
-    static constexpr bool kPadsRows = true, kDpByWgmma = true;
+    static constexpr bool kPadsRows = true, kDpByWgmma = true, kOverlap = true;
     struct GridDq {
         using Acc = AccTile<16, kDqCols>;
         FA_DEVICE static int row0() { return dq_row0(finish_consumer()) + warp_id() % 4 * 16; }

@@ -4,11 +4,13 @@
 #include "attn/dq_accum.h"
 #include "attn/rows.h"
 #include "kernels/bwd_preprocess.h"
+#include "ptx/grid.h"
 #include "tile/store_rows.h"
 
 namespace flash_attn {
 
 template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_CONSTANT BwdKernelParams params) {
+    if constexpr (Config::kOverlap) ptx::grid_wait();
     using Element = typename Config::Element;
     using GridDq = typename Config::GridDq;
     constexpr int M = Config::kBlockM;

@@ -6,6 +6,7 @@
 #include "attn/softmax_bwd.h"
 #include "kernels/bwd_config_sm80.h"
 #include "ptx/global.h"
+#include "ptx/grid.h"
 #include "ptx/math.h"
 #include "ptx/sync.h"
 #include "tile/gemm_sm80.h"
@@ -60,6 +61,7 @@ FA_DEVICE void for_each_row_product(typename Config::TileOut dout, typename Conf
 
 template <class Config> FA_KERNEL(Config::kPreprocessThreads, 1)
 bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
+    if constexpr (Config::kOverlap) ptx::grid_launch_dependents();
     using Element = typename Config::Element;
     constexpr int M = Config::kBlockM, kThreads = Config::kPreprocessThreads;
     const BwdParams& pass = params.pass;

@@ -4,6 +4,7 @@
 #pragma once
 #include "kernels/bwd_columns_sm90.h"
 #include "kernels/bwd_keys_sm90.h"
+#include "ptx/grid.h"
 
 namespace flash_attn {
 
@@ -87,16 +88,18 @@ template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
 bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
     using Consumer = std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Mask, Scores>,
                                         BwdKeysSm90<Config, Mask, Scores>>;
+    ptx::grid_launch_dependents();  // they get no place before the last of these blocks has one
     const BwdSmemSm90<Config> smem(ptx::smem());
     const BwdTileSm90<Config, Mask> tile(params);  // every role makes its own
-    if (tile.is_outside()) return;
-    if (ptx::thread_idx() == 0) {
+    if (!tile.is_outside() && ptx::thread_idx() == 0) {
         smem.init_barriers(Mask::kHidesKeys ? kInspectors : 0);
         const int64_t first =
             first_dq_tile(params.common.pass.problem, Config::kBlockM, tile.batch, tile.seq.first_row_q);
         for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(smem.times_cleared(i), 0);
         smem.store_first_dq_tile(tile.first_head * params.common.accum.num_tiles + first);
     }
+    ptx::grid_wait();  // the workspace is ready
+    if (tile.is_outside()) return;
     ptx::sync_threads();  // barriers are initialised, and the number is there
     run_roles<Config::kConsumers, Mask::kHidesKeys>([&] { load_tiles<Config, Mask>(smem, params); },
                                                     [&] { inspect_tiles<Config, Mask>(smem, params); },

@@ -43,10 +43,11 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
         error = launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads, Config::kPreprocessSmemBytes,
                        device, kernel_params.common);
     if (!error)
-        error = launch(bwd_sm90<Config, Mask, Scores>, key_tiles.num_blocks(), Config::kThreads, Config::kSmemBytes,
-                       device, kernel_params);
+        error = launch_dependent(bwd_sm90<Config, Mask, Scores>, key_tiles.num_blocks(), Config::kThreads,
+                                 Config::kSmemBytes, device, kernel_params);
     if (!error)
-        error = launch(bwd_finish<Config>, query_blocks, Config::kFinishThreads, 0, device, kernel_params.common);
+        error =
+            launch_dependent(bwd_finish<Config>, query_blocks, Config::kFinishThreads, 0, device, kernel_params.common);
     return error;
 }
 

@@ -1,15 +1,16 @@
 // Launching a kernel.
 #pragma once
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 #include <cstdint>
 #include <limits>
 #include "kernels.h"
 
 namespace flash_attn::cuda {
 
-// Returns null, or what went wrong. No blocks: nothing to do.
-template <class... Params, class... Args> const char* launch(void (*kernel)(Params...), int64_t blocks, int threads,
-                                                             int smem_bytes, const Device& device, Args... args) {
+// overlaps: may begin before the kernel before it in the stream has ended (ptx/grid.h).
+template <class... Params, class... Args> const char* launch_kernel(bool overlaps, void (*kernel)(Params...),
+                                                                    int64_t blocks, int threads, int smem_bytes,
+                                                                    const Device& device, const Args&... args) {
     if (blocks == 0) return nullptr;
     if (blocks > std::numeric_limits<int32_t>::max()) return "the problem has more than 2^31 - 1 tiles";
     // Up to 48 KB need no permission.
@@ -18,9 +19,28 @@ template <class... Params, class... Args> const char* launch(void (*kernel)(Para
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
         if (allowed != cudaSuccess) return cudaGetErrorString(allowed);
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, smem_bytes, static_cast<cudaStream_t>(device.stream)>>>(args...);
-    const cudaError_t launched = cudaGetLastError();
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    const cudaLaunchConfig_t config{dim3(static_cast<unsigned>(blocks)),
+                                    dim3(static_cast<unsigned>(threads)),
+                                    static_cast<size_t>(smem_bytes),
+                                    static_cast<cudaStream_t>(device.stream),
+                                    &overlap,
+                                    overlaps ? 1u : 0u};
+    const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args...);
     return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);
+}
+
+// Return null, or what went wrong. No blocks: nothing to do.
+template <class... Params, class... Args> const char* launch(void (*kernel)(Params...), int64_t blocks, int threads,
+                                                             int smem_bytes, const Device& device, Args... args) {
+    return launch_kernel(false, kernel, blocks, threads, smem_bytes, device, args...);
+}
+template <class... Params, class... Args> const char* launch_dependent(void (*kernel)(Params...), int64_t blocks,
+                                                                       int threads, int smem_bytes,
+                                                                       const Device& device, Args... args) {
+    return launch_kernel(true, kernel, blocks, threads, smem_bytes, device, args...);
 }
 
 }  // namespace flash_attn::cuda

@@ -13,6 +13,12 @@
 
 namespace sim {
 
+#ifdef SIM_TSAN
+constexpr bool kDetectsRaces = true;
+#else
+constexpr bool kDetectsRaces = false;
+#endif
+
 using Clock = void*;
 Clock create_clock(const char* name);  // knows what the current clock knows
 void name_clock(Clock clock, const char* name);

@@ -20,9 +20,12 @@ ROUNDS = (
     "false: `i % 2 == 0`",
     "`==` becomes `!=`: `i * num_blocks + (i % 2 == 0 ? block : num_blocks`",
 )
+EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
+    ("kernels/bwd_preprocess.h", "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
+    (BWD_HOPPER, "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
     (MASK, "`<=` becomes `<`: `nd - 1) && keys.end - 1 <= last_key(rows.begin);`", 0): MASKED_IN_VAIN,
     (MASK, "`<=` becomes `<`: `const { return keys.end <= seqlen_k; } }; FA_HOST`", 0): MASKED_IN_VAIN,

@@ -168,9 +168,9 @@ def special_numbers() -> list[Row]:
     return [*rows, *((dataclasses.replace(large, causal=causal), Sim("large")) for causal in (False, True))]
 
 
-def wide_nonfinite() -> Row:
+def wide_nonfinite(head_dim: int) -> Case:
     """Keys that are cleared and restored for one tile of queries after another."""
-    return dataclasses.replace(SMALL, head_dim=256, head_dim_v=256, window_size=(20, 3)), Sim("nonfinite")
+    return dataclasses.replace(SMALL, head_dim=head_dim, head_dim_v=head_dim, window_size=(20, 3))
 
 
 def threshold_case() -> Case:
@@ -220,7 +220,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
         for dim in (64, 128)
     ]
     rows = [*main_table(axes), *others]
-    return [*rows, *on_hopper([*rows, *long, wide_nonfinite()])]
+    return [*rows, *on_hopper([*rows, *long, (wide_nonfinite(256), Sim("nonfinite"))])]
 
 
 def sanitizer_table() -> list[Row]:
@@ -282,17 +282,15 @@ def mutant_table() -> list[Row]:
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
         case = dataclasses.replace(tiles, causal=True, **dims, **modified)
         rows.append((case, Sim(smem=smem, deterministic=True, layout="gaps")))
-        dims |= {"seqlens_q": (70,), "seqlens_k": (90,), "window_size": (20, 3)}
-        rows.append((dataclasses.replace(SMALL, **dims), Sim("nonfinite", smem=smem)))
+        rows.append((wide_nonfinite(dim), Sim("nonfinite", smem=smem)))
     # Many tiles of keys, the first of them seen by all; tiles of queries without any key; several tiles per block.
     hopper = [
         # Three of the numbers that are drawn for keys as rows equal the threshold.
         (Case((512,), (16,), "bfloat16", dropout_p=17503 / 65536), Sim()),
-        (Case((400,), (700,), "bfloat16", window_size=(300, -1)), Sim(deterministic=True)),
-        (Case((500, 500), (130, 130), "bfloat16", causal=True), Sim()),
-        (Case((700, 700), (300, 300), "bfloat16"), Sim(deterministic=True)),
-        (Case((300, 300), (300, 300), "bfloat16", head_dim=256, head_dim_v=256), Sim()),
-        wide_nonfinite(),
+        (Case((400,), (700,), "bfloat16", 1, 1, window_size=(300, -1)), Sim(deterministic=True)),
+        (Case((500,), (130,), "bfloat16", 1, 1, causal=True), Sim()),
+        (Case((400, 400), (300, 300), "bfloat16", 1, 1), Sim(deterministic=True)),
+        (Case((300,), (300,), "bfloat16", 1, 1, 256, 256), Sim(deterministic=True)),
     ]
     return [*rows, *on_hopper([*rows, *hopper])]
 

@@ -80,7 +80,7 @@ class Scan:
 
 
 SYNCHRONISING = re.compile(
-    r"sync_|cp_async|turn\b|_turn\(|clear_|load_|barrier|fence|wait|release|take|pass\(|commit|acquire|bulk_|init"
+    r"sync_|grid_|cp_async|turn\b|_turn\(|clear_|load_|barrier|fence|wait|release|take|pass\(|commit|acquire|bulk_|init"
 )
 CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::|this->)?\w[\w.]*(?:<[\w:, ]*>)?\(")
 # Words before brackets that are no calls, and calls that only hold a device's compiler back.

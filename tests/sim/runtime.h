@@ -179,16 +179,15 @@ struct ActingFor {
     ~ActingFor() { acting = previous; }
 };
 
-struct Launch {
-    const void* kernel;
+struct Launch : Grid {
     void (*entry)(void*);
     void* arg;
-    int64_t blocks, next_block;
-    int threads;
-    size_t smem_bytes;
+    int64_t next_block;
+    const char* previous_end;  // sync object: what the launch before this one did, if this one overlaps with it
     std::vector<Block*> resident;
 };
 extern Launch current_launch;
+extern Clock launch_start;  // knows what the launch may rely on from its beginning
 
 // ---------------------------------------------------------------- scheduling
 uint32_t random_below(uint32_t n);

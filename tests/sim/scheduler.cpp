@@ -1,5 +1,6 @@
 // Launches: places for blocks, their fibers, and who runs next. Neither the runtime nor the models are compiled with
 // -fsanitize=thread: the race detector must see what the modelled threads do, not how the models do it.
+#include <utility>
 #include "runtime.h"
 
 namespace sim {
@@ -9,12 +10,16 @@ Counters counters;
 Thread* self;
 const Block* acting;
 Launch current_launch;
+Clock launch_start;
 
 namespace {
 
 Fiber launch_fiber;
 uint64_t random_state;
-std::vector<Block*>& places = *new std::vector<Block*>;  // kept to the end, and so no leak
+// Kept to the end, and so no leak. Launches that overlap have places of their own: threads, which are kept, would
+// remember what they did in the other.
+std::vector<Block*>& places = *new std::vector<Block*>;
+std::vector<Block*>& other_places = *new std::vector<Block*>;
 
 bool runnable(const Thread& t) {
     if (t.wait_word) return *t.wait_word != t.wait_value;
@@ -54,6 +59,19 @@ void thread_main() {
     }
 }
 
+// ---------------------------------------------------------------- what a launch knows
+// What is known when a launch begins: all that the host knows, which waits for every launch, or, if it overlaps with
+// the launch before it, what was known when that began.
+void begin(bool overlaps) {
+    begin_launch_clock();
+    if (overlaps && launch_start) {
+        std::swap(places, other_places);
+        return;
+    }
+    if (launch_start) destroy_clock(launch_start);
+    launch_start = create_clock("start of a launch");
+}
+
 // ---------------------------------------------------------------- places
 Warp* make_warp(Block& block, int index) {
     Warp* w = new Warp;
@@ -65,7 +83,9 @@ Warp* make_warp(Block& block, int index) {
         t.warp = w;
         t.lane = lane;
         t.index = index * kWarpLanes + lane;
-        t.clock = create_clock(thread_name(t));
+        const char* const name = thread_name(t);
+        AsClock start(launch_start);
+        t.clock = create_clock(name);
         create_fiber(t.fiber, thread_main);
     }
     return w;
@@ -74,6 +94,7 @@ Warp* make_warp(Block& block, int index) {
 void prepare_place(Block& b) {
     b.num_warps = current_launch.threads / kWarpLanes;
     while (static_cast<int>(b.warps.size()) < b.num_warps) b.warps.push_back(make_warp(b, int(b.warps.size())));
+    AsClock start(launch_start);
     place_smem(b, current_launch.smem_bytes);
     release(&b.boundary[b.phase]);
 }
@@ -204,21 +225,63 @@ void fail_divergent(const char* what, const char* other) {
     fail("lanes of one warp are in different instructions: %s and %s", what, other);
 }
 
-void launch(const void* kernel, int64_t blocks, int threads, size_t smem_bytes, void (*entry)(void*), void* arg) {
-    current_launch = {kernel, entry, arg, blocks, 0, threads, smem_bytes, {}};
+namespace {
+
+// Sync objects, one per launch, reused when nobody remembers: what a launch has done, and what it has waited for.
+constexpr int kEnds = 4096;
+char ends[kEnds];
+int last_end;
+void end() {
+    for (Block* b : current_launch.resident) acquire(&b->boundary[b->phase]);
+    last_end = (last_end + 1) % kEnds;
+    AsClock before(launch_start);
+    const Clock clock = create_clock("end of a launch");
+    {
+        AsClock as(clock);
+        for (Block* b : current_launch.resident) acquire(&b->boundary[b->phase]);
+        release(&ends[last_end]);
+    }
+    destroy_clock(clock);
+}
+
+// Written by code that no race detector sees: kernels that overlap may not know of what the host did last.
+void* copy_argument(const void* arg, size_t bytes) {
+    alignas(64) static char copy[4096];
+    if (bytes > sizeof copy) fail("%zu bytes of parameters, of %zu", bytes, sizeof copy);
+    for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(copy)[i] = static_cast<const char*>(arg)[i];
+    return copy;
+}
+
+}  // namespace
+
+void launch(const Grid& grid, void (*entry)(void*), const void* arg, size_t arg_bytes) {
+    const auto [kernel, blocks, threads, smem_bytes, may_overlap] = grid;
+    const bool overlaps = may_overlap && options.overlapping_launches;
+    current_launch = {grid, entry, copy_argument(arg, arg_bytes), 0, overlaps ? &ends[last_end] : nullptr, {}};
     random_state = options.seed * 0x9E3779B97F4A7C15ull + 1;
-    begin_launch_clock();
+    begin(overlaps);
     install_reports();
     if (threads < kWarpLanes || threads > kWarpLanes * kMaxWarps || threads % kWarpLanes)
         fail("a block of %d threads is not 1 to %d whole warps", threads, kMaxWarps);
     if (options.resident_blocks < 1) fail("options.resident_blocks is %d", options.resident_blocks);
-    const int64_t resident = blocks < options.resident_blocks ? blocks : options.resident_blocks;
+    // Before the race detector, kernels that overlap have one block at a time: what it may know is the same, and the
+    // detector is slower the more threads there are.
+    const int64_t at_a_time = kDetectsRaces && overlaps ? 1 : options.resident_blocks;
+    const int64_t resident = blocks < at_a_time ? blocks : at_a_time;
     while (static_cast<int64_t>(places.size()) < resident) places.push_back(new Block);
     current_launch.resident.assign(places.begin(), places.begin() + resident);
     for (Block* b : current_launch.resident) prepare_place(*b);
     run_blocks();
-    for (Block* b : current_launch.resident) acquire(&b->boundary[b->phase]);
+    end();
     current_launch.kernel = nullptr;
+}
+
+void grid_wait() {
+    if (!current_launch.previous_end) return;
+    use_async_proxy(*self->block);
+    acquire(current_launch.previous_end);
+    AsClock view(self->warp->async_view);
+    acquire(current_launch.previous_end);
 }
 
 // ---------------------------------------------------------------- the running thread

@@ -26,6 +26,8 @@ struct Options {
     // Whether red_add is to be ordered like a plain access: who adds in turn wants the same sum every time, and two
     // additions in no order are a race.
     bool ordered_reds = false;
+    // Whether launches that may begin before the end of the one before them are to know nothing of it.
+    bool overlapping_launches = true;
 };
 extern Options options;  // of the launches that follow
 
@@ -44,8 +46,15 @@ extern Counters counters;
 
 constexpr int kModelError = 3, kDeadlock = 4;  // exit codes
 
-// Runs entry(arg) in every thread of every block. kernel: what reports call it by, the address of a function, or null.
-void launch(const void* kernel, int64_t blocks, int threads, size_t smem_bytes, void (*entry)(void*), void* arg);
+struct Grid {
+    const void* kernel;  // what reports call it by: the address of a function, or null
+    int64_t blocks;
+    int threads;
+    size_t smem_bytes;
+    bool overlaps;  // with the launch before it: knows nothing of what that did until grid_wait()
+};
+// Runs entry(copy of arg) in every thread of every block.
+void launch(const Grid& grid, void (*entry)(void*), const void* arg, size_t arg_bytes);
 
 // A rule of the programming model was broken: says where and exits.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -84,6 +93,7 @@ void note_plain_load(const void* p, int bytes);  // the access itself is the ker
 void note_plain_store(const void* p, int bytes);
 void red_add(float* p, float value);
 void red_add_16(float* p, const float (&x)[4]);
+void grid_wait();
 void wait_for_turn(const int32_t* counter, int32_t turn);
 void pass_turn(int32_t* counter);
 

@@ -9,7 +9,7 @@ namespace sim {
 void use_async_proxy(Block& b) {
     if (b.async_proxy) return;
     b.async_proxy = true;
-    AsScheduler as;
+    AsClock as(launch_start);
     for (int w = 0; w < b.num_warps; ++w) {
         Warp& warp = *b.warps[w];
         if (!warp.async_view) warp.async_view = create_clock("async view of a warp");

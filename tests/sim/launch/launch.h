@@ -13,16 +13,25 @@ inline const char* launch_error(int64_t blocks, int threads, int smem_bytes, con
     return nullptr;
 }
 
-// kernel<<<blocks, threads, smem_bytes, device.stream>>>(args...)
-template <class... Params, class... Args> const char* launch(void (*kernel)(Params...), int64_t blocks, int threads,
-                                                             int smem_bytes, const Device& device, Args... args) {
+template <class... Params, class... Args> const char* launch_kernel(bool overlaps, void (*kernel)(Params...),
+                                                                    int64_t blocks, int threads, int smem_bytes,
+                                                                    const Device& device, const Args&... args) {
     if (const char* error = launch_error(blocks, threads, smem_bytes, device)) return error;
     if (blocks == 0) return nullptr;
     auto body = [=] { kernel(args...); };
     sim::launch(
-        reinterpret_cast<const void*>(kernel), blocks, threads, static_cast<size_t>(smem_bytes),
-        [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body);
+        {reinterpret_cast<const void*>(kernel), blocks, threads, static_cast<size_t>(smem_bytes), overlaps},
+        [](void* f) { (*static_cast<decltype(body)*>(f))(); }, &body, sizeof body);
     return nullptr;
+}
+template <class... Params, class... Args> const char* launch(void (*kernel)(Params...), int64_t blocks, int threads,
+                                                             int smem_bytes, const Device& device, Args... args) {
+    return launch_kernel(false, kernel, blocks, threads, smem_bytes, device, args...);
+}
+template <class... Params, class... Args> const char* launch_dependent(void (*kernel)(Params...), int64_t blocks,
+                                                                       int threads, int smem_bytes,
+                                                                       const Device& device, Args... args) {
+    return launch_kernel(true, kernel, blocks, threads, smem_bytes, device, args...);
 }
 
 }  // namespace flash_attn::cuda

@@ -3,6 +3,8 @@
 #include "ptx/bulk.h"
 #include "ptx/cp_async.h"
 #include "ptx/global.h"
+#include "ptx/grid.h"
+#include "ptx/mbarrier.h"
 #include "ptx/shared.h"
 #include "ptx/sync.h"
 #include "ptx/wgmma.h"
@@ -54,6 +56,31 @@ FA_KERNEL(kThreads, 1) plain_sum_kernel(float* out) {
 FA_KERNEL(kThreads, 1) plain_read_of_a_sum_kernel(float* out) {
     ptx::red_add(out, 1.f);
     ptx::store(out + 1 + kThreads * ptx::block_idx() + ptx::thread_idx(), ptx::load(out));
+}
+
+// ---------------------------------------------------------------- between kernels
+// out = the number that another block wrote.
+FA_KERNEL(kThreads, 1) numbers_kernel(uint32_t* out) {
+    ptx::store(out + ptx::block_idx() * kThreads + ptx::thread_idx(), 1u);
+}
+template <bool kWait> FA_KERNEL(kThreads, 1) next_kernel(const uint32_t* in, uint32_t* out) {
+    if (kWait) ptx::grid_wait();
+    const int there = static_cast<int>((ptx::block_idx() + 1) % 4 * kThreads) + ptx::thread_idx();
+    ptx::store(out + ptx::block_idx() * kThreads + ptx::thread_idx(), ptx::load(in + there));
+}
+// The same by a copy, which has to know of it too.
+FA_KERNEL(32, 1) next_copy_kernel(const uint32_t* in, uint32_t* out) {
+    const ptx::SmemPtr bar = ptx::smem() + 16;
+    if (ptx::thread_idx() == 0) {
+        ptx::mbarrier_init(bar, 1);
+        ptx::fence_mbarrier_init();
+        ptx::grid_wait();
+        ptx::mbarrier_arrive_expect_tx(bar, 16);
+        ptx::bulk_load(ptx::smem(), in + (ptx::block_idx() + 1) % 4 * kThreads, 16, bar);
+    }
+    ptx::sync_threads();
+    ptx::mbarrier_wait(bar, 0);
+    ptx::store(out + ptx::block_idx() * 32 + ptx::thread_idx(), ptx::load_shared(ptx::smem()));
 }
 
 enum class Turn { kRight, kNoWait, kPassedEarly, kNoBarrierAfterWait, kNoBarrierBeforePass };
@@ -144,6 +171,25 @@ template <Product kProduct> void product() {
     run(product_kernel<kProduct>, 1, 128, 16384, out.data);
 }
 
+constexpr int kNumbers = 4 * kThreads;
+template <bool kWait> void overlap() {
+    Buffer<uint32_t> first(kNumbers), second(kNumbers);
+    primitives::launch(false, numbers_kernel, 4, kThreads, 0, first.data);
+    primitives::launch(true, next_kernel<kWait>, 4, kThreads, 0, first.data, second.data);
+}
+void overlap_copy() {
+    Buffer<uint32_t> first(kNumbers), second(kNumbers);
+    primitives::launch(false, numbers_kernel, 4, kThreads, 0, first.data);
+    primitives::launch(true, next_copy_kernel, 4, 32, 32, first.data, second.data);
+}
+// The third kernel reads what the first wrote, and only the second could have waited for that.
+template <bool kWait> void overlap_twice() {
+    Buffer<uint32_t> first(kNumbers), other(kNumbers), second(kNumbers), third(kNumbers);
+    primitives::launch(false, numbers_kernel, 4, kThreads, 0, first.data);
+    primitives::launch(true, next_kernel<kWait>, 4, kThreads, 0, other.data, second.data);
+    primitives::launch(true, next_kernel<true>, 4, kThreads, 0, first.data, third.data);
+}
+
 constexpr char kRaceText[] = "ThreadSanitizer: data race";
 
 }  // namespace
@@ -170,6 +216,11 @@ const Mistake races[] = {
     {"product", Found::kNothing, "", product<Product::kRight>},
     {"product_without_proxy_fence", Found::kRace, kRaceText, product<Product::kNoProxyFence>},
     {"product_without_wait", Found::kRace, kRaceText, product<Product::kNoWait>},
+    {"kernels_overlap", Found::kNothing, "", overlap<true>},
+    {"kernels_overlap_without_wait", Found::kRace, kRaceText, overlap<false>},
+    {"kernels_overlap_and_copy", Found::kNothing, "", overlap_copy},
+    {"three_kernels_overlap", Found::kNothing, "", overlap_twice<true>},
+    {"three_kernels_overlap_without_wait", Found::kRace, kRaceText, overlap_twice<false>},
     {nullptr, Found::kNothing, nullptr, nullptr},
 };
 

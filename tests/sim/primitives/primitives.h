@@ -64,11 +64,17 @@ template <class T> struct Buffer {
     operator T*() { return data; }
 };
 
-// Launches, waits, and ends the program if that was impossible.
+// Launches, and ends the program if that was impossible. overlaps: may begin before the last kernel has ended.
+template <class... Params, class... Args>
+void launch(bool overlaps, void (*kernel)(Params...), int blocks, int threads, int smem_bytes, Args... args) {
+    const char* error =
+        cuda::launch_kernel(overlaps, kernel, blocks, threads, smem_bytes, device(), static_cast<Params>(args)...);
+    require(!error, error);
+}
+// Waits as well.
 template <class... Params, class... Args>
 void run(void (*kernel)(Params...), int blocks, int threads, int smem_bytes, Args... args) {
-    const char* error = cuda::launch(kernel, blocks, threads, smem_bytes, device(), static_cast<Params>(args)...);
-    require(!error, error);
+    launch(false, kernel, blocks, threads, smem_bytes, args...);
     finish();
 }
 

@@ -3,6 +3,7 @@
 
 #ifdef PRIMITIVES_WITH_SM90
 #include "ptx/global.h"
+#include "ptx/grid.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/sync.h"
 #include "tensor_map.h"
@@ -172,6 +173,46 @@ void test_bulk_turns() {
     expect(ok, "bulk reductions in turn");
 }
 
+// ---------------------------------------------------------------- griddepcontrol
+// Three kernels, each of which may begin before the last has ended: a, b = 2 a of another block, and c = a + b of yet
+// others. The second waits, and so the third, which waits for the second, sees what the first wrote.
+constexpr int kRelayBlocks = 64, kRelayThreads = 64, kRelayed = kRelayBlocks * kRelayThreads;
+FA_DEVICE int relayed(int blocks_on) {
+    return (ptx::block_idx() + blocks_on) % kRelayBlocks * kRelayThreads + ptx::thread_idx();
+}
+
+FA_KERNEL(kRelayThreads, 1) relay_first_kernel(const int32_t* in, int32_t* a) {
+    ptx::grid_launch_dependents();
+    int32_t sum = 0;
+    for (int i = 0; i < kRelayBlocks; ++i) sum += ptx::load(in + relayed(i));
+    ptx::store(a + relayed(0), sum + ptx::block_idx());
+}
+FA_KERNEL(kRelayThreads, 1) relay_second_kernel(const int32_t* a, int32_t* b) {
+    ptx::grid_launch_dependents();
+    ptx::grid_wait();
+    ptx::store(b + relayed(0), 2 * ptx::load(a + relayed(1)));
+}
+FA_KERNEL(kRelayThreads, 1) relay_third_kernel(const int32_t* a, const int32_t* b, int32_t* c) {
+    ptx::grid_wait();
+    ptx::store(c + relayed(0), ptx::load(a + relayed(2)) + ptx::load(b + relayed(3)));
+}
+
+void test_grid_wait() {
+    Buffer<int32_t> in(kRelayed), a(kRelayed), b(kRelayed), c(kRelayed);
+    in.fill(1);
+    launch(false, relay_first_kernel, kRelayBlocks, kRelayThreads, 0, in.data, a.data);
+    launch(true, relay_second_kernel, kRelayBlocks, kRelayThreads, 0, a.data, b.data);
+    launch(true, relay_third_kernel, kRelayBlocks, kRelayThreads, 0, a.data, b.data, c.data);
+    finish();
+    bool ok = true;
+    const auto first = [](int block) { return kRelayBlocks + block % kRelayBlocks; };
+    for (int i = 0; i < kRelayed; ++i) {
+        const int block = i / kRelayThreads;
+        ok &= c[i] == first(block + 2) + 2 * first(block + 3 + 1);
+    }
+    expect(ok, "griddepcontrol, kernels that begin early");
+}
+
 // Four numbers at a time, and of every thread of a warp to places of its own, which all blocks share.
 FA_KERNEL(32, 1) red_add_16_kernel(float* sums) {
     const float x = static_cast<float>(ptx::thread_idx() + ptx::block_idx());
@@ -201,6 +242,7 @@ void test_sm90() {
     test_bulk(1);
     test_bulk(4);
     test_bulk_turns();
+    test_grid_wait();
     test_red_add_16();
     test_wgmma();
 }

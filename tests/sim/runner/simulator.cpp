@@ -8,6 +8,8 @@ void set_schedule(Schedule schedule) {
     sim::options.seed = schedule.seed;
     sim::options.landing = kLandings[int(schedule.landing)];
     sim::options.ordered_reds = schedule.ordered_reds;
+    // Once is enough: with threads of their own, they make the race detector slower.
+    sim::options.overlapping_launches = schedule.landing == Landing::kEarly;
 }
 
 Traffic take_traffic() {
