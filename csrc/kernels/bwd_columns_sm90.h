@@ -17,7 +17,7 @@ template <class Config, class Mask, class Scores> class BwdColumnsSm90 : BwdCons
     using typename Base::Element, typename Base::Tile;
     static constexpr int kPanels = Config::kDqCols / 64;  // that a consumer owns, of 64 columns
     static constexpr int kKeys = N / Config::kConsumers;  // whose scores it computes
-    static_assert(M == kWarpgroupRows && kKeys % 8 == 0 && N % 16 == 0);
+    static_assert(M == kWarpgroupRows && kKeys % 8 == 0 && N % 16 == 0 && kPanels <= 2);
     using Numbers = RowNumbers<2>;
 
 public:
@@ -89,15 +89,13 @@ private:
         wait_for_turn(i, dq_tile, m);
         float* const sums = dq_sums<Config>(accum, i, dq_tile) + consumer_ * Config::kDqBlockElements;
         add_dq(acc_dq, sums, 0);
-#pragma unroll
-        for (int j = 1; j < kPanels; ++j) {
-            wgmma_ab<Element>(acc_dq, ds, 0, smem_.k, column0(j));
-            ptx::wgmma_wait<0>();
+        if constexpr (kPanels == 2) wgmma_ab<Element>(acc_dq, ds, 0, smem_.k, column0(1));
+        ptx::wgmma_wait<0>();
+        if constexpr (kPanels == 2) {
             pin_tile(acc_dq);
-            add_dq(acc_dq, sums, j);
+            add_dq(acc_dq, sums, 1);
         }
         pass_turn(i, dq_tile);
-        ptx::wgmma_wait<0>();
 #pragma unroll
         for (int j = 0; j < kPanels; ++j) {
             pin_tile(acc_dk_[j]);

@@ -1,7 +1,7 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
-BWD_HOPPER = "kernels/bwd_sm90.h"
+BWD_HOPPER, COLUMNS = "kernels/bwd_sm90.h", "kernels/bwd_columns_sm90.h"
 
 MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
 SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where they do no harm: none is found, or it is added here"
@@ -21,11 +21,15 @@ ROUNDS = (
     "`==` becomes `!=`: `i * num_blocks + (i % 2 == 0 ? block : num_blocks`",
 )
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
+NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
     ("kernels/bwd_preprocess.h", "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (BWD_HOPPER, "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
+    (COLUMNS, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (COLUMNS, "true: `this->is_leader()`", 0): EVERYONE_WAITS,
+    (COLUMNS, "false: `!params_.common.pass.deterministic`", 1): NOBODY_READS,
     (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
     (MASK, "`<=` becomes `<`: `nd - 1) && keys.end - 1 <= last_key(rows.begin);`", 0): MASKED_IN_VAIN,
     (MASK, "`<=` becomes `<`: `const { return keys.end <= seqlen_k; } }; FA_HOST`", 0): MASKED_IN_VAIN,
