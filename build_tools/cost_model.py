@@ -82,7 +82,7 @@ ALU = {
 UNITS = ("tensor", "mufu", "fp32", "alu", "smem", "issue", "reduction")
 
 
-def work(passed: Mapping[str, int]) -> dict[str, float]:
+def work(passed: Mapping[str, float]) -> dict[str, float]:
     """What instructions of one warp, counted by kind, ask of each unit: lanes, bytes, multiply-adds."""
     total = dict.fromkeys((*UNITS, "integer_multiply", "wgmma"), 0.0)
     for opcode, times in passed.items():
@@ -139,7 +139,7 @@ def access_bytes(opcode: str) -> int:
 
 
 def cycles(
-    passed: Mapping[str, int], warps: int, architecture: str, filled_bytes: int = 0, reduced_bytes: int = 0
+    passed: Mapping[str, float], warps: int, architecture: str, filled_bytes: int = 0, reduced_bytes: int = 0
 ) -> dict[str, float]:
     """Cycles of every unit of a multiprocessor for what all warps of a block do, and TMA for them.
 
@@ -166,8 +166,3 @@ def utilisation(of: Mapping[str, float]) -> tuple[str, float, float]:
     binding = max(UNITS, key=lambda unit: of[unit])
     one_by_one = of["tensor"] + of["mufu"] + max(of["fp32"], of["alu"]) + of["smem"]
     return binding, of["tensor"] / of[binding], of["tensor"] / one_by_one
-
-
-def h200_tflops(share: float, useful: float) -> float:
-    """What a kernel reaches on an H200 if the tensor units work for such a share of time, with products so useful."""
-    return H200_TFLOPS * share * useful

@@ -8,10 +8,13 @@
 
 using namespace flash_attn;
 
-// One pass of the main loop of a block. warps: how many go through it; products: multiply-adds, and how many of them
-// attention asks for; parts: how often a loop within it that computes products turns; filled: bytes that TMA writes to
-// shared memory; reduced: bytes that it adds to sums in global memory.
-struct Pass { int warps = 0, products = 0, useful_products = 0, parts = 1, filled_bytes = 0, reduced_bytes = 0; };
+// One pass of the main loop of a block. warps: how many go through it; products: multiply-adds; parts: how often a loop
+// within it that computes products turns; filled: bytes that TMA writes to shared memory; reduced: bytes that it adds
+// to sums in global memory; alternates: half of the warps have a product to compute that the others are spared.
+struct Pass {
+    int warps = 0, products = 0, parts = 1, filled_bytes = 0, reduced_bytes = 0;
+    bool alternates = false;
+};
 
 template <class Config> constexpr int head_dim_v() {
     if constexpr (requires { Config::kHeadDimV; })
@@ -27,15 +30,14 @@ template <class Config> void print(const char* kernel, int threads, int smem_byt
                 int(std::strlen(name)) - 1, name, Config::kHeadDim, head_dim_v<Config>());
     std::printf("\"block_m\": %d, \"block_n\": %d, \"threads\": %d, \"smem_bytes\": %d, \"warps\": %d, ",
                 Config::kBlockM, Config::kBlockN, threads, smem_bytes, pass.warps);
-    std::printf("\"products\": %d, \"useful_products\": %d, \"parts\": %d, \"filled_bytes\": %d, ", pass.products,
-                pass.useful_products, pass.parts, pass.filled_bytes);
-    std::printf("\"reduced_bytes\": %d}\n", pass.reduced_bytes);
+    std::printf("\"products\": %d, \"parts\": %d, \"filled_bytes\": %d, ", pass.products, pass.parts,
+                pass.filled_bytes);
+    std::printf("\"reduced_bytes\": %d, \"alternates\": %s}\n", pass.reduced_bytes, pass.alternates ? "true" : "false");
 }
 
 // A pass of the kernels for compute capability 8.0: so many products of queries x keys x head_dim, by all warps.
 template <class Config> Pass pass_sm80(int times, int parts = 1) {
-    const int products = times * Config::kBlockM * Config::kBlockN * Config::kHeadDim;
-    return {Config::kThreads / kWarpThreads, products, products, parts};
+    return {Config::kThreads / kWarpThreads, times * Config::kBlockM * Config::kBlockN * Config::kHeadDim, parts};
 }
 template <class Config> void print_fwd() {
     print<Config>("fwd_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(2));
@@ -53,19 +55,16 @@ template <class Config> void print_bwd() {
 template <class Config> void print_fwd_sm90() {
     constexpr int kProducts = Config::kBlockM * Config::kBlockN * (Config::kHeadDim + Config::kHeadDimV);
     constexpr int kFilled = Config::TileK::kBytes + Config::TileV::kBytes;
-    print<Config>("fwd_sm90", Config::kThreads, Config::kSmemBytes,
-                  {4 * Config::kConsumers, kProducts, kProducts, 1, kFilled, 0});
+    print<Config>("fwd_sm90", Config::kThreads, Config::kSmemBytes, {4 * Config::kConsumers, kProducts, 1, kFilled});
 }
 template <class Config> void print_bwd_sm90() {
-    constexpr int kOne = Config::kBlockM * Config::kBlockN * Config::kHeadDim;
-    constexpr int kDq = Config::kConsumers * Config::kDqBlockElements * Config::kBlockN;  // with columns past head_dim
+    constexpr int kProducts = 5 * Config::kBlockM * Config::kBlockN * Config::kHeadDim;
     constexpr int kFilled = 2 * (Config::TileQ::kBytes + Config::kRowBytes);
-    int reduced_bytes = 0;  // that is what TMA does: where consumers own columns they add to dQ themselves
-    for (int consumer = 0; consumer < Config::kConsumers && !Config::kOwnsColumns; ++consumer)
-        reduced_bytes += Config::dq_block_bytes(consumer);
+    // By TMA. Where consumers own columns they add to dQ themselves.
+    constexpr int kReduced = Config::kOwnsColumns ? 0 : Config::kDqTileElements * 4;
     print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
     print<Config>("bwd_sm90", Config::kThreads, Config::kSmemBytes,
-                  {4 * Config::kConsumers, 4 * kOne + kDq, 5 * kOne, 1, kFilled, reduced_bytes});
+                  {4 * Config::kConsumers, kProducts, 1, kFilled, kReduced, !Config::kOwnsColumns});
     print<Config>("bwd_finish", Config::kFinishThreads, 0);
 }
 

@@ -58,10 +58,9 @@ m64nNk16 32 N bytes of B, and 2048 of A unless that is in registers), what threa
 may get the same number) and write, the tiles that TMA writes, and dQ, which it reads.
 
 The three columns before the last are TFLOP/s on an H200, **by the model, not measured**: 788, which large products of
-bf16 matrices were seen to reach there, times the share of time in which the tensor units work on products that
-attention asks for (bwd_sm90 computes columns of dQ past head_dim 96). At most: the slowest unit decides. Tensor and
-exp2: these two do not overlap, all else does. One by one: as above. The last column is what the tile costs by hand,
-without loops, addresses and masks: tensor, exp2, issue, shared memory.
+bf16 matrices were seen to reach there, times the share of time in which the tensor units work. At most: the slowest
+unit decides. Tensor and exp2: these two do not overlap, all else does. One by one: as above. The last column is what
+the tile costs by hand, without loops, addresses and masks: tensor, exp2, issue, shared memory.
 """
 
 # Cycles per tile for (kernel, head_dim, head_dim_v, queries, keys): tensor, exp2, issue, shared memory.
@@ -187,7 +186,7 @@ def hopper_table(loops: Sequence[dict[str, Any]]) -> str:
                 "window" if kernel.variant == PLAIN_WINDOW else "full",
                 *(f"{cycles[unit]:.0f}" for unit in UNIT_NAMES),
                 UNIT_NAMES[binding],
-                *(f"{cost_model.h200_tflops(share, each['useful']):.0f}" for share in (most, some, least)),
+                *(f"{cost_model.H200_TFLOPS * share:.0f}" for share in (most, some, least)),
                 BY_HAND.get((kernel.kernel, kernel.head_dim, kernel.head_dim_v, kernel.block_m, kernel.block_n), "-"),
             ]
         )

@@ -159,23 +159,24 @@ class Function:
         """Whether products are those of wgmma. Then TMA loads, in a loop of another warp."""
         return any(each.name == "HGMMA" for each in self.instructions)
 
-    def usual_pass(self, parts: int = 1) -> Counter[str]:
+    def usual_pass(self, parts: int = 1, *, fewest_products: bool = False) -> Counter[str]:
         """Instructions, by kind, of one pass of the main loop as it usually goes.
 
-        Of all ways through the loop the one with most tensor instructions, among these that with most asynchronous
-        copies (loads of the next tile, if not by TMA), among these the shortest: nothing to mask, no pages, no special
-        cases, not the thread that does something for all. Loops within it that hold tensor instructions turn as often
-        as parts says.
+        Of all ways through the loop the one with most tensor instructions, or with fewest, among these that with most
+        asynchronous copies (loads of the next tile, if not by TMA), among these the shortest: nothing to mask, no
+        pages, no special cases, not the thread that does something for all. Loops within it that hold tensor
+        instructions turn as often as parts says.
         """
         loop = self.main_loop
         if loop is None:
             return Counter()
+        sign = -1 if fewest_products else 1
         best: dict[int, tuple[int, int, int]] = {}
         onward: dict[int, int | None] = {}
         for index in reversed(self._in_order(loop)):
             instructions = self.blocks[index].instructions
             copies = 0 if self.has_wgmma else self.count([index], ("LDGSTS",))
-            own = (self.count([index], TENSOR), copies, -len(instructions))
+            own = (sign * self.count([index], TENSOR), copies, -len(instructions))
             ways = [s for s in self.blocks[index].successors if s in best and s != loop.head]
             if not ways and loop.head not in self.blocks[index].successors:
                 continue  # leads out of the loop or around an inner one

@@ -58,10 +58,10 @@ class Launch:
     smem_bytes: int
     warps: int
     products: int
-    useful_products: int
     parts: int
     filled_bytes: int
     reduced_bytes: int
+    alternates: bool
 
 
 @dataclass(frozen=True)
@@ -183,21 +183,30 @@ def main_loops(tool: str, path: Path, kernels: list[Kernel], known: list[Launch]
     for function in sass.parse(text.splitlines()):
         kernel = by_symbol[function.name, function.architecture]
         launch = launch_of(function.name, known)
-        passed = function.usual_pass(launch.parts)
+        passed = average_pass(function, launch)
         if passed:
             check_products(launch, passed, function)
             by_tma = launch.filled_bytes, launch.reduced_bytes
             cycles = cost_model.cycles(passed, launch.warps, kernel.architecture, *by_tma)
-            names: dict[str, int] = {}
-            for opcode, times in sorted(passed.items()):
+            names: dict[str, float] = {}
+            for opcode, times in passed.items():
                 name = opcode.partition(".")[0]
                 names[name] = names.get(name, 0) + times
-            useful = launch.useful_products / launch.products
-            found.append({"kernel": kernel, "instructions": names, "cycles": cycles, "useful": useful})
+            counts = {name: round(times) for name, times in names.items()}
+            found.append({"kernel": kernel, "instructions": counts, "cycles": cycles})
     return found
 
 
-def check_products(launch: Launch, passed: Mapping[str, int], function: sass.Function) -> None:
+def average_pass(function: sass.Function, launch: Launch) -> dict[str, float]:
+    """What a warp executes in one pass of the main loop, or in the mean of two between which it alternates."""
+    passes = [function.usual_pass(launch.parts)]
+    if launch.alternates:
+        passes.append(function.usual_pass(launch.parts, fewest_products=True))
+    kinds = sorted({kind for each in passes for kind in each})
+    return {kind: sum(each[kind] for each in passes) / len(passes) for kind in kinds}
+
+
+def check_products(launch: Launch, passed: Mapping[str, float], function: sass.Function) -> None:
     """The pass that was found multiplies as much as a tile takes; if not, it is not the one that was meant."""
     work = cost_model.work(passed)
     found = (work["tensor"] + work["wgmma"]) * launch.warps
@@ -244,7 +253,6 @@ class Report:
             {
                 "kernel": each["kernel"].kernel,
                 **{key: getattr(each["kernel"], key) for key in report_tables.LOOP_KEYS},
-                "useful": round(each["useful"], 4),
                 "instructions": each["instructions"],
                 "cycles": {unit: round(value, 1) for unit, value in each["cycles"].items()},
             }

@@ -19,8 +19,8 @@ template <bool kSelect, int kRows, int kCols, class Numbers>
 FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, Numbers lse_log2, float scale_log2) {
     s.for_each_octet([&](int n) { lse_log2.select(n); },
                      [&](int r, int b, int, float& x) {
-                         const float weight = ptx::exp2(x * scale_log2 - lse_log2(r, b));
-                         x = kSelect && x == -ptx::infinity() ? 0.f : weight;
+                         const float log2_weight = x * scale_log2 - lse_log2(r, b);
+                         x = ptx::exp2(kSelect && x == -ptx::infinity() ? x : log2_weight);
                      });
 }
 

@@ -16,19 +16,17 @@ template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdC
     static constexpr int kConsumers = kHeadDim == 192 ? 3 : 2, kThreads = (1 + kConsumers) * kWarpgroupThreads;
     static_assert(kOwnsColumns ? kHeadDim % (64 * kConsumers) == 0 : kBlockN == 64 * kConsumers);
 
-    // Each consumer computes one block of every tile of dQ, of 64 rows: half of all rows, or its share of the columns.
+    // A tile of dQ consists of as many blocks, of 64 rows, as there are consumers: half of all rows, or a share of the
+    // columns. Consumers that own columns compute one each, others all of them, and take turns.
     static constexpr bool kDqHalvesRows = kBlockM == 128;
-    static_assert(kDqHalvesRows ? kHeadDim == 64 : kBlockM == 64);
-    static constexpr int kDqCols = kOwnsColumns ? kHeadDim / kConsumers : kDqHalvesRows || kHeadDim > 64 ? 64 : 32;
-    static constexpr int kDqBlockElements = 64 * kDqCols;
-    static constexpr int kDqTileElements = kConsumers * kDqBlockElements, kDqTurns = kConsumers;
-    FA_DEVICE static constexpr int dq_row0(int consumer) { return kDqHalvesRows ? 64 * consumer : 0; }
-    FA_DEVICE static constexpr int dq_column0(int consumer) { return kDqHalvesRows ? 0 : kDqCols * consumer; }
-    // Of a block's elements those of columns that exist come first.
-    FA_DEVICE static constexpr int dq_block_bytes(int consumer) {
-        return 64 * min(kDqCols, kHeadDim - dq_column0(consumer)) * 4;
-    }
-    // Element j of a thread of the consumer, within its block: 16 bytes of all threads, then the next.
+    static_assert(kBlockM == (kDqHalvesRows ? 128 : 64));
+    static constexpr int kDqCols = kDqHalvesRows ? kHeadDim : kHeadDim / kConsumers;
+    static constexpr int kDqBlockElements = 64 * kDqCols, kDqTileElements = kConsumers * kDqBlockElements;
+    static constexpr int kDqTurns = kOwnsColumns ? kConsumers : 1;
+    FA_DEVICE static constexpr int dq_row0(int block) { return kDqHalvesRows ? 64 * block : 0; }
+    FA_DEVICE static constexpr int dq_column0(int block) { return kDqHalvesRows ? 0 : kDqCols * block; }
+    // Element j of a thread, within a block, or, if it has all blocks one after another, within the tile: 16 bytes of
+    // all threads, then the next.
     FA_DEVICE static constexpr int dq_element(int j) { return j / 4 * 4 * kWarpgroupThreads + j % 4; }
 
     using TileK = WideTile<kBlockN, kHeadDim>;     // V too
@@ -85,9 +83,7 @@ template <class Config> struct BwdSmemSm90 {
     FA_DEVICE TileQ q(int stage) const { return {v.end() + stage * TileQ::kBytes}; }
     FA_DEVICE TileQ dout(int stage) const { return {v.end() + (Config::kStagesQ + stage) * TileQ::kBytes}; }
     FA_DEVICE TileDs ds(int i) const { return {dout(Config::kStagesDout).base + i * TileDs::kBytes}; }
-    FA_DEVICE ptx::SmemPtr dq(int consumer) const {
-        return k.base + (Config::kDqOffset + consumer * Config::kDqBlockElements * 4);
-    }
+    FA_DEVICE ptx::SmemPtr dq() const { return k.base + Config::kDqOffset; }
     FA_DEVICE ptx::SmemPtr lse_log2(int stage) const {
         return k.base + (Config::kRowsOffset + stage * Config::kRowBytes);
     }
@@ -129,6 +125,7 @@ struct BwdBarriersSm90 {
     static constexpr int kConsumers = 1;                                         // among all consumers
     FA_DEVICE static constexpr int group(int consumer) { return 2 + consumer; }  // among the threads of one
     static constexpr int kInspectors = 5;
+    FA_DEVICE static constexpr int ds(int stage) { return 6 + stage; }  // dS of that stage is complete
 };
 
 }  // namespace flash_attn

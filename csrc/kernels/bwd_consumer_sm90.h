@@ -32,13 +32,13 @@ protected:
     // Whether anything in K, Q or dO of this tile of queries is not finite, and has been cleared.
     FA_DEVICE bool inspect_and_clear(bool covered) const {
         if (!Mask::kHidesKeys || covered) return false;
-        ptx::mbarrier_wait(smem_.inspected(at_dout_.stage), at_dout_.parity);
-        if (ptx::load_shared(smem_.found(at_dout_.stage)) == 0) return false;
+        ptx::mbarrier_wait(smem_.inspected(at_dout().stage), at_dout().parity);
+        if (ptx::load_shared(smem_.found(at_dout().stage)) == 0) return false;
         const int thread = int(fresh_thread_idx()) - kWarpgroupThreads;
         sync_consumers();  // all have multiplied with what is about to be cleared, and know how often it was before
         if (is_leader()) ptx::store_shared(smem_.times_cleared(consumer_), times_cleared() + 1);
         clear_nonfinite_share<Element, kThreads>(smem_.q(at_q_.stage), thread);
-        clear_nonfinite_share<Element, kThreads>(smem_.dout(at_dout_.stage), thread);
+        clear_nonfinite_share<Element, kThreads>(smem_.dout(at_dout().stage), thread);
         clear_nonfinite_share<Element, kThreads>(smem_.k, thread);
         ptx::fence_proxy_async();
         sync_consumers();  // Q, dO and K are finite
@@ -95,6 +95,13 @@ protected:
         }
     }
 
+    // at_dout_, or at_q_ where it is the same: that saves registers.
+    FA_DEVICE auto at_dout() const {
+        if constexpr (Config::kStagesDout == Config::kStagesQ)
+            return at_q_;
+        else
+            return at_dout_;
+    }
     template <class Pipe> FA_DEVICE static void release(const Pipe& pipe, typename Pipe::Index at) {
         if (lane_id() == 0) pipe.release(at);
     }

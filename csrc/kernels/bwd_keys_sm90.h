@@ -1,7 +1,8 @@
 // Consumers that own 64 keys each, rows of dK and dV. Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so
 // that P^T and dS^T are in registers just as the products dV += P^T dO and dK += dS^T Q take them. Only dS passes
-// through shared memory, for dQ = dS K, of which each consumer computes one block and has it added to the workspace by
-// a bulk reduction.
+// through shared memory, for dQ = dS K. The consumers take turns at computing dQ of a tile of queries, which they have
+// added to the workspace by a bulk reduction. So dS and K are read from shared memory by one of them, and the other
+// goes on without waiting.
 #pragma once
 #include "kernels/bwd_consumer_sm90.h"
 
@@ -10,11 +11,11 @@ namespace flash_attn {
 template <class Config, class Mask, class Scores> class BwdKeysSm90 : BwdConsumerSm90<Config, Mask> {
     using Base = BwdConsumerSm90<Config, Mask>;
     using Base::M, Base::D;
-    using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_, Base::at_dout_;
+    using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_;
     using typename Base::Element, typename Base::Tile;
     using Packed = PackedTile<Element, 16, M>;
-    using DqBlock = typename Config::GridDq::Acc;
-    static_assert(Config::kStagesDout == Config::kStagesQ);
+    static constexpr int kDqParts = M / kWarpgroupRows;
+    static_assert(Config::kConsumers == 2 && Config::kStagesQ == 2 && Config::kStagesDout == 2);
 
 public:
     FA_DEVICE BwdKeysSm90(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) : Base(smem, params) {}
@@ -43,7 +44,7 @@ private:
         AccTile<16, M> acc_s, acc_dp;
         smem_.pipe_q.wait(at_q_);
         wgmma_abt<Element, D>(acc_s, smem_.k, consumer_ * kWarpgroupRows, smem_.q(stage), 0);
-        smem_.pipe_dout.wait(at_dout_);
+        smem_.pipe_dout.wait(this->at_dout());
         wgmma_abt<Element, D>(acc_dp, smem_.v, consumer_ * kWarpgroupRows, smem_.dout(stage), 0);
         ptx::wgmma_wait<1>();  // S is there, dP goes on
         pin_tile(acc_s);
@@ -61,46 +62,62 @@ private:
         wgmma_ab<Element>(acc_dv_, weights, smem_.dout(stage));
         store_matrices_transposed(ds, smem_.ds(stage).panel(consumer_));
         ptx::fence_proxy_async();  // for dS, and for the numbers per query, which TMA will overwrite
-        if (this->is_leader()) ptx::bulk_wait_read<0>();
-        this->sync_consumers();  // dS is complete; the last dQ has left shared memory
-        DqBlock acc_dq;
-        wgmma_ab<Element>(acc_dq, smem_.ds(stage), Config::dq_row0(consumer_), smem_.k, Config::dq_column0(consumer_));
-        ptx::wgmma_wait<1>();  // dV is done, dQ goes on
-        this->release(smem_.pipe_dout, at_dout_);
+        ptx::sync_warp();          // before one lane releases what all have read
         wgmma_ab<Element>(acc_dk_, ds, smem_.q(stage));
-        ptx::wgmma_wait<1>();  // dQ is done, dK goes on
-        pin_tile(acc_dq);
-        add_dq(acc_dq, i, m);
+        const bool adds_dq = stage == consumer_;
+        if (!adds_dq) hand_over_ds();
+        ptx::wgmma_wait<1>();  // dV is done, dK goes on
+        this->release(smem_.pipe_dout, this->at_dout());
         ptx::wgmma_wait<0>();
         pin_tile(acc_dk_);
         pin_tile(acc_dv_);
         this->release(smem_.pipe_q, at_q_);
+        if (adds_dq) add_dq(i, m);
+        ptx::converge();
         if (Mask::kHidesKeys && cleared) this->restore_keys();
     }
 
-    // Adds this consumer's block to the workspace.
-    FA_DEVICE void add_dq(const DqBlock& dq, int i, int m) const {
-        const ptx::SmemPtr block = smem_.dq(consumer_);
-        const ptx::SmemPtr mine = block + int(fresh_thread_idx() % kWarpgroupThreads * 16);
+    // The barrier that says that dS is complete. Stages have one each: who arrives for one tile may be waiting for the
+    // next before the other consumer has come to wait for the first.
+    FA_DEVICE int ds_barrier() const { return BwdBarriersSm90::ds(at_q_.stage); }
+    // This consumer's half of dS is there for the other one, and the last dQ has left shared memory.
+    FA_DEVICE void hand_over_ds() const {
+        if (this->is_leader()) ptx::bulk_wait_read<0>();
+        ptx::barrier_arrive(ds_barrier(), Base::kThreads);
+    }
+
+    // dQ = dS K of a tile of queries, to the workspace.
+    FA_DEVICE void add_dq(int i, int m) const {
+        AccTile<16, D> dq[kDqParts];  // 64 rows each
+        ptx::barrier_sync(ds_barrier(), Base::kThreads);
 #pragma unroll
-        for (int j = 0; j < dq.kPerBlock; j += 4) {
-            const float* const x = &dq.x[0][j];
-            ptx::store_shared_16(mine + Config::dq_element(j) * 4, {ptx::float_bits(x[0]), ptx::float_bits(x[1]),
-                                                                    ptx::float_bits(x[2]), ptx::float_bits(x[3])});
+        for (int part = 0; part < kDqParts; ++part)
+            wgmma_ab<Element>(dq[part], smem_.ds(at_q_.stage), part * kWarpgroupRows, smem_.k, 0);
+        ptx::wgmma_wait<0>();
+        const ptx::SmemPtr mine = smem_.dq() + int(fresh_thread_idx() % kWarpgroupThreads * 16);
+#pragma unroll
+        for (int part = 0; part < kDqParts; ++part) {
+            pin_tile(dq[part]);
+#pragma unroll
+            for (int j = 0; j < dq[part].kPerBlock; j += 4) {
+                const float* const x = &dq[part].x[0][j];
+                ptx::store_shared_16(
+                    mine + Config::dq_element(part * dq[part].kPerBlock + j) * 4,
+                    {ptx::float_bits(x[0]), ptx::float_bits(x[1]), ptx::float_bits(x[2]), ptx::float_bits(x[3])});
+            }
         }
         ptx::fence_proxy_async();
-        this->sync_group();  // the block is there
+        this->sync_group();  // dQ is there
         if (!this->is_leader()) return;
         const DqAccum& accum = params_.common.accum;
         const bool in_turn = params_.common.pass.deterministic;
         const int64_t dq_tile = smem_.load_first_dq_tile() + m;  // counted from the first head
-        int32_t* const turn = dq_turns<Config>(accum, i, dq_tile) + consumer_;
+        int32_t* const turn = dq_turns<Config>(accum, i, dq_tile);
         if (in_turn) {
             ptx::wait_for_turn(turn, Tile(params_).turn(params_, m));
             ptx::fence_proxy_async_global();  // what others have added comes before what is added here
         }
-        float* const sums = dq_sums<Config>(accum, i, dq_tile) + consumer_ * Config::kDqBlockElements;
-        ptx::bulk_reduce_add(sums, block, Config::dq_block_bytes(consumer_));
+        ptx::bulk_reduce_add(dq_sums<Config>(accum, i, dq_tile), smem_.dq(), Config::kDqTileElements * 4);
         ptx::bulk_commit();
         if (!in_turn) return;
         ptx::bulk_wait<0>();  // it has been added

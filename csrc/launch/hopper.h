@@ -48,9 +48,9 @@ inline int section_heads(const Problem& p, const TileGrid& grid, const Device& d
 
 // The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.
 constexpr WorkspaceShape hopper_workspace(int head_dim, bool modified) {
-    if (head_dim > 128) return {64, 64 * head_dim, head_dim == 192 ? 3 : 2, true};
-    if (head_dim > 64) return {64, 64 * 128, 2, true};
-    return modified ? WorkspaceShape{64, 64 * 64, 2, true} : WorkspaceShape{128, 128 * 64, 2, true};
+    const int block_m = head_dim <= 64 && !modified ? 128 : 64;
+    const int turns = head_dim <= 128 ? 1 : head_dim == 192 ? 3 : 2;
+    return {block_m, block_m * head_dim, turns, true};
 }
 
 }  // namespace flash_attn::cuda

@@ -9,6 +9,9 @@ FA_DEVICE void sync_threads() { __syncthreads(); }
 // As sync_threads; true in every thread iff the predicate is true in any thread of the block (barrier.cta.red.or).
 FA_DEVICE bool sync_threads_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
+// Of the lanes of a warp. Accesses before it come before those after it: of bar.warp.sync, in the same section.
+FA_DEVICE void sync_warp() { __syncwarp(); }
+
 // Barriers 1 to 15, for `threads` threads, a multiple of 32: those that sync wait for all of them, those that arrive
 // do not wait.
 FA_DEVICE void barrier_sync(int id, int threads) {

@@ -55,6 +55,9 @@ template <class T> FA_DEVICE T* opaque(T* x) {
 }
 // A number that is the same in all lanes of a warp, which the compiler now knows as well, and may keep for the warp.
 FA_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+// Where all lanes of a warp have come together again, though the compiler could not tell. What they have in common
+// stays in registers of the warp only where it can.
+FA_DEVICE void converge() { __syncwarp(); }
 
 FA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
 FA_DEVICE int block_idx() { return static_cast<int>(blockIdx.x); }

@@ -54,11 +54,11 @@ FA_DEVICE void wgmma_abt(AccTile<16, N>& c, SmemTile<kRowsA, kColsA, 64> a, int 
     static_assert(K <= kColsA && K <= kColsB && N <= kRowsB);
     multiply_slices<Element, K, false>(c, k_major(a, row0_a), k_major(b, row0_b));
 }
-// c[64, N] = a[row0 .. row0 + 64, 0 .. K] * b[K, col0 .. col0 + N], within a panel of b.
+// c[64, N] = a[row0 .. row0 + 64, 0 .. K] * b[K, col0 .. col0 + N], within a panel of b or from the start of one.
 template <class Element, int N, int kRowsA, int kColsA, int K, int kColsB>
 FA_DEVICE void wgmma_ab(AccTile<16, N>& c, SmemTile<kRowsA, kColsA, 64> a, int row0, SmemTile<K, kColsB, 64> b,
                         int col0) {
-    static_assert(N <= 64 && K <= kColsA);
+    static_assert(N <= kColsB && K <= kColsA);
     multiply_slices<Element, K, false>(c, k_major(a, row0), mn_major(b, col0));
 }
 // c[64, N] += a[K, col0 .. col0 + 64]^T * b[K, 0 .. N], within a panel of a.

@@ -1,7 +1,8 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
-BWD_HOPPER, COLUMNS = "kernels/bwd_sm90.h", "kernels/bwd_columns_sm90.h"
+BWD_HOPPER, CONSUMER = "kernels/bwd_sm90.h", "kernels/bwd_consumer_sm90.h"
+COLUMNS, KEYS = "kernels/bwd_columns_sm90.h", "kernels/bwd_keys_sm90.h"
 
 MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
 SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where they do no harm: none is found, or it is added here"
@@ -23,11 +24,13 @@ ROUNDS = (
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
 NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
+ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which does not change it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
     ("kernels/bwd_preprocess.h", "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (BWD_HOPPER, "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (COLUMNS, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (KEYS, "true: `!covered`", 0): MASKED_IN_VAIN,
     (COLUMNS, "true: `this->is_leader()`", 0): EVERYONE_WAITS,
     (COLUMNS, "false: `!params_.common.pass.deterministic`", 1): NOBODY_READS,
     (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
@@ -52,8 +55,17 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (FWD, "true: `Mask::kHidesKeys && !covered`", 0): SEARCHED_IN_VAIN,
     (FWD, "true: `!covered`", 0): MASKED_IN_VAIN,
     (FWD, "true: `Mask::kHidesKeys && nonfinite`", 0): SLOW_PATH,
-    (BWD_HOPPER, "`<` becomes `<=`: `= tile.tiles().begin; m < tile.tiles().end; ++m)`", 0): "the tile after the last "
+    (CONSUMER, "`<` becomes `<=`: `= tile.tiles().begin; m < tile.tiles().end; ++m)`", 0): "the tile after the last "
     "has no query that sees these keys: nothing is added to it",
+    (CONSUMER, "false: `tile.covered(m)`", 0): ADDED_AGAIN,
+    (CONSUMER, "`seq.seqlen_q - m * M` instead of `min(M, seq.seqlen_q - m * M)`", 0): ADDED_AGAIN,
+    (
+        CONSUMER,
+        "`N` instead of `min(N, tile.seq.seqlen_k - tile.n0)`",
+        0,
+    ): "keys past the end are attended by no query, and what no query attends is not read",
+    (CONSUMER, "`tile.seq.seqlen_k - tile.n0` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): ADDED_AGAIN,
+    (CONSUMER, "true: `acc_dq.x[0][j] != 0.f`", 0): "zeros are added",
     **{("attn/scheduler.h", what, 0): ANY_ORDER for what in ROUNDS},
     ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
     "does not divide kRows, and the static_assert below it fails",

@@ -274,7 +274,7 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
         (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("hostile")),
     ]
-    for dim, smem in ((96, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
+    for dim, smem in ((96, LARGE_SMEM), (192, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
         case = dataclasses.replace(tiles, causal=True, **dims, **modified)
         rows.append((case, Sim(smem=smem, deterministic=True, layout="gaps")))

@@ -40,7 +40,9 @@ PASSES = {"fwd_sm80": "fwd", "bwd_sm80": "bwd", "attn_probs_sm80": "probs", "fwd
 COMPUTE_CAPABILITIES = (80, 90)
 # The first has one tile shape. The others have tiles of several shapes, and what goes with them, and are tried where
 # the first lets a mutant pass.
-HEAD_DIMS = (64, 96, 256)
+HEAD_DIMS = (64, 96, 192, 256)
+# Files of which the kernels for other head_dims make no use.
+HEAD_DIMS_OF = {"kernels/bwd_keys_sm90.h": (64, 96), "kernels/bwd_columns_sm90.h": (256, 192)}
 VERDICTS = {0: "-", 1: "wrong result", 3: "model check", 4: "deadlock", 66: "race report", 124: "hangs"}
 FLAVOURS = ("plain", "tsan")
 HEAD = """# Mutants
@@ -178,7 +180,8 @@ class Workshop:
 
     def worst(self, mutation: Mutation, folder: Path, flavour: str) -> str:
         """The verdict of the first kernels that notice. Where there is a proof, one head_dim is enough to doubt it."""
-        head_dims = HEAD_DIMS[:1] if proof_of(mutation, self.mutations) else HEAD_DIMS
+        head_dims = HEAD_DIMS_OF.get(mutation.path, HEAD_DIMS)
+        head_dims = head_dims[:1] if proof_of(mutation, self.mutations) else head_dims
         for capability, head_dim in itertools.product(COMPUTE_CAPABILITIES, head_dims):
             verdict = self.verdict(mutation, folder, flavour, head_dim, capability)
             if verdict != VERDICTS[0]:

@@ -90,6 +90,7 @@ struct Warp {
     const char* what = nullptr;  // the instruction that the lanes are meeting in
     int arrived = 0;
     uint64_t generation = 0;  // collectives completed
+    Generations sync{};       // of those that are barriers
     int lane_step = 1;        // the lane that runs after lane l is l + lane_step
     int patience = 0;         // collectives until another warp may run
     int max_registers = 0;    // 0 until setmaxnreg

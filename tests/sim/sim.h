@@ -81,6 +81,7 @@ bool elect_one();
 
 void sync_threads();
 bool sync_threads_or(bool predicate);
+void sync_warp();
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
 bool barrier_sync_or(int id, int threads, bool predicate);

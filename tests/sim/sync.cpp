@@ -45,7 +45,7 @@ void fence_proxy_async() {
 // ---------------------------------------------------------------- named barriers
 namespace {
 
-constexpr char kSync[] = "bar.sync or bar.arrive", kReduce[] = "bar.red.or";
+constexpr char kSync[] = "bar.sync or bar.arrive", kReduce[] = "bar.red.or", kSyncWarp[] = "bar.warp.sync";
 
 // Returns the generation that the thread arrives in.
 uint64_t arrive(NamedBarrier& b, int id, int threads, const char* kind, bool predicate) {
@@ -90,6 +90,14 @@ bool sync_threads_or(bool predicate) { return sync(0, all_threads(), kReduce, pr
 void barrier_sync(int id, int threads) { sync(id, threads, kSync, false); }
 void barrier_arrive(int id, int threads) { arrive(self->block->named[id & 15], id, threads, kSync, false); }
 bool barrier_sync_or(int id, int threads, bool predicate) { return sync(id, threads, kReduce, predicate); }
+
+void sync_warp() {
+    Warp& w = *self->warp;
+    SyncPoint& point = w.sync.at(w.generation);
+    publish(point);
+    if (arrive_last(w, kSyncWarp)) complete_collective(w);
+    absorb(point);
+}
 
 // ---------------------------------------------------------------- mbarriers
 namespace {

@@ -16,14 +16,16 @@ constexpr int kThreads = 64;
 int mirrored() { return kThreads - 1 - ptx::thread_idx(); }
 
 // ---------------------------------------------------------------- within a block
-// out[t] = 1 + number of the thread on the other side, twice. Which barriers there are: bit 0 before the reads, bit 1
-// before the next writes.
-template <int kBarriers> FA_KERNEL(kThreads, 1) exchange_kernel(uint32_t* out) {
+// out[t] = number of the thread on the other side of the block or of the warp, twice. Which barriers there are: bit 0
+// before the reads, bit 1 before the next writes.
+template <bool kOfWarp, int kBarriers> FA_KERNEL(kThreads, 1) exchange_kernel(uint32_t* out) {
+    const int other = kOfWarp ? ptx::thread_idx() ^ 31 : mirrored();
+    const auto sync = [] { kOfWarp ? ptx::sync_warp() : ptx::sync_threads(); };
     for (uint32_t round = 0; round < 2; ++round) {
         ptx::store_shared(ptx::smem() + 4 * ptx::thread_idx(), round + static_cast<uint32_t>(ptx::thread_idx()));
-        if (kBarriers & 1) ptx::sync_threads();
-        ptx::store(out + ptx::thread_idx(), ptx::load_shared(ptx::smem() + 4 * mirrored()));
-        if (kBarriers & 2) ptx::sync_threads();
+        if (kBarriers & 1) sync();
+        ptx::store(out + ptx::thread_idx(), ptx::load_shared(ptx::smem() + 4 * other));
+        if (kBarriers & 2) sync();
     }
 }
 
@@ -140,9 +142,9 @@ template <Product kProduct> FA_KERNEL(128, 1) product_kernel(float* out) {
 }
 
 // ---------------------------------------------------------------- launches
-template <int kBarriers> void exchange() {
+template <bool kOfWarp, int kBarriers> void exchange() {
     Buffer<uint32_t> out(kThreads);
-    run(exchange_kernel<kBarriers>, 1, kThreads, 4 * kThreads, out.data);
+    run(exchange_kernel<kOfWarp, kBarriers>, 1, kThreads, 4 * kThreads, out.data);
 }
 template <void (*kKernel)(const uint32_t*, uint32_t*)> void copied() {
     Buffer<uint32_t> in(4 * kThreads), out(kThreads);
@@ -195,9 +197,12 @@ constexpr char kRaceText[] = "ThreadSanitizer: data race";
 }  // namespace
 
 const Mistake races[] = {
-    {"exchange", Found::kNothing, "", exchange<3>},
-    {"no_barrier_before_reads", Found::kRace, kRaceText, exchange<2>},
-    {"no_barrier_before_writes", Found::kRace, kRaceText, exchange<1>},
+    {"exchange", Found::kNothing, "", exchange<false, 3>},
+    {"no_barrier_before_reads", Found::kRace, kRaceText, exchange<false, 2>},
+    {"no_barrier_before_writes", Found::kRace, kRaceText, exchange<false, 1>},
+    {"exchange_in_warp", Found::kNothing, "", exchange<true, 3>},
+    {"no_warp_barrier_before_reads", Found::kRace, kRaceText, exchange<true, 2>},
+    {"no_warp_barrier_before_writes", Found::kRace, kRaceText, exchange<true, 1>},
     {"copied_exchange", Found::kNothing, "", copied<copied_exchange_kernel<true, true>>},
     {"copied_without_barrier", Found::kRace, kRaceText, copied<copied_exchange_kernel<true, false>>},
     {"copied_too_early", Found::kRace, kRaceText, copied<copied_too_early_kernel>},

@@ -5,6 +5,7 @@
 #include "ptx/global.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/mma.h"
+#include "ptx/shared.h"
 #include "ptx/sync.h"
 
 namespace flash_attn::primitives {
@@ -106,6 +107,29 @@ void test_shfl() {
     expect(ok, "shfl.xor");
 }
 
+// ---------------------------------------------------------------- bar.warp.sync
+FA_KERNEL(64, 1) sync_warp_kernel(uint32_t* out) {
+    const int t = ptx::thread_idx();
+    for (uint32_t i = 0; i < 9; ++i) {
+        ptx::store_shared(ptx::smem() + 4 * t, 100 * i + uint32_t(t));
+        ptx::sync_warp();
+        ptx::store(out + t, ptx::load(out + t) * 3 + ptx::load_shared(ptx::smem() + 4 * (t ^ 31)));
+        ptx::sync_warp();
+    }
+}
+
+void test_sync_warp() {
+    Buffer<uint32_t> out(64);
+    run(sync_warp_kernel, 1, 64, 256, out.data);
+    bool ok = true;
+    for (uint32_t t = 0; t < 64; ++t) {
+        uint32_t expected = 0;
+        for (uint32_t i = 0; i < 9; ++i) expected = 3 * expected + 100 * i + (t ^ 31);
+        ok &= out[int(t)] == expected;
+    }
+    expect(ok, "bar.warp.sync");
+}
+
 // ---------------------------------------------------------------- ldmatrix
 template <bool kTranspose> FA_KERNEL(32, 1) ldmatrix_kernel(const uint16_t* in, uint32_t* regs) {
     uint16_t* s = reinterpret_cast<uint16_t*>(ptx::smem());  // [4][8][8]
@@ -199,6 +223,7 @@ void test_warp() {
     test_sync_threads_or();
     test_named_barriers();
     test_shfl();
+    test_sync_warp();
     test_ldmatrix<false>();
     test_ldmatrix<true>();
     test_mma<bf16>();

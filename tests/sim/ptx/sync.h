@@ -6,6 +6,7 @@ namespace flash_attn::ptx {
 
 FA_DEVICE void sync_threads() { sim::sync_threads(); }
 FA_DEVICE bool sync_threads_or(bool predicate) { return sim::sync_threads_or(predicate); }
+FA_DEVICE void sync_warp() { sim::sync_warp(); }
 FA_DEVICE void barrier_sync(int id, int threads) { sim::barrier_sync(id, threads); }
 FA_DEVICE void barrier_arrive(int id, int threads) { sim::barrier_arrive(id, threads); }
 FA_DEVICE bool barrier_sync_or(int id, int threads, bool predicate) {

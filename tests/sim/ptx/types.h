@@ -33,6 +33,7 @@ FA_DEVICE SmemPtr pin(SmemPtr p) { return p; }
 FA_DEVICE SmemPtr flip_bits(SmemPtr p, int bits) { return smem() + ((p - smem()) ^ bits); }
 template <class T> FA_DEVICE T opaque(T x) { return x; }
 FA_DEVICE int uniform(int x) { return x; }
+FA_DEVICE void converge() {}
 
 FA_DEVICE int thread_idx() { return sim::thread_idx(); }
 FA_DEVICE int block_idx() { return sim::block_idx(); }

@@ -82,11 +82,11 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
     const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
         return hopper ? hopper_shape_of<BwdTilesSm90<bf16, kHeadDim>>(c) : shape_of<BwdTilesSm80<bf16, kHeadDim>>(c);
     });
-    // On Hopper, tiles of dQ consist of panels of 64 columns, every consumer has a counter of its own, and two numbers
-    // per query are written once more, for whole tiles, which the main kernel then reads.
-    const int64_t dq_columns = hopper ? round_up(t.head_dim, 64) : t.head_dim, dims = c.head_dim + c.head_dim_v;
-    const int64_t dq_tile_bytes = t.rows * dq_columns * kFloatBytes, consumers = t.head_dim == 192 ? 3 : 2;
-    const int64_t turns = hopper ? consumers : 1, padded_bytes = hopper ? 2 * t.rows * kFloatBytes : 0;
+    // On Hopper, consumers that own columns have a counter each for every tile of dQ, and two numbers per query are
+    // written once more, for whole tiles, which the main kernel then reads.
+    const int64_t dims = c.head_dim + c.head_dim_v, dq_tile_bytes = t.rows * t.head_dim * kFloatBytes;
+    const int64_t turns = !hopper || t.head_dim <= 128 ? 1 : t.head_dim == 192 ? 3 : 2;
+    const int64_t padded_bytes = hopper ? 2 * t.rows * kFloatBytes : 0;
     Traffic bytes;
     for (const Sequence& s : sequences(c)) {
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int) {
