@@ -82,7 +82,7 @@ private:
     FA_DEVICE int ds_barrier() const { return BwdBarriersSm90::ds(at_q_.stage); }
     // This consumer's half of dS is there for the other one, and the last dQ has left shared memory.
     FA_DEVICE void hand_over_ds() const {
-        if (this->is_leader()) ptx::bulk_wait_read<0>();
+        ptx::bulk_wait_read<0>();
         ptx::barrier_arrive(ds_barrier(), Base::kThreads);
     }
 
@@ -121,7 +121,6 @@ private:
         ptx::bulk_commit();
         if (!in_turn) return;
         ptx::bulk_wait<0>();  // it has been added
-        ptx::fence_proxy_async_global();
         ptx::pass_turn(turn);
     }
 

@@ -170,25 +170,17 @@ void mbarrier_wait(uint64_t* word, int parity) {
 }
 
 // ---------------------------------------------------------------- turns, across blocks
-// The counter itself is the synchronisation object; the byte after its first is the one of async views.
-static const char* view_of(const int32_t* counter) { return reinterpret_cast<const char*>(counter) + 1; }
-
+// The counter itself is the synchronisation object. It tells threads of each other, and nothing to the asynchronous
+// proxy: who goes on with that needs a fence.
 void wait_for_turn(const int32_t* counter, int32_t turn) {
     check_global("ld.acquire", counter, 4, 4);
     block_until_turn(counter, turn, "wait_for_turn");
     note_atomic_load_acquire(counter);
-    if (!self->block->async_proxy) return;
-    AsClock view(self->warp->async_view);
-    acquire(view_of(counter));
 }
 
 void pass_turn(int32_t* counter) {
     check_global("red.release", counter, 4, 4);
     note_atomic_add_release(counter);
-    if (self->block->async_proxy) {
-        AsClock view(self->warp->async_view);
-        release(view_of(counter));
-    }
     ++*counter;
 }
 

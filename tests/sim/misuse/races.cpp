@@ -114,6 +114,21 @@ template <bool kOnlyRead> FA_KERNEL(32, 1) bulk_turn_kernel(int32_t* counter, fl
     ptx::pass_turn(counter);
 }
 
+// Sums in a fixed order.
+template <bool kFence> FA_KERNEL(32, 1) bulk_sums_in_turn_kernel(int32_t* counter, float* sum) {
+    const int t = ptx::thread_idx();
+    if (t < 4) reinterpret_cast<float*>(ptx::smem())[t] = 1.f;
+    ptx::fence_proxy_async();
+    ptx::sync_threads();
+    if (t != 0) return;
+    ptx::wait_for_turn(counter, ptx::block_idx());
+    if (kFence) ptx::fence_proxy_async_global();
+    ptx::bulk_reduce_add(sum, reinterpret_cast<const float*>(ptx::smem()), 16);
+    ptx::bulk_commit();
+    ptx::bulk_wait<0>();
+    ptx::pass_turn(counter);
+}
+
 // ---------------------------------------------------------------- the asynchronous proxy
 template <bool kFence> FA_KERNEL(32, 1) bulk_store_kernel(float* out) {
     for (int i = ptx::thread_idx(); i < 64; i += 32) reinterpret_cast<float*>(ptx::smem())[i] = 1.f;
@@ -163,6 +178,12 @@ template <bool kOnlyRead> void bulk_turn() {
     Buffer<int32_t> counter(1);
     Buffer<float> sum(4);
     run(bulk_turn_kernel<kOnlyRead>, 5, 32, 16, counter.data, sum.data);
+}
+template <bool kFence> void bulk_sums_in_turn() {
+    Buffer<int32_t> counter(1);
+    Buffer<float> sum(4);
+    sim::options.ordered_reds = true;
+    run(bulk_sums_in_turn_kernel<kFence>, 5, 32, 16, counter.data, sum.data);
 }
 template <bool kFence> void bulk_store() {
     Buffer<float> out(64);
@@ -216,6 +237,8 @@ const Mistake races[] = {
     {"turn_without_barrier_before_pass", Found::kRace, kRaceText, turn<Turn::kNoBarrierBeforePass>},
     {"bulk_turn", Found::kNothing, "", bulk_turn<false>},
     {"bulk_turn_passed_early", Found::kRace, kRaceText, bulk_turn<true>},
+    {"bulk_sums_in_turn", Found::kNothing, "", bulk_sums_in_turn<true>},
+    {"bulk_sums_in_turn_without_fence", Found::kRace, kRaceText, bulk_sums_in_turn<false>},
     {"bulk_store", Found::kNothing, "", bulk_store<true>},
     {"bulk_store_without_fence", Found::kRace, kRaceText, bulk_store<false>},
     {"product", Found::kNothing, "", product<Product::kRight>},
