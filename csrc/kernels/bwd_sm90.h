@@ -50,7 +50,8 @@ FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParams
 }
 
 // The other warps of the same warpgroup: say whether anything in K, Q or dO is not finite where the mask hides
-// something. K is searched before it is first asked for, since afterwards consumers clear it and restore it.
+// something. K is searched before it is first asked for, since afterwards consumers clear it and restore it. Consumers
+// wait for what is said here, and then fence before TMA overwrites the tiles, which is enough for all.
 template <class Config, class Mask>
 FA_DEVICE void inspect_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) {
     using Element = typename Config::Element;
@@ -72,7 +73,6 @@ FA_DEVICE void inspect_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelPar
                 bool found = k_nonfinite ||
                              holds_nonfinite_share<Element, kThreads>(smem.dout(at_dout.stage), thread) ||
                              holds_nonfinite_share<Element, kThreads>(smem.q(at_q.stage), thread);
-                ptx::fence_proxy_async();  // Q and dO are to be overwritten by TMA, and K too
                 found = ptx::barrier_sync_or(BwdBarriersSm90::kInspectors, kThreads, found);
                 if (thread == 0) ptx::store_shared(smem.found(at_dout.stage), found);
             }

@@ -50,9 +50,8 @@ template <class Config, class Mask> struct BwdTileSm90 {
     // How many tiles of keys come before this one. They belong to blocks with smaller indices, which start earlier, so
     // that waiting for them ends.
     FA_DEVICE int turn(const BwdKernelParamsSm90& params, int m) const {
-        const Range seen = tiles_of(mask.keys_of(rows(m)), Config::kBlockN);
         const int n = n0 / Config::kBlockN;
-        return adds_backwards(params) ? seen.end - 1 - n : n - seen.begin;
+        return adds_backwards(params) ? tiles_of(mask.keys_of(rows(m)), Config::kBlockN).end - 1 - n : n;
     }
 };
 

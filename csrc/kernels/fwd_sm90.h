@@ -154,7 +154,7 @@ public:
             at_q_.advance();
         }
         turns_.finish();
-        if (is_leader()) ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+        ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
     }
 
 private:
@@ -247,7 +247,7 @@ private:
             if (lane_id() % 4 == 0 && lane_row(r) < valid_rows) ptx::store(softmax_lse + lane_row(r), lse[r]);
 
         const int barrier = FwdBarriersSm90::group(consumer_);
-        if (is_leader()) ptx::bulk_wait_read<0>();
+        ptx::bulk_wait_read<0>();
         ptx::barrier_sync(barrier, kWarpgroupThreads);  // this warpgroup's last output has left shared memory
         store_matrices(PackedTile<Element, 16, Config::kHeadDimV>(acc_o_), smem_.out, warp_row0_);
         ptx::fence_proxy_async();

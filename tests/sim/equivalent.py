@@ -1,7 +1,7 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
-BWD_HOPPER, CONSUMER = "kernels/bwd_sm90.h", "kernels/bwd_consumer_sm90.h"
+FWD_HOPPER, BWD_HOPPER, CONSUMER = "kernels/fwd_sm90.h", "kernels/bwd_sm90.h", "kernels/bwd_consumer_sm90.h"
 COLUMNS, KEYS = "kernels/bwd_columns_sm90.h", "kernels/bwd_keys_sm90.h"
 
 MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
@@ -24,6 +24,7 @@ ROUNDS = (
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
 NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
+NOT_READ = "no query attends keys past the end, and what no query attends is not read"
 ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which does not change it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
@@ -34,6 +35,9 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (KEYS, "`==` becomes `!=`: `st bool adds_dq = stage == consumer_; if (`", 0): "the consumers change places",
     (KEYS, "false: `!in_turn`", 0): NOBODY_READS,
     (BWD_HOPPER, "true: `!tile.covered(m)`", 0): SEARCHED_IN_VAIN,
+    (FWD_HOPPER, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (FWD_HOPPER, "`N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): NOT_READ,
+    (FWD_HOPPER, "`tile.seq.seqlen_k - n * N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): ADDED_AGAIN,
     (COLUMNS, "true: `this->is_leader()`", 0): EVERYONE_WAITS,
     (COLUMNS, "false: `!params_.common.pass.deterministic`", 1): NOBODY_READS,
     (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
@@ -62,11 +66,7 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     "has no query that sees these keys: nothing is added to it",
     (CONSUMER, "false: `tile.covered(m)`", 0): ADDED_AGAIN,
     (CONSUMER, "`seq.seqlen_q - m * M` instead of `min(M, seq.seqlen_q - m * M)`", 0): ADDED_AGAIN,
-    (
-        CONSUMER,
-        "`N` instead of `min(N, tile.seq.seqlen_k - tile.n0)`",
-        0,
-    ): "keys past the end are attended by no query, and what no query attends is not read",
+    (CONSUMER, "`N` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): NOT_READ,
     (CONSUMER, "`tile.seq.seqlen_k - tile.n0` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): ADDED_AGAIN,
     (CONSUMER, "true: `acc_dq.x[0][j] != 0.f`", 0): "zeros are added",
     **{("attn/scheduler.h", what, 0): ANY_ORDER for what in ROUNDS},

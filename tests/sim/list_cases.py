@@ -161,11 +161,17 @@ def special_numbers() -> list[Row]:
     for dtype, mask in itertools.product(DTYPES, [*FEW_MASKS, {"window_size": (0, 0)}]):
         rows.append((dataclasses.replace(SMALL, dtype=dtype, **mask), Sim("nonfinite")))
     for dtype in DTYPES:
+        rows.append((covered_nonfinite(dtype), Sim("nonfinite")))
         long = dataclasses.replace(SMALL, dtype=dtype, seqlens_q=(70, 70), seqlens_k=(200, 200))
         rows.append((long, Sim("marked")))
         rows.append((dataclasses.replace(long, causal=True, seqlens_k=(40, 40)), Sim("marked")))
     large = Case((129,), (200,), "float16")
     return [*rows, *((dataclasses.replace(large, causal=causal), Sim("large")) for causal in (False, True))]
+
+
+def covered_nonfinite(dtype: str) -> Case:
+    """Many keys that no query is denied, tiles of them."""
+    return dataclasses.replace(SMALL, dtype=dtype, seqlens_k=(400,), causal=True)
 
 
 def wide_nonfinite(head_dim: int) -> Case:
@@ -270,6 +276,7 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(tiles, page_size=16, causal=True, **modified), Sim()),
         (dataclasses.replace(tiles, head_dim=40, head_dim_v=24, page_size=37), Sim(layout="heads")),
         (dataclasses.replace(SMALL, window_size=(20, 3)), Sim("nonfinite")),
+        (covered_nonfinite("bfloat16"), Sim("nonfinite")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(200, 200)), Sim("marked")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
         (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("hostile")),
@@ -286,7 +293,7 @@ def mutant_table() -> list[Row]:
         (Case((400,), (700,), "bfloat16", 1, 1, window_size=(300, -1)), Sim(deterministic=True)),
         (Case((500,), (130,), "bfloat16", 1, 1, causal=True), Sim()),
         (Case((400, 400), (300, 300), "bfloat16", 1, 1), Sim(deterministic=True)),
-        (Case((300,), (300,), "bfloat16", 1, 1, 256, 256), Sim(deterministic=True)),
+        (Case((300,), (300,), "bfloat16", 2, 2, 256, 256), Sim(deterministic=True)),
         # Sections of two heads in the forward pass, of which the last has one.
         (Case((200,), (90,), "bfloat16", 3, 3, causal=True), Sim()),
     ]

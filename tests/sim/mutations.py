@@ -120,7 +120,9 @@ def decided(scan: Scan, begin: int, end: int) -> Iterator[Mutation]:
     condition = scan.text[begin:end]
     for value in ("true", "false"):
         what = f"{value}: {scan.shown(begin, end)}"
-        synchronises = bool(re.search("deterministic|turn|nonfinite|next|found|leader|lane_id|thread", condition))
+        synchronises = bool(
+            re.search("deterministic|turn|nonfinite|next|found|leader|lane_id|thread|Apart|covered", condition)
+        )
         yield scan.mutation(begin, end, f"(({condition}), {value})", what, synchronises)
 
 
@@ -155,7 +157,8 @@ def shifted_comparisons(scan: Scan) -> Iterator[Mutation]:
             continue
         begin, end = max(match.start() - 24, 0), match.end() + 24
         what = f"`{match[0]}` becomes `{OFF_BY_ONE[match[0]]}`: {scan.shown(begin, end)}"
-        yield scan.mutation(*match.span(), OFF_BY_ONE[match[0]], what)
+        synchronises = bool(re.search("lane_id|thread|leader", what))
+        yield scan.mutation(*match.span(), OFF_BY_ONE[match[0]], what, synchronises)
 
 
 def taken_arguments(scan: Scan) -> Iterator[Mutation]:
@@ -206,8 +209,7 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("kernels/fwd_sm90.h", "sees_keys ? smem.q.kBytes : 0", "smem.q.kBytes"),
     ("kernels/fwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
     ("kernels/bwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
-    ("kernels/bwd_tile_sm90.h", "seen.end - 1 - n", "seen.end - n"),
-    ("kernels/bwd_tile_sm90.h", "n - seen.begin", "n"),
+    ("kernels/bwd_tile_sm90.h", "end - 1 - n", "end - n"),
     ("kernels/bwd_consumer_sm90.h", "times_cleared() % 2", "1"),
     ("kernels/bwd_columns_sm90.h", "wgmma_wait<kPanels>", "wgmma_wait<kPanels + 1>"),
     ("kernels/fwd_config_sm90.h", "kOutApart ? kWarps : Config::kConsumers", "kOutApart ? kWarps - 1 : 1"),
