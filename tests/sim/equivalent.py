@@ -34,7 +34,6 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (KEYS, "true: `!covered`", 0): MASKED_IN_VAIN,
     (KEYS, "`==` becomes `!=`: `st bool adds_dq = stage == consumer_; if (`", 0): "the consumers change places",
     (KEYS, "false: `!in_turn`", 0): NOBODY_READS,
-    (BWD_HOPPER, "true: `!tile.covered(m)`", 0): SEARCHED_IN_VAIN,
     (FWD_HOPPER, "true: `!covered`", 0): MASKED_IN_VAIN,
     (FWD_HOPPER, "`N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): NOT_READ,
     (FWD_HOPPER, "`tile.seq.seqlen_k - n * N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): ADDED_AGAIN,
@@ -72,6 +71,7 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     **{("attn/scheduler.h", what, 0): ANY_ORDER for what in ROUNDS},
     ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
     "does not divide kRows, and the static_assert below it fails",
+    ("tile/inspect.h", "true: `here`", 0): "what is finite is written back as it was",
     ("tile/smem_tile.h", "false: `kPanelCols == 64`", 0): "another permutation of the chunks of a row, for whoever "
     "writes and whoever reads: costs bank conflicts",
     ("tile/store_rows.h", "false: `aligned && column + 1 < valid_cols`", 0): "pairs are stored one element at a time",

@@ -294,6 +294,8 @@ def mutant_table() -> list[Row]:
         (Case((500,), (130,), "bfloat16", 1, 1, causal=True), Sim()),
         (Case((400, 400), (300, 300), "bfloat16", 1, 1), Sim(deterministic=True)),
         (Case((300,), (300,), "bfloat16", 2, 2, 256, 256), Sim(deterministic=True)),
+        # Rows that end where their tensor ends, and before the tile does.
+        *((dataclasses.replace(wide_nonfinite(8 + dim), seqlens_k=(140,)), Sim("nonfinite")) for dim in (0, 128)),
         # Sections of two heads in the forward pass, of which the last has one.
         (Case((200,), (90,), "bfloat16", 3, 3, causal=True), Sim()),
     ]
