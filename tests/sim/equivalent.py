@@ -72,7 +72,5 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
     "does not divide kRows, and the static_assert below it fails",
     ("tile/inspect.h", "true: `here`", 0): "what is finite is written back as it was",
-    ("tile/smem_tile.h", "false: `kPanelCols == 64`", 0): "another permutation of the chunks of a row, for whoever "
-    "writes and whoever reads: costs bank conflicts",
     ("tile/store_rows.h", "false: `aligned && column + 1 < valid_cols`", 0): "pairs are stored one element at a time",
 }

@@ -84,7 +84,9 @@ SYNCHRONISING = re.compile(
 )
 CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::|this->)?\w[\w.]*(?:<[\w:, ]*>)?\(")
 # Words before brackets that are no calls, and calls that only hold a device's compiler back.
-NOT_CALLS = re.compile(r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof|pin_tile|ptx::converge)\b")
+NOT_CALLS = re.compile(
+    r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof|pin_tile|ptx::pin_registers|ptx::converge)\b"
+)
 
 
 def removed_calls(scan: Scan) -> Iterator[Mutation]:
