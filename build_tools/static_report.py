@@ -6,7 +6,8 @@
 
 --check fails if a kernel spills registers on any architecture, if the compiler warns, if a kernel does not fit onto a
 multiprocessor, or if the number of kernels, the size of the object files, the memory that compiling takes or the time,
-relative to that of calibration.cu, have grown by a quarter over what the committed report says.
+relative to that of calibration.cu, have grown by a quarter over what the committed report says. Where it is the time,
+all is compiled a second time, to see whether the machine was merely busy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -25,15 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from build_tools import cost_model, cuda_archs, cuda_objects, measured, report_tables, sass
+from build_tools import compile_costs, cost_model, cuda_archs, cuda_objects, measured, report_tables, sass
 from build_tools.cuda_objects import ROOT, ToolError
 
 REPORT = ROOT / "docs" / "static_report"
 # Not with the objects of a build: all are to be compiled in one go, so that their times can be compared.
 FOLDER = ROOT / "build" / "report"
 FOLDER_OF_SOME = ROOT / "build" / "report_of_some"
-ALLOWED_GROWTH = 1.25
-CALIBRATION = ROOT / "build_tools" / "calibration.cu"
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<architecture>\S+)'\n"
@@ -215,21 +213,6 @@ def check_products(launch: Launch, passed: Mapping[str, float], function: sass.F
         raise ToolError(f"{what} was read as {found:.0f} multiply-adds, and has {launch.products}")
 
 
-def interleaved(objects: list[cuda_objects.Object]) -> tuple[list[cuda_objects.Object], list[cuda_objects.Object]]:
-    """The objects with several of calibration.cu between them, which so meet the same conditions; and those alone."""
-    archs = cuda_archs.parse(cuda_archs.DEFAULT)
-    codes, element = tuple(cuda_archs.code_names(archs)), cuda_objects.ELEMENTS[0]
-    calibrations = [cuda_objects.Object(CALIBRATION, codes, element, head_dim) for head_dim in cuda_objects.HEAD_DIMS]
-    step = -(-len(objects) // len(calibrations))
-    parts = [[calibration, *objects[i * step : (i + 1) * step]] for i, calibration in enumerate(calibrations)]
-    return [each for part in parts for each in part], calibrations
-
-
-def log_of(built: cuda_objects.Object, folder: Path) -> dict[str, Any]:
-    """What measured.py wrote down."""
-    return dict(json.loads(built.log(folder).read_text()))
-
-
 @dataclass(frozen=True)
 class Report:
     """All that is known."""
@@ -262,8 +245,11 @@ class Report:
         return f'{head},\n "kernels": {lines(kernels)},\n "loops": {lines(loops)}\n}}\n'
 
 
-def gather(folder: Path, names: Sequence[str] = ()) -> Report:
-    """Compile what is not up to date, and read all there is, or the object files of these names."""
+def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | None = None) -> Report:
+    """Compile what is not up to date, and read all there is, or the object files of these names.
+
+    With the committed report, more time than that allows has to be needed twice.
+    """
     home = cuda_objects.cuda_home()
     if home is None:
         raise ToolError("there is no nvcc; put it on PATH, or set CUDA_HOME")
@@ -272,32 +258,23 @@ def gather(folder: Path, names: Sequence[str] = ()) -> Report:
     wanted = [each for each in wanted if not names or each.name in names]
     if not wanted:
         raise ToolError(f"no object file with kernels is called {' or '.join(names)}")
-    compiled, calibrations = interleaved(wanted)
-    cuda_objects.build(home, compiled, folder)
-    calibration = statistics.median(log_of(each, folder)["cpu_seconds"] for each in calibrations)
+    compiled = compile_costs.compile_all(home, wanted, folder)
+    if committed and compile_costs.growth(compiled.costs(), committed["costs"], ["relative_time"]):
+        print("compiling took long; once more, to see whether the machine was busy", flush=True)
+        compiled = compile_costs.compile_again(home, compiled)
     known = launches(folder)
-    paths, logs = [each.path(folder) for each in wanted], [log_of(each, folder) for each in wanted]
     kernels, loops, warnings = [], [], []
-    for each, path, log in zip(wanted, paths, logs, strict=True):
+    for each, log in zip(wanted, compiled.logs, strict=True):
         own = kernels_of(each, log["output"], known)
         kernels += own
         warnings += [f"{each.name}: {line}" for line in warnings_in(log["output"])]
         # The other element type has the same instructions.
         if each.element == cuda_objects.ELEMENTS[0]:
-            loops += main_loops(tool, path, own, known)
+            loops += main_loops(tool, each.path(folder), own, known)
     kernels.sort(key=lambda each: each.place)
     loops.sort(key=lambda each: each["kernel"].place)
-    cpu_seconds = sum(log["cpu_seconds"] for log in logs)
-    costs = {
-        "kernels": len(kernels),
-        "object_bytes": sum(path.stat().st_size for path in paths),
-        "peak_bytes": max(log["peak_bytes"] for log in logs),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "calibration_cpu_seconds": round(calibration, 2),
-        "relative_time": round(cpu_seconds / calibration, 1),
-    }
     compiler = f"nvcc {cuda_objects.cuda_version(cuda_objects.nvcc_of(home))}"
-    return Report(compiler, costs, kernels, loops, warnings)
+    return Report(compiler, {"kernels": len(kernels), **compiled.costs()}, kernels, loops, warnings)
 
 
 def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
@@ -311,11 +288,7 @@ def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
             found.append(f"{name} fits onto no multiprocessor of {each.architecture}")
     if committed is None:
         return found
-    for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
-        before, now = committed["costs"][key], report.costs[key]
-        if now > ALLOWED_GROWTH * before:
-            found.append(f"{key} has grown from {before} to {now}; if that has to be, run make report and commit it")
-    return found
+    return found + compile_costs.growth(report.costs, committed["costs"])
 
 
 def main() -> int:
@@ -325,18 +298,19 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="print the report of these object files, such as fwd_sm80_bf16_64")
     arguments = parser.parse_args()
     names = arguments.names
+    target = REPORT.with_suffix(".json")
+    committed = json.loads(target.read_text()) if arguments.check and not names else None
     try:
-        report = gather(FOLDER_OF_SOME if names else FOLDER, names)
+        report = gather(FOLDER_OF_SOME if names else FOLDER, names, committed)
     except ToolError as error:
         sys.exit(str(error))
     print(report_tables.markdown(report) if names else report_tables.costs_table(report))
-    target = REPORT.with_suffix(".json")
     if not (arguments.check or names):
         target.write_text(report.as_json())
         REPORT.with_suffix(".md").write_text(report_tables.markdown(report))
         print(f"wrote {REPORT}.json and {REPORT}.md")
     # What some kernels cost says nothing about growth.
-    found = problems(report, None if names else json.loads(target.read_text()))
+    found = problems(report, committed)
     for sentence in found:
         print(sentence, file=sys.stderr)
     return 1 if found and (arguments.check or names) else 0
