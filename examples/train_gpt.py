@@ -22,7 +22,7 @@ from gpt.attention_scaling import Point, markdown_table, sweep
 from gpt.data import Corpus
 from gpt.model import GPT, GPTConfig
 from gpt.plots import plot_losses, plot_scaling
-from gpt.train import History, TrainConfig, largest_difference, train
+from gpt.train import History, TrainConfig, largest_difference, mixed_precision, train
 
 PROMPT = b"def read_"
 TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}  # float32 on a CPU; bfloat16 on a GPU
@@ -79,9 +79,10 @@ def describe_machine(device: torch.device) -> str:
     return f"CPU, {instruction_set}, {torch.get_num_threads()} threads, float32"
 
 
-def print_sample(model: GPT, num_bytes: int, seed: int) -> None:
+def print_sample(model: GPT, num_bytes: int, seed: int, device: torch.device) -> None:
     """Let the trained model write some Python."""
-    text = PROMPT + model.eval().generate(PROMPT, num_bytes, seed)
+    with mixed_precision(device):
+        text = PROMPT + model.eval().generate(PROMPT, num_bytes, seed)
     print(f"\n--- a sample, after {PROMPT.decode()!r} " + "-" * 40)
     print(text.decode("utf-8", errors="replace"))
     print("-" * 66 + "\n")
@@ -124,7 +125,7 @@ def main() -> int:
     )
     model, flash = train(corpus, model_config, config, "flash", device)
     _, plain = train(corpus, model_config, config, "plain", device)
-    print_sample(model, arguments.sample_bytes, config.seed)
+    print_sample(model, arguments.sample_bytes, config.seed, device)
 
     tolerance = TOLERANCE[device.type]
     same, comparison = compare(flash, plain, tolerance)

@@ -62,7 +62,7 @@ def selecting_reference(case: Case, x: Inputs) -> tuple[torch.Tensor, ...]:
     Each query has keys and values of its own, zero where it does not look, so that NaN spreads by selection alone.
     """
     q, k, v = (t[0].double().requires_grad_() for t in (x.q, x.k, x.v))
-    mask = visible(q.shape[0], k.shape[0], case.window)
+    mask = visible(q.shape[0], k.shape[0], case.window, q.device)
     seen = mask[:, :, None, None]
     own_q = torch.where(seen, q[:, None], 0.0)
     own_k = torch.where(seen, k[None], 0.0)

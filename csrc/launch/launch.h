@@ -7,6 +7,12 @@
 
 namespace flash_attn::cuda {
 
+// Says what went wrong. CUDA then forgets it, or the next kernel of somebody else would be blamed.
+inline const char* take_error(cudaError_t error) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
 // overlaps: may begin before the kernel before it in the stream has ended (ptx/grid.h).
 template <class... Params, class... Args> const char* launch_kernel(bool overlaps, void (*kernel)(Params...),
                                                                     int64_t blocks, int threads, int smem_bytes,
@@ -17,7 +23,7 @@ template <class... Params, class... Args> const char* launch_kernel(bool overlap
     if (smem_bytes > 48 * 1024) {
         const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-        if (allowed != cudaSuccess) return cudaGetErrorString(allowed);
+        if (allowed != cudaSuccess) return take_error(allowed);
     }
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -29,7 +35,7 @@ template <class... Params, class... Args> const char* launch_kernel(bool overlap
                                     &overlap,
                                     overlaps ? 1u : 0u};
     const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args...);
-    return launched == cudaSuccess ? nullptr : cudaGetErrorString(launched);
+    return launched == cudaSuccess ? nullptr : take_error(launched);
 }
 
 // Return null, or what went wrong. No blocks: nothing to do.

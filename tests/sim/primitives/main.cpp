@@ -14,6 +14,7 @@ static void choose_schedule([[maybe_unused]] int argc, [[maybe_unused]] char** a
 }
 
 int main(int argc, char** argv) {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);  // of a test that hangs, one sees after which
     choose_schedule(argc, argv);
     test_memory();
     test_warp();
