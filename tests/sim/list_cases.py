@@ -150,7 +150,7 @@ def batch_checks() -> list[Row]:
 def hostile_checks() -> list[Row]:
     rows = []
     for dtype, dim, page_size in itertools.product(DTYPES, [64, 128, 256], [0, 16]):
-        dims = {"head_dim": dim, "head_dim_v": dim, "causal": dim == 128}
+        dims = {"head_dim": dim, "head_dim_v": dim, "causal": dim == 128, "num_heads": 2, "num_heads_k": 1}
         keys = {"seqused_k": (20, 9, 150, 64), "leftpad_k": (1, 0, 70, 0)}
         rows.append((dataclasses.replace(UNEVEN, dtype=dtype, page_size=page_size, **dims, **keys), Sim("hostile")))
     return rows
