@@ -63,6 +63,12 @@ class Compiled:
         }
 
 
+def remove(wanted: list[Object], folder: Path) -> None:
+    """All of these, and the calibrations, are to be compiled anew."""
+    for each in [*wanted, *calibrations(len(wanted))]:
+        each.path(folder).unlink(missing_ok=True)
+
+
 def compile_all(home: Path, wanted: list[Object], folder: Path) -> Compiled:
     """Compile what is not up to date. Raises ToolError if that fails."""
     others = calibrations(len(wanted))
@@ -72,8 +78,7 @@ def compile_all(home: Path, wanted: list[Object], folder: Path) -> Compiled:
 
 def compile_again(home: Path, before: Compiled) -> Compiled:
     """Compile all once more; of each file the lesser time counts."""
-    for each in [*before.objects, *before.calibrations]:
-        each.path(before.folder).unlink()
+    remove(before.objects, before.folder)
     now = compile_all(home, before.objects, before.folder)
     return replace(
         now,

@@ -29,8 +29,8 @@ from build_tools import compile_costs, cost_model, cuda_archs, cuda_objects, mea
 from build_tools.cuda_objects import ROOT, ToolError
 
 REPORT = ROOT / "docs" / "static_report"
-# Not with the objects of a build: all are to be compiled in one go, so that their times can be compared.
-FOLDER = ROOT / "build" / "report"
+# Those of a build. A report that is written compiles all anew, in one go, so that their times can be compared.
+FOLDER = cuda_objects.FOLDER
 FOLDER_OF_SOME = ROOT / "build" / "report_of_some"
 
 ENTRY = re.compile(
@@ -246,9 +246,10 @@ class Report:
 
 
 def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | None = None) -> Report:
-    """Compile what is not up to date, and read all there is, or the object files of these names.
+    """Compile, and read all there is, or the object files of these names.
 
-    With the committed report, more time than that allows has to be needed twice.
+    With names, or the committed report, only what is not up to date is compiled. With the committed report, more time
+    than that allows has to be needed twice.
     """
     home = cuda_objects.cuda_home()
     if home is None:
@@ -258,6 +259,8 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
     wanted = [each for each in wanted if not names or each.name in names]
     if not wanted:
         raise ToolError(f"no object file with kernels is called {' or '.join(names)}")
+    if not names and committed is None:
+        compile_costs.remove(wanted, folder)
     compiled = compile_costs.compile_all(home, wanted, folder)
     if committed and compile_costs.growth(compiled.costs(), committed["costs"], ["relative_time"]):
         print("compiling took long; once more, to see whether the machine was busy", flush=True)
