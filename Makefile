@@ -35,6 +35,8 @@ endif
 GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
 GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
 GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
+# How many processes share the tests: their time goes into making inputs and references, not into kernels.
+JOBS ?= 4
 export SHARD LIMIT RESULTS
 
 # Folders too, so that a file that has gone counts as a change.
@@ -75,15 +77,15 @@ bench: $(BUILT) ## measure speed, memory and overhead against every attention of
 
 gpu-test: ## test the CUDA kernels on this machine's GPU; SHARD=1/3 for a part; with python3, in no virtual environment
 	@$(call step,gpu-test); \
-	$(GPU_PY) build_tools/preflight.py gpu-test; \
+	$(GPU_PY) -m build_tools.preflight gpu-test; \
 	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) $(GPU_PY) -m pytest tests/gpu $(ARGS)
+	$(GPU_PATH) JOBS=$(JOBS) $(GPU_PY) -m build_tools.supervise gpu-test $(GPU_PY) -m pytest tests/gpu $(ARGS)
 
 gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch; SHARD=1/3 for a part
 	@$(call step,gpu-bench); \
-	$(GPU_PY) build_tools/preflight.py gpu-bench; \
+	$(GPU_PY) -m build_tools.preflight gpu-bench; \
 	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
+	$(GPU_PATH) JOBS=1 $(GPU_PY) -m build_tools.supervise gpu-bench $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
 
 race: ## the CUDA kernels on the simulator, under ThreadSanitizer
 	@$(call step,race); \

@@ -29,6 +29,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 # For run.cpp: there are kernels for Hopper to choose.
 HOPPER_MACRO = "FLASH_ATTN_HOPPER"
 
+USUAL_HOME = "/usr/local/cuda"
 PYTHON_VARIABLE = "FLASH_ATTN_BUILD_PYTHON"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
 
@@ -91,7 +92,7 @@ def cuda_home() -> Path | None:
     """The top of the CUDA toolkit: CUDA_HOME, or what nvcc says itself, since that on PATH may be a wrapper."""
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
-    nvcc = shutil.which("nvcc")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=USUAL_HOME + "/bin")
     if nvcc is None:
         return None
     # The commands of a dry run go to standard error.

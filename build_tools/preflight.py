@@ -1,13 +1,15 @@
 """Says in one line why nothing can be run on a GPU here, with exit status 1; says nothing if it can.
 
-python build_tools/preflight.py NAME
+python -m build_tools.preflight NAME
 """
 
 import sys
 
+from build_tools import cuda_objects
+
 
 def trouble() -> str:
-    """Empty if there is a GPU that torch can use and that the kernels support."""
+    """Empty if there is a GPU that torch can use and that the kernels support, and a compiler for them."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -21,7 +23,22 @@ def trouble() -> str:
         return (
             f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
         )
+    if cuda_objects.cuda_home() is None:
+        return "there is no nvcc; put it on PATH, or set CUDA_HOME"
     return ""
+
+
+def trouble_with_build() -> str:
+    """Empty if the extension, which is built, has the kernels for this GPU."""
+    import torch
+
+    import flash_attn
+
+    major, minor = torch.cuda.get_device_capability()
+    info = flash_attn.build_info()
+    if (major, minor) == (9, 0) and not info["hopper_kernels"]:
+        return f"the build has no kernels for Hopper, only {info['cuda_archs']}; run make clean, and see what it says"
+    return "" if info["cuda_archs"] else "the extension is built for CPUs only; run make clean, and see what it says"
 
 
 if __name__ == "__main__":

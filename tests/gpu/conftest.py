@@ -1,7 +1,8 @@
 """Runs the tests of this folder in shards that can be resumed, on the device that device.py names.
 
 Environment: SHARD=i/n, every n-th test (1/1); LIMIT, seconds after which no test is started (360); RESULTS, the folder
-of the file of results (build/gpu-test). A run leaves out what has passed before with the same code.
+of the file of results (build/gpu-test). A run leaves out what has passed before with the same code. A test that takes
+more than a minute says so: pytest.mark.limit(seconds). build_tools/supervise.py kills what takes longer.
 """
 
 import os
@@ -15,25 +16,26 @@ import device
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from build_tools.preflight import trouble
-from build_tools.shards import Clock, Shard, fingerprint_of
+from build_tools import preflight
+from build_tools.shards import CRASHED, DEVICE_LOST, OUTCOMES, Clock, Shard, code_fingerprint
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # The modules that make inputs: in all of them, for the device.
 MODULES = ("check", "test_backward", "test_dropout", "test_layouts", "test_metamorphic", "test_nan")
+# What is told first, and what comes last, because it takes long or may do harm.
+FIRST = ("test_primitives",)
+LAST = ("test_offsets_have_64_bits", "test_wrong_values_do_no_harm", "test_compute_sanitizer")
 
 
 def fingerprint() -> str:
-    import flash_attn
-
-    extension = list(Path(flash_attn.__file__).parent.glob("_C*.so"))
     name = torch.cuda.get_device_name() if device.IS_GPU else "cpu"
-    return fingerprint_of([*extension, *HERE.glob("*.py"), *HERE.parent.glob("*.py")], torch.__version__, name)
+    tests = [path for folder in (HERE, HERE.parent) for path in folder.glob("*.py")]
+    return code_fingerprint(torch.__version__, name, paths=tests)
 
 
 def pytest_configure(config):
-    reason = trouble() if device.IS_GPU else ""
+    reason = (preflight.trouble() or preflight.trouble_with_build()) if device.IS_GPU else ""
     if reason:
         pytest.exit(f"gpu-test: {reason}", returncode=1)
     folder = Path(os.environ.get("RESULTS") or ROOT / "build" / "gpu-test")
@@ -53,22 +55,50 @@ def is_for_kernels(item) -> bool:
     return parameters is None or parameters.params.get("dtype") not in ("float32", "float64")
 
 
+def rank(item) -> int:
+    """Of two tests that of lower rank comes first."""
+    name = item.originalname
+    return -1 if name in FIRST else 1 + LAST.index(name) if name in LAST else 0
+
+
 def pytest_collection_modifyitems(config, items):
-    kept = [item for item in items if is_for_kernels(item)]
-    kept.sort(key=lambda item: "test_gpu_tools" not in item.nodeid)  # the longest first
+    kept = sorted(filter(is_for_kernels, items), key=rank)
     chosen = set(config.shard.choose([item.nodeid for item in kept]))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
     items[:] = [item for item in kept if item.nodeid in chosen]
     config.left = set(chosen)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    limit = item.get_closest_marker("limit")
+    item.config.shard.start(item.nodeid, limit.args[0] if limit else 60)
+
+
+def device_is_lost() -> bool:
+    """Whether the GPU refuses everything from here on: an error of one call is reported once, this one always."""
+    for _ in range(2):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            continue
+        return False
+    return True
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
     if report.when == "call" or report.outcome != "passed":
+        shard = item.config.shard
         item.config.left.discard(item.nodeid)
         more = {"text": report.longreprtext[-2000:]} if report.longreprtext else {}
-        item.config.shard.record(item.nodeid, report.outcome, report.duration, **more)
+        if report.failed and device.IS_GPU and device_is_lost():
+            shard.record(item.nodeid, CRASHED, report.duration, **more)
+            sys.stderr.write(f"gpu-test: {item.nodeid} has crashed the device; run again to go on\n")
+            sys.stderr.flush()
+            os._exit(DEVICE_LOST)  # an orderly end would wait for the device
+        shard.record(item.nodeid, report.outcome, report.duration, **more)
     return report
 
 
@@ -90,7 +120,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     shard = config.shard
-    counts = ", ".join(f"{shard.count_of(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    counts = ", ".join(f"{shard.count_of(outcome)} {outcome}" for outcome in OUTCOMES)
     terminalreporter.write_line(
         f"gpu-test, shard {shard.index}/{shard.count}: {counts}, {len(config.left)} left; {shard.path}"
     )

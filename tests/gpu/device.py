@@ -15,6 +15,16 @@ DEVICE = os.environ.get("FLASH_ATTN_TEST_DEVICE", "cuda")
 IS_GPU = DEVICE != "cpu"
 MAX_HEAD_DIM = 256
 
+# Both families of kernels, on a GPU that has both.
+HAS_HOPPER_KERNELS = IS_GPU and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+KERNELS = ("for Hopper", "generic") if HAS_HOPPER_KERNELS else ("generic",)
+
+
+def environment_of(kernels: str) -> dict[str, str]:
+    """What chooses them."""
+    return {"FLASH_ATTN_GENERIC_KERNELS": "1" if kernels == "generic" else ""}
+
+
 needs_gpu = pytest.mark.skipif(not IS_GPU, reason="a rehearsal on the CPU")
 make_inputs_anywhere = inputs.make_inputs
 

@@ -49,6 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     cases = [*EXTRA, *for_kernels(small_table())][: int(sys.argv[1]) if len(sys.argv) > 1 else None]
     for case in cases:
+        print(case.name, flush=True)
         run(case, make_inputs(case))
         if IS_GPU:  # the CPU refuses them
             run(case, hostile(case))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from build_tools import cuda_archs, cuda_objects
-from device import needs_gpu
+from device import KERNELS, environment_of, needs_gpu
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -28,30 +29,53 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
+def run_group(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Exit status and output of a command. When the time is over, all that it has started is killed."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        text = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return -signal.SIGKILL, process.communicate()[0] + f"\nkilled after {seconds:.0f} s"
+    return process.returncode, text
+
+
 @needs_gpu
-@pytest.mark.parametrize(("tool", "cases"), [("memcheck", "30"), ("racecheck", "8"), ("synccheck", "8")])
-def test_compute_sanitizer(tool, cases):
+@pytest.mark.limit(200)
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("tool", "cases"), [("memcheck", "20"), ("synccheck", "8"), ("racecheck", "8")])
+def test_compute_sanitizer(tool, cases, kernels, request):
+    """What it says is kept beside the results."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("there is no compute-sanitizer")
     # Every tensor in an allocation of its own, so that the first byte beside it is noticed.
     path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
+    environment = {**os.environ, **environment_of(kernels), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     # Kernels of torch are not what is looked at.
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=flash_attn"]
     command += ["--padding", "256"] if tool == "memcheck" else []
     command += ["--print-limit", "20", sys.executable, str(HERE / "sanitized.py"), cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    text = done.stdout + done.stderr
+    status, text = run_group(command, environment, 180)
+    (request.config.shard.path.parent / f"sanitizer-{tool}-{kernels}.txt").write_text(text)
     if "Device not supported" in text:
         pytest.skip(f"compute-sanitizer does not support {torch.cuda.get_device_name()}")
-    assert done.returncode == 0, text[-4000:]
-    assert "ran " in done.stdout
+    assert status == 0, text[-4000:]
+    assert "\nran " in text
     assert "ERROR SUMMARY: 0 errors" in text or "RACECHECK SUMMARY: 0 hazards" in text, text[-2000:]
 
 
 @needs_gpu
-def test_primitives(tmp_path):
+@pytest.mark.limit(200)
+def test_primitives(tmp_path, request):
     """The assumptions of the simulator about single instructions hold on the device."""
     home = cuda_objects.cuda_home()
     if home is None:
@@ -59,10 +83,12 @@ def test_primitives(tmp_path):
     major, minor = torch.cuda.get_device_capability()
     flags = cuda_archs.gencode_flags([cuda_archs.Arch(major, minor).machine_code])
     program = tmp_path / "primitives"
-    command = [cuda_objects.nvcc_of(home), "-x", "cu", "-std=c++20", "-O1", *flags, f"-I{ROOT / 'csrc'}"]
+    command = [cuda_objects.nvcc_of(home), "--threads", "0", "-x", "cu", "-std=c++20", "-O1", *flags]
+    command += [f"-I{ROOT / 'csrc'}"]
     sources = sorted(map(str, PRIMITIVES.glob("*.cpp")))
     subprocess.run([*command, *sources, "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert done.returncode == 0, "\n".join([*failed, done.stderr])
-    assert done.stdout.count("\nok") > 10
+    status, text = run_group([str(program)], dict(os.environ), 60)
+    (request.config.shard.path.parent / "primitives.txt").write_text(text)
+    failed = [line for line in text.splitlines() if line.startswith("FAIL")]
+    assert status == 0, "\n".join([*failed, text[-500:]])
+    assert text.count("\nok") > 10
