@@ -2,22 +2,27 @@
 
     make gpu-bench                        # everything
     make gpu-bench SHARD=1/3              # every third case; run again, it goes on where it ended
-    make gpu-bench ARGS='--merge'         # the shards' results as one table, with figures
+    make gpu-bench ARGS='--merge'         # measure nothing: table and figures of what is there
     make gpu-bench ARGS='--only "causal.*d128"'
 
-Forward, backward and both together are timed apart. Results go to benchmarks/results/<gpu>/, or to the folder RESULTS.
-Environment: SHARD=i/n (1/1), LIMIT, seconds after which no case is started (330).
+Forward and backward are timed apart. FlexAttention compiles for many seconds per case, so it comes in a second stage,
+again beside ours, when everything else is done. Results go to benchmarks/results/<gpu>/, or to the folder RESULTS; the
+table and the figures there are of all shards, and are made anew at the end of every run.
+Environment: SHARD=i/n (1/1); LIMIT, seconds after which no case is started (330); COMMIT, where there is no git.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,135 +30,193 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from build_tools import preflight
 
-if __name__ == "__main__" and "--device=cpu" not in sys.argv and preflight.trouble():
-    sys.exit(f"gpu-bench: {preflight.trouble()}")
+if __name__ == "__main__" and "--device=cpu" not in sys.argv:
+    preflight_trouble = preflight.trouble() or preflight.trouble_with_build()
+    if preflight_trouble:
+        sys.exit(f"gpu-bench: {preflight_trouble}")
 
 import torch
 import torch._functorch.config
 
-from build_tools.shards import Clock, Shard, fingerprint_of
-from harness import gpu, gpu_report
+from build_tools import shards
+from harness import gpu, gpu_figures, gpu_report, results
 from harness.cases import Case
-from harness.dense import dense_implementations
-from harness.implementation import OURS, Implementation, disagreement, works
+from harness.failures import device_is_lost, reason
+from harness.gpu_race import measure
+from harness.implementation import PASSES
 from harness.machine import BENCHMARKS, describe, machine_name
-from harness.timing import Contestant, race
-from harness.varlen import varlen_implementations
+from harness.monitor import Monitor, device_state
+
+# What decides what is measured; the rest of the harness may change without making results worthless.
+MEASURING = ("cases", "dense", "flex", "gpu", "gpu_race", "implementation", "timing", "varlen")
+SECONDS_PER_CASE = {1: 120.0, 2: 240.0}  # after which it counts as hung; the second stage compiles
 
 
-def parse_arguments() -> argparse.Namespace:
+@dataclass(frozen=True)
+class Race:
+    """A case and who takes part: 1, everybody but FlexAttention; 2, FlexAttention."""
+
+    case: Case
+    stage: int
+
+    @property
+    def name(self) -> str:
+        """What its results are filed under."""
+        return self.case.name + (", flex" if self.stage == 2 else "")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="REGEX", default="", help="measure only the cases whose name matches")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds per case and pass")
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds per case and pass (0.3)")
+    parser.add_argument("--both", action="store_true", help="time forward and backward in one, too")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="1: all but FlexAttention; 2: FlexAttention alone")
     parser.add_argument("--merge", action="store_true", help="measure nothing; join the results of all shards")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with small cases")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def peers_and_us(case: Case, device: str) -> list[Implementation]:
-    """Ours first, then all peers that can compute the case here."""
-    torch.compiler.reset()  # FlexAttention compiles for every case, and stops doing so after some
-    ours, *peers = (varlen_implementations if case.seqlens else dense_implementations)(case, device)
-    if case.seqlen_k > gpu.MATH_LIMIT:
-        peers = [peer for peer in peers if "math" not in peer.name and "mask" not in peer.name]
-    variants = [*([gpu.deterministic(ours)] if case.backward else []), *gpu.other_kernels(ours)]
-    return [ours, *variants, *(peer for peer in peers if works(peer))]
+def all_races(device: str) -> list[Race]:
+    """In the order of their value; a second stage only where FlexAttention has a backward pass."""
+    cases = gpu.gpu_cases()
+    if device == "cpu":
+        return [Race(case, 1) for case in dict.fromkeys(map(gpu.quick, cases))]
+    second = [Race(case, 2) for case in cases if not case.seqlens and not case.dropout_p]
+    return [*(Race(case, 1) for case in cases), *second]
 
 
-def measure(case: Case, device: str, budget: float) -> dict[str, Any]:
-    """One row of results: milliseconds and ratios of every pass, and clocks and power after each."""
-    torch.manual_seed(0)
-    implementations = peers_and_us(case, device)
-    problems = list(filter(None, (disagreement(case, implementations[0], peer) for peer in implementations[1:])))
-    row: dict[str, Any] = {"name": case.name, "case": vars(case), "problems": problems, "passes": {}}
-    for which in gpu.passes_of(case):
-        contestants = {each.name: Contestant(gpu.function_of(each, which), each.context) for each in implementations}
-        rounds = race(contestants, device, budget)
-        state = gpu.device_state(device, ("sm_clock_mhz", "power_w", "temperature_c"))
-        milliseconds = {name: 1e3 * contestant.median() for name, contestant in contestants.items()}
-        reference = contestants.pop(OURS)
-        row["passes"][which] = {
-            "rounds": rounds,
-            "milliseconds": {name: float(f"{value:.5g}") for name, value in milliseconds.items()},
-            "ratios": {name: round(each.ratio_to(reference), 3) for name, each in contestants.items()},
-            "tflops": float(f"{gpu.flops(case, which) / milliseconds[OURS] / 1e9:.4g}"),
-            **state,
-        }
-    return row
+def wanted(races: Sequence[Race], arguments: argparse.Namespace) -> list[Race]:
+    """Those that the command line chooses."""
+    return [
+        race for race in races if re.search(arguments.only, race.case.name) and arguments.stage in (None, race.stage)
+    ]
 
 
-def shard_name() -> str:
-    """Which part of the cases this run is for."""
-    return os.environ.get("SHARD") or "1/1"
+def passes(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What is timed."""
+    return PASSES if arguments.both else PASSES[:2]
 
 
-def run_shard(arguments: argparse.Namespace, cases: list[Case], folder: Path, info: dict[str, Any]) -> int:
-    """Measure what this shard has not measured yet."""
-    extension = list((BENCHMARKS.parent / "flash_attn").glob("_C*.so"))
-    code = fingerprint_of(extension, str(arguments.budget), info["torch"], info["processor"])
-    shard = Shard(shard_name(), folder, code, name="gpu-bench")
-    clock = Clock(float(os.environ.get("LIMIT") or 330))
-    by_name = {case.name: case for case in cases}
-    chosen = shard.choose(list(by_name))
-    shard.note({"machine": info})
-    for number, name in enumerate(chosen, start=1):
-        if clock.is_over():
-            print(f"gpu-bench: the time is over with {len(chosen) - number + 1} cases left; run again to go on")
-            return 1
+def fingerprint(arguments: argparse.Namespace, info: dict[str, Any]) -> str:
+    """Changes with everything that results depend on."""
+    settings = (str(arguments.budget), *passes(arguments), info["torch"], info["processor"])
+    return shards.code_fingerprint(*settings, paths=[BENCHMARKS / "harness" / f"{name}.py" for name in MEASURING])
+
+
+class Run:
+    """One process: a share of the races, its file, and what is made of all files."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, info: dict[str, Any]):
+        self.arguments, self.folder, self.device = arguments, folder, arguments.device
+        self.order = [race.name for race in all_races(self.device)]
+        self.races = {race.name: race for race in wanted(all_races(self.device), arguments)}
+        self.code = fingerprint(arguments, info)
+        self.shard = shards.Shard(os.environ.get("SHARD") or "1/1", folder, self.code, name=results.NAME)
+        self.shard.note({"machine": info, "at": round(time.time(), 3)})
+
+    def go(self, clock: shards.Clock, monitor: Monitor) -> int:
+        """Run what has not been run yet; returns how many races are left."""
+        chosen = self.shard.choose(list(self.races))
+        for number, name in enumerate(chosen, start=1):
+            if clock.is_over():
+                left = len(chosen) - number + 1
+                print(f"gpu-bench: the time is over with {left} races left; run again to go on")
+                return left
+            line = self.run(self.races[name], monitor)
+            print(f"{number:3}/{len(chosen)} {line}", flush=True)
+            write(self.folder, self.order, self.code)
+        return 0
+
+    def run(self, race: Race, monitor: Monitor) -> str:
+        """Measure a case and record what became of it; returns a line that tells it."""
         started = time.monotonic()
-        row = measure(by_name[name], arguments.device, arguments.budget)
-        shard.record(name, "passed", time.monotonic() - started, row=row)
-        print(f"{number:3}/{len(chosen)} {gpu_report.one_line(row)}", flush=True)
-        if arguments.device == "cuda":
+        self.shard.start(race.name, SECONDS_PER_CASE[race.stage])
+        try:
+            row = measure(race.case, race.stage, passes(self.arguments), self.device, self.arguments.budget, monitor)
+        except Exception as error:  # noqa: BLE001 (one case must not cost the others)
+            lost = device_is_lost(error)
+            outcome = shards.CRASHED if lost else shards.FAILED
+            self.shard.record(race.name, outcome, time.monotonic() - started, text=reason(error))
+            if lost:
+                self.leave(race, error, monitor)
+            line = f"{race.name}: FAILED: {reason(error)}"
+        else:
+            self.shard.record(race.name, shards.PASSED, time.monotonic() - started, row=row)
+            line = gpu_report.one_line(row) + (", FlexAttention" if race.stage == 2 else "")
+        if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
-    return 0
+        return line
+
+    def leave(self, race: Race, error: Exception, monitor: Monitor) -> None:
+        """End the process at once, as an orderly end would wait for the device; supervise.py starts another."""
+        print(f"gpu-bench: {race.name} has crashed the device: {reason(error)}; run again to go on", file=sys.stderr)
+        monitor.stop()
+        write(self.folder, self.order, self.code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(shards.DEVICE_LOST)
 
 
-def merge(folder: Path) -> int:
-    """One JSON file, one table and the figures, from what all shards have left."""
-    lines = [json.loads(line) for path in sorted(folder.glob("gpu-bench-*.jsonl")) for line in path.open()]
-    machines = [line["machine"] for line in lines if "machine" in line]
-    order = {case.name: number for number, case in enumerate(gpu.gpu_cases())}
-    rows = {line["row"]["name"]: line["row"] for line in lines if "row" in line}
-    if not rows:
+def write(folder: Path, order: list[str], code: str = "") -> results.Results | None:
+    """The JSON file and the table of what all shards have left; None if that is nothing."""
+    found = results.collect(folder, order, code)
+    if found is None or not (found.rows or found.failed):
+        return None
+    content = {"machine": found.machine, "rows": found.rows, "failed": found.failed, "left": found.left}
+    (folder / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "gpu.md").write_text(gpu_report.markdown(found))
+    return found
+
+
+def merge(folder: Path, order: list[str], code: str = "") -> int:
+    """Table, figures and a summary; exit status 1 if something is wrong, or there is nothing."""
+    found = write(folder, order, code)
+    if found is None:
         print(f"gpu-bench: no results in {folder}", file=sys.stderr)
         return 1
-    ordered = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
-    content = {"machine": machines[0], "rows": ordered}
-    (folder / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "gpu.md").write_text(gpu_report.markdown(machines[0], ordered))
-    written = ["gpu.json", "gpu.md", *gpu_report.draw(folder, machines[0], ordered)]
-    print(f"wrote {', '.join(written)} to {folder}")
-    print(gpu_report.summary(ordered))
-    for row in ordered:
-        for problem in row["problems"]:
-            print(problem, file=sys.stderr)
-    return int(any(row["problems"] for row in ordered))
+    written = ["gpu.json", "gpu.md", *gpu_figures.draw(folder, found.machine, found.rows)]
+    print(f"wrote {', '.join(written)} to {folder}\n{gpu_report.summary(found.rows)}")
+    problems = [problem for row in found.rows for problem in row["problems"]]
+    problems += [f"failed: {name}: {why}" for name, why in found.failed.items()]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return int(bool(problems))
 
 
-def main() -> int:
-    """Measure, or merge; a run of all cases in one shard merges by itself."""
-    arguments = parse_arguments()
+def machine(device: str) -> dict[str, Any]:
+    """Everything about where and what this is."""
+    info = {**describe(device), **device_state(device), "kernels": gpu.kernels(device)}
+    return {**info, "commit": os.environ.get("COMMIT") or info["commit"]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and merge."""
+    arguments = parse_arguments(argv)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    cases = [case for case in gpu.gpu_cases() if re.search(arguments.only, case.name)]
-    if arguments.list or not cases:
-        print("\n".join(case.name for case in cases) or f"no case matches {arguments.only!r}; --list shows all")
-        return 0 if cases else 2
-    if arguments.device == "cpu":
-        cases = list(dict.fromkeys(map(gpu.quick, cases)))
+    races = all_races(arguments.device)
+    chosen = wanted(races, arguments)
+    if arguments.list or not chosen:
+        print("\n".join(race.name for race in chosen) or f"no case matches {arguments.only!r}; --list shows all")
+        return 0 if chosen else 2
     # Compiled backward passes free what they were given; ours is run again and again on the same forward pass.
     torch._functorch.config.donated_buffer = False
-    info = {**describe(arguments.device), **gpu.device_state(arguments.device)}
+    info = machine(arguments.device)
     folder = Path(os.environ.get("RESULTS") or BENCHMARKS / "results" / machine_name(info))
     folder.mkdir(parents=True, exist_ok=True)
-    if not arguments.merge:
-        print(gpu_report.heading(info))
-        status = run_shard(arguments, cases, folder, info)
-        if status or shard_name() != "1/1":
-            return status
-    return merge(folder)
+    try:
+        if arguments.merge:
+            return merge(folder, [race.name for race in races])
+        results.refuse_mixture(folder, info["processor"])
+        run = Run(arguments, folder, info)
+    except ValueError as error:
+        sys.exit(f"gpu-bench: {error}")
+    print(gpu_report.heading(info))
+    with Monitor(arguments.device) as monitor:
+        left = run.go(shards.Clock(float(os.environ.get("LIMIT") or 330)), monitor)
+    return merge(folder, run.order, run.code) or int(left > 0)
 
 
 if __name__ == "__main__":

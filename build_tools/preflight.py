@@ -41,6 +41,19 @@ def trouble_with_build() -> str:
     return "" if info["cuda_archs"] else "the extension is built for CPUs only; run make clean, and see what it says"
 
 
+def device_is_lost() -> bool:
+    """Whether the GPU refuses everything from here on: an error of one call is told once, this one always."""
+    import torch
+
+    for _ in range(2):
+        try:
+            torch.cuda.synchronize()
+        except Exception:  # noqa: BLE001 (whatever it is, the device does not answer)
+            continue
+        return False
+    return True
+
+
 if __name__ == "__main__":
     if found := trouble():
         sys.exit(f"{sys.argv[1]}: {found}")

@@ -83,7 +83,9 @@ class Shard:
         self._pipe = os.environ.get(PIPE_VARIABLE)
         self.outcomes = {test: line["outcome"] for test, line in results(folder, name, fingerprint).items()}
         own = lines_of(self.path, fingerprint)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in [{"fingerprint": fingerprint}, *own]))
+        whole = self.path.with_suffix(".new")  # first, so that no moment is without the results
+        whole.write_text("".join(json.dumps(line) + "\n" for line in [{"fingerprint": fingerprint}, *own]))
+        whole.replace(self.path)
         self._tell({"file": str(self.path)})
 
     def choose(self, names: Sequence[str]) -> list[str]:

@@ -82,6 +82,8 @@ class Child:
     def lose(self, outcome: str) -> None:
         """The test that was running ends so."""
         if self.file and self.test:
+            with self.file.open("a") as file:
+                file.write("\n")  # after the half of a line that it may have left
             shards.append(self.file, shards.result(self.test, outcome, time.monotonic() - self._since))
             print(f"supervise: {outcome}: {self.test}", flush=True)
 

@@ -1,6 +1,5 @@
 """The tests and the benchmark for GPUs, as far as they can be tried without one."""
 
-import json
 import os
 import subprocess
 import sys
@@ -53,23 +52,6 @@ def test_without_a_gpu_there_is_one_line(command, tmp_path):
     assert done.returncode == 1, lines
     assert len(lines) == 1, lines
     assert ": no CUDA device: torch " in lines[0]
-
-
-def test_benchmark_for_gpus_runs_on_the_cpu(tmp_path):
-    """Two shards of small cases, one of each kind, then one table of both."""
-    command = ("benchmarks/bench_gpu.py", "--device=cpu", "--budget=0.01", "--only=d256|varlen|softcap|decode")
-    for shard in ("1/2", "2/2", "2/2"):
-        done = run(*command, SHARD=shard, RESULTS=str(tmp_path))
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    done = run(*command, "--merge", RESULTS=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert {row["case"]["group"] for row in rows} == {"dense", "varlen", "softcap", "decode"}
-    assert all(row["problems"] == [] for row in rows)
-    dense = next(row for row in rows if row["case"]["group"] == "dense")
-    assert set(dense["passes"]) == {"forward", "backward", "both"}
-    assert {"ours", "ours, deterministic", "torch math"} <= set(dense["passes"]["both"]["milliseconds"])
-    assert "| bf16 full " in (tmp_path / "gpu.md").read_text()
 
 
 # Shards.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from flash_attn import flash_attn_func
 from harness.cases import DTYPES, Case
-from harness.flex import flex_forward
+from harness.flex import FLEX, flex_forward
 from harness.implementation import OURS, Implementation, random_tensor, torch_backends, visibility
 
 
@@ -21,15 +23,15 @@ def alibi_slopes(case: Case, device: str) -> Tensor | None:
     return 2.0 ** (-8.0 / case.num_heads * torch.arange(1, case.num_heads + 1, device=device, dtype=torch.float32))
 
 
-def _attention_mask(case: Case, device: str) -> Tensor | None:
-    """What scaled_dot_product_attention needs as attn_mask, or None where is_causal says it."""
+def _dense_mask(case: Case, device: str) -> Tensor | None:
+    """What scaled_dot_product_attention needs as attn_mask, or None where is_causal says it or all is visible."""
     slopes = alibi_slopes(case, device)
     if slopes is not None:
         query = torch.arange(case.seqlen_q, device=device)[:, None] + case.seqlen_k - case.seqlen_q
         key = torch.arange(case.seqlen_k, device=device)[None, :]
         bias = -slopes[:, None, None] * (query - key).abs()
         return bias.masked_fill(~visibility(case, device), -math.inf).to(DTYPES[case.dtype])[None]
-    if case.window is not None or (case.causal and case.seqlen_q != case.seqlen_k):
+    if case.window is not None or (case.causal and 1 < case.seqlen_q != case.seqlen_k):
         return visibility(case, device)
     return None
 
@@ -40,7 +42,7 @@ def dense_implementations(case: Case, device: str) -> list[Implementation]:
     k = random_tensor(case, device, case.batch_size, case.seqlen_k, case.num_heads_k, case.head_dim)
     v = random_tensor(case, device, case.batch_size, case.seqlen_k, case.num_heads_k, case.head_dim_v)
     dout = random_tensor(case, device, case.batch_size, case.seqlen_q, case.num_heads, case.head_dim_v, grad=False)
-    slopes, mask = alibi_slopes(case, device), _attention_mask(case, device)
+    slopes = alibi_slopes(case, device)
 
     def ours() -> Tensor:
         return flash_attn_func(
@@ -54,30 +56,40 @@ def dense_implementations(case: Case, device: str) -> list[Implementation]:
             alibi_slopes=slopes,
         )
 
-    def sdpa() -> Tensor:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=case.dropout_p,
-            is_causal=case.causal and mask is None,
-            enable_gqa=case.num_heads != case.num_heads_k,
-        )
-        return out.transpose(1, 2)
-
     result = [Implementation(OURS, ours, (q, k, v), dout)]
     if case.softcap:  # scaled_dot_product_attention has no softcap
         result.append(Implementation("torch written out", lambda: _written_out(case, q, k, v), (q, k, v), dout))
     else:
-        suffix = "" if mask is None else " + mask"
-        result += [
-            Implementation(name + suffix, sdpa, (q, k, v), dout, backend)
-            for name, backend in torch_backends(device).items()
-        ]
+        result += _backends(case, device, (q, k, v), dout)
     if device == "cuda" and not case.dropout_p:
-        result.append(Implementation("torch flex", flex_forward(case, q, k, v, slopes), (q, k, v), dout))
+        result.append(Implementation(FLEX, flex_forward(case, q, k, v, slopes), (q, k, v), dout))
     return result
+
+
+def _backends(case: Case, device: str, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor) -> Iterator[Implementation]:
+    """scaled_dot_product_attention with every backend, each with the cheapest mask that it takes."""
+    q, k, v = inputs
+    mask = _dense_mask(case, device)
+    # Without a matrix: two backends know the mask that is aligned at the bottom right.
+    aligned = mask is not None and case.window is None and not case.alibi and device == "cuda"
+
+    def sdpa(attn_mask: Tensor | None) -> Callable[[], Tensor]:
+        return lambda: F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=attn_mask,
+            dropout_p=case.dropout_p,
+            is_causal=case.causal and case.seqlen_q == case.seqlen_k and attn_mask is None,
+            enable_gqa=case.num_heads != case.num_heads_k,
+        ).transpose(1, 2)
+
+    for name, backend in torch_backends(device).items():
+        if aligned and name in ("torch flash", "torch efficient"):
+            yield Implementation(name, sdpa(causal_lower_right(case.seqlen_q, case.seqlen_k)), inputs, dout, backend)
+        else:
+            suffix = "" if mask is None else " + mask"
+            yield Implementation(name + suffix, sdpa(mask), inputs, dout, backend)
 
 
 def _written_out(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

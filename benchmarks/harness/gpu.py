@@ -1,13 +1,12 @@
-"""What the GPU benchmark measures, and on what: cases, passes, clocks and power."""
+"""What the GPU benchmark measures, and on what: cases in their order, passes, and the variants of ours."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,10 +14,11 @@ from flash_attn import build_info
 from harness.cases import RAGGED_SEQLENS, Case
 from harness.implementation import OURS, Implementation
 
-PASSES = ("forward", "backward", "both")
 TOTAL_TOKENS = 16384  # of a batch, whatever the length of its sequences
 HIDDEN = 2048  # num_heads * head_dim
-MATH_LIMIT = 4096  # longer sequences need too much memory and time with the whole matrix
+SWEEP = (64, 128, 256)  # values of head_dim
+MATH_LIMIT = 4096**2  # longer sequences need too much memory and time with the whole matrix
+HOST_BOUND = ("decode", "short")  # groups in which a call takes the host longer than the GPU
 
 
 def _case(group: str, seqlen: int, head_dim: int, **changes: Any) -> Case:
@@ -34,19 +34,31 @@ def _case(group: str, seqlen: int, head_dim: int, **changes: Any) -> Case:
 
 
 def gpu_cases() -> list[Case]:
-    """Every case; the order spreads what takes long over all shards."""
-    return [*_dense(), *_special(), *_decode()]
+    """Every case, those first that tell most."""
+    return [*_sweep("bf16"), *_sweep("fp16"), *_more_head_dims(), *_special(), *_decode()]
 
 
-def _dense() -> Iterator[Case]:
-    for dtype in ("bf16", "fp16"):
-        for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-            for head_dim in (64, 128, 256):
-                for causal in (False, True):
-                    yield _case("dense", seqlen, head_dim, causal=causal, dtype=dtype)
-    for causal in (False, True):
-        yield _case("dense", 4096, 96, causal=causal, num_heads=16, num_heads_k=16)
-        yield _case("dense", 4096, 192, causal=causal, num_heads=16, num_heads_k=16, head_dim_v=128)
+def _sweep(dtype: str) -> Iterator[Case]:
+    shapes = [
+        *((seqlen, head_dim) for head_dim in (128, 64, 256) for seqlen in (4096, 16384, 8192)),
+        *((seqlen, head_dim) for seqlen in (2048, 1024, 512) for head_dim in (128, 64, 256)),
+    ]
+    return _with_both_masks(_case("dense", seqlen, head_dim, dtype=dtype) for seqlen, head_dim in shapes)
+
+
+def _with_both_masks(cases: Iterator[Case]) -> Iterator[Case]:
+    """Full and causal, or causal and full, by turns that no shard can keep up with: every n-th case has both masks."""
+    for number, case in enumerate(cases):
+        first = number * (number + 1) // 2 % 2 == 1  # no, yes, yes, no, no, yes, yes, ...
+        yield replace(case, causal=first)
+        yield replace(case, causal=not first)
+
+
+def _more_head_dims() -> Iterator[Case]:
+    return _with_both_masks(
+        _case("dense", 4096, head_dim, head_dim_v=head_dim_v, num_heads=16, num_heads_k=16)
+        for head_dim, head_dim_v in ((192, 128), (96, 96))
+    )
 
 
 def _special() -> Iterator[Case]:
@@ -84,9 +96,9 @@ def quick(case: Case) -> Case:
     )
 
 
-def passes_of(case: Case) -> tuple[str, ...]:
+def passes_of(case: Case, passes: Sequence[str]) -> list[str]:
     """What is timed: without a backward pass, the forward pass alone."""
-    return PASSES if case.backward else PASSES[:1]
+    return [which for which in passes if case.backward or which == "forward"]
 
 
 def flops(case: Case, which: str) -> float:
@@ -99,6 +111,8 @@ def flops(case: Case, which: str) -> float:
 class _Deterministic(Implementation):
     """Ours, with backward passes that add up in a fixed order."""
 
+    passes: ClassVar[tuple[str, ...]] = ("backward",)
+
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Asks for it in the way that concerns all of torch; memory is not filled for it."""
@@ -110,11 +124,6 @@ class _Deterministic(Implementation):
         finally:
             torch.use_deterministic_algorithms(False)
             settings.fill_uninitialized_memory = fill
-
-
-def deterministic(ours: Implementation) -> Implementation:
-    """The same, deterministic; no peer, for the price of it."""
-    return _Deterministic(f"{OURS}, deterministic", ours.forward, ours.inputs, ours.dout)
 
 
 class _Generic(Implementation):
@@ -130,12 +139,36 @@ class _Generic(Implementation):
             del os.environ["FLASH_ATTN_GENERIC_KERNELS"]
 
 
-def other_kernels(ours: Implementation) -> list[Implementation]:
-    """The same by the generic kernels, where a GPU has others as well; no peer."""
-    has_others = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    if not has_others or not build_info()["hopper_kernels"]:
-        return []
-    return [_Generic(f"{OURS}, generic", ours.forward, ours.inputs, ours.dout)]
+def variants(case: Case, ours: Implementation) -> list[Implementation]:
+    """Ours in other ways, for the price of them: deterministic, and by the generic kernels. None is a peer."""
+    found: list[Implementation] = []
+    if case.backward:
+        found.append(_Deterministic(f"{OURS}, deterministic", ours.forward, ours.inputs, ours.dout))
+    if runs_on_hopper():
+        found.append(_Generic(f"{OURS}, generic", ours.forward, ours.inputs, ours.dout))
+    return found
+
+
+def runs_on_hopper() -> bool:
+    """Whether the kernels for Hopper run, and not the generic ones."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return is_hopper and build_info()["hopper_kernels"] and "FLASH_ATTN_GENERIC_KERNELS" not in os.environ
+
+
+def kernels(device: str) -> str:
+    """What runs as ours, for the heading."""
+    info = build_info()
+    if device != "cuda":
+        return f"the CPU backend, {info['cpu_instruction_set']}"
+    which = "the Hopper kernels" if runs_on_hopper() else "the generic kernels"
+    return f"{which}, of a build for {', '.join(info['cuda_archs'])} with CUDA {info['cuda_version']}"
+
+
+def too_large(case: Case, peer: Implementation) -> str:
+    """Why a peer is not even tried; empty if it is."""
+    if "math" in peer.name and case.seqlen_q * case.seqlen_k > MATH_LIMIT:
+        return f"makes the whole matrix, here of {case.seqlen_q} x {case.seqlen_k}"
+    return ""
 
 
 def function_of(implementation: Implementation, which: str) -> Callable[[], object]:
@@ -155,32 +188,25 @@ def function_of(implementation: Implementation, which: str) -> Callable[[], obje
     return lambda: torch.autograd.grad(implementation.forward(), inputs, dout)
 
 
-QUERIES = {
-    "sm_clock_mhz": "clocks.sm",
-    "sm_clock_max_mhz": "clocks.max.sm",
-    "memory_clock_mhz": "clocks.mem",
-    "power_w": "power.draw",
-    "power_limit_w": "power.limit",
-    "temperature_c": "temperature.gpu",
-    "driver": "driver_version",
-}
-
-
-def device_state(device: str, names: tuple[str, ...] = tuple(QUERIES)) -> dict[str, Any]:
-    """Clocks, power and driver, as nvidia-smi tells them at this moment; nothing where it cannot."""
-    if device != "cuda":
-        return {}
-    query = "--query-gpu=" + ",".join(QUERIES[name] for name in names)
-    command = ["nvidia-smi", "--id=0", "--format=csv,noheader,nounits", query]
+def captured(implementation: Implementation, which: str) -> Callable[[], object]:
+    """The same pass as a CUDA graph, so that the time of the host is not in the samples."""
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
+    graph = torch.cuda.CUDAGraph()
     try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(names, [_number(each) for each in text.strip().split(", ")], strict=False))
+        with implementation.context():
+            with torch.cuda.stream(stream):
+                function = function_of(implementation, which)  # here: a backward pass runs where its forward pass ran
+                for _ in range(3):
+                    function()
+            with torch.cuda.graph(graph, stream=stream):
+                function()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails does not
+    graph.replay()
+    torch.cuda.synchronize()
 
+    def replay(owner: object = function) -> None:  # which owns what the graph reads
+        graph.replay()
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return replay

@@ -25,6 +25,7 @@ class Contestant:
     function: Callable[[], object]
     context: Context = contextlib.nullcontext
     calls: int = 1  # per sample
+    repeats: bool = True  # called several times per sample if it is quick
     stride: int = 1  # takes part in every stride-th round
     samples: dict[int, float] = field(default_factory=dict)
 
@@ -65,12 +66,17 @@ class Stopwatch:
 def race(
     contestants: Mapping[str, Contestant], device: str, budget: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> int:
-    """Time all contestants by turns for about `budget` seconds, filling in their samples; returns the rounds."""
+    """Time all contestants by turns for about `budget` seconds, filling in their samples; returns the rounds.
+
+    Another one begins each round, so that none always comes after the same other.
+    """
     stopwatch = Stopwatch(device)
     _warm_up(contestants, stopwatch)
+    order = list(contestants.values())
     started = time.perf_counter()
     for number in range(max_rounds):
-        for contestant in contestants.values():
+        first = number % len(order)
+        for contestant in order[first:] + order[:first]:
             if number % contestant.stride == 0:
                 with contestant.context():
                     contestant.samples[number] = stopwatch(contestant.function, contestant.calls)
@@ -89,5 +95,6 @@ def _warm_up(contestants: Mapping[str, Contestant], stopwatch: Stopwatch) -> Non
             estimates[name] = stopwatch(contestant.function)
     quickest = min(estimates.values())
     for name, contestant in contestants.items():
-        contestant.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
+        if contestant.repeats:
+            contestant.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
         contestant.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))

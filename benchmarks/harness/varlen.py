@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,8 +97,10 @@ def _torch_varlen(
     def forward() -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        window = (-1, 0) if case.causal else (-1, -1)
-        out = varlen_attn(*packed, cu_seqlens, cu_seqlens, longest, longest, window_size=window)
+        options: dict[str, Any] = {"window_size": (-1, 0) if case.causal else (-1, -1)}
+        if "is_causal" in inspect.signature(varlen_attn).parameters:  # torch 2.10
+            options = {"is_causal": case.causal}
+        out = varlen_attn(*packed, cu_seqlens, cu_seqlens, longest, longest, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return Implementation("torch varlen", forward, packed, dout)

@@ -75,17 +75,6 @@ def pytest_runtest_setup(item):
     item.config.shard.start(item.nodeid, limit.args[0] if limit else 60)
 
 
-def device_is_lost() -> bool:
-    """Whether the GPU refuses everything from here on: an error of one call is reported once, this one always."""
-    for _ in range(2):
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            continue
-        return False
-    return True
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -93,7 +82,7 @@ def pytest_runtest_makereport(item, call):
         shard = item.config.shard
         item.config.left.discard(item.nodeid)
         more = {"text": report.longreprtext[-2000:]} if report.longreprtext else {}
-        if report.failed and device.IS_GPU and device_is_lost():
+        if report.failed and device.IS_GPU and preflight.device_is_lost():
             shard.record(item.nodeid, CRASHED, report.duration, **more)
             sys.stderr.write(f"gpu-test: {item.nodeid} has crashed the device; run again to go on\n")
             sys.stderr.flush()
