@@ -49,6 +49,7 @@ WRITABLE = {
     "heads first": lambda t: _permuted(t, (2, 0, 1, 3)),
     "rows of a longer tensor": lambda t: _in_padded(t, 0, 3, 0, 0),
     "heads of a wider tensor": lambda t: _in_padded(t, 0, 0, 1, 0),
+    "columns of a wider tensor, aligned": lambda t: _in_padded(t, 0, 0, 0, -t.shape[-1] % 16),
     "a slice of every dimension": lambda t: _in_padded(t, 1, 2, 3, 5),
     "odd storage offset": lambda t: _at_offset(t, offset=1, gap=0),
     "odd row stride": lambda t: _at_offset(t, offset=3, gap=1),

@@ -11,18 +11,21 @@ struct TensorSize {
     int columns;
 };
 
-// Strides of a tensor for TMA. Not every tensor has them: rows must be apart, everything must start at multiples of 16
-// bytes, and steps must be countable in 31 bits.
+// Strides of a tensor for TMA. Not every tensor has them: rows must lie apart, everything must start at multiples of 16
+// bytes, and steps must be countable in 31 bits. Rows must end at such a multiple, too: what TMA stores is rounded up to
+// 16 bytes, and would overwrite what lies beside the tensor.
 class TmaStrides {
 public:
     TmaStrides(const TensorView& view, const TensorSize& size)
         : batch_(size.batch > 1 ? view.batch_stride * kElementBytes : 0),
           head_(size.heads > 1 ? view.head_stride * kElementBytes : 0),
-          row_(size.rows > 1 ? view.row_stride * kElementBytes : kAlignment),
+          row_(size.rows > 1 ? view.row_stride * kElementBytes : size.columns * kElementBytes),
           step_(std::gcd(std::gcd(batch_, head_), row_)) {
         const auto is_aligned = [](int64_t x) { return x % kAlignment == 0; };
         const int64_t base = reinterpret_cast<intptr_t>(view.data);
-        fit_ = view.data && size.rows > 0 && row_ > 0 && row_ < kTurnBytes && is_aligned(base) && is_aligned(step_);
+        const int64_t used = size.columns * kElementBytes;
+        fit_ = view.data && size.rows > 0 && used > 0 && used <= row_ && row_ < kTurnBytes && is_aligned(base) &&
+               is_aligned(used) && is_aligned(step_);
         if (fit_) fit_ = ((size.batch - 1) * batch_ + (size.heads - 1) * head_ + size.rows * row_) / step_ <= kMaxSteps;
     }
     bool fit() const { return fit_; }

@@ -50,6 +50,12 @@ class Sim:
 
 Row = tuple[Case, Sim]
 
+
+def round_up(head_dim: int) -> int:
+    """To what the kernels for Hopper take: multiples of 8."""
+    return -(-head_dim // 8) * 8
+
+
 AXES: dict[str, list] = {
     "dtype": DTYPES,
     "heads": [(1, 1), (2, 2), (4, 2), (3, 1)],
@@ -67,8 +73,9 @@ AXES: dict[str, list] = {
     "deterministic": [False, True],
 }
 HOPPER_AXES: dict[str, list] = {
-    **{name: values for name, values in AXES.items() if name not in ("smem", "layout")},
-    "layout": ["rows", "heads", "chunks"],  # others are not taken
+    **{name: values for name, values in AXES.items() if name not in ("dims", "smem", "layout")},
+    "dims": list(dict.fromkeys((round_up(d), round_up(d_v)) for d, d_v in HEAD_DIMS)),  # others are not taken
+    "layout": ["rows", "heads", "chunks"],
     "compute_capability": [90],
 }
 PAGED_AXES: dict[str, list] = {
@@ -244,9 +251,9 @@ def on_hopper(rows: list[Row]) -> list[Row]:
     for case, sim in rows:
         if case.page_size or (sim.layout == "far" and not case.packed):
             continue
-        apart = sim.layout == "gaps" or case.head_dim % 8 or case.head_dim_v % 8
-        layout = "chunks" if apart else sim.layout
-        changed.append((case, dataclasses.replace(sim, compute_capability=90, smem=LARGE_SMEM, layout=layout)))
+        layout = "chunks" if sim.layout == "gaps" else sim.layout
+        fitting = dataclasses.replace(case, head_dim=round_up(case.head_dim), head_dim_v=round_up(case.head_dim_v))
+        changed.append((fitting, dataclasses.replace(sim, compute_capability=90, smem=LARGE_SMEM, layout=layout)))
     return list(dict.fromkeys(changed))
 
 

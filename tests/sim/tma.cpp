@@ -73,8 +73,10 @@ void load_box(Block& b, const AsyncCopy& copy) {
     });
 }
 
+// Whole chunks of 16 bytes, also where the row of the tensor ends within one: triton-lang/triton issue 11583.
 void store_box(const AsyncCopy& copy) {
     for_each_row(copy, [&](int offset, char* global, int first, int last) {
+        last = (last + 15) / 16 * 16;
         if (last > first) note_write(global + first, static_cast<size_t>(last - first), copy.pc);
         counters.tma.written += last - first;
         for (int i = first; i < last; ++i) global[i] = copy.data[static_cast<size_t>(offset + i)];
