@@ -4,10 +4,11 @@
     python -m build_tools.static_report --check    # changes nothing; exit status 1 if something has got worse
     python -m build_tools.static_report fwd_sm90_bf16_64 bwd_sm90_bf16_64    # prints what it says of these alone
 
---check fails if a kernel spills registers on any architecture, if the compiler warns, if a kernel does not fit onto a
-multiprocessor, or if the number of kernels, the size of the object files, the memory that compiling takes or the time,
-relative to that of calibration.cu, have grown by a quarter over what the committed report says. Where it is the time,
-all is compiled a second time, to see whether the machine was merely busy.
+--check fails if a kernel spills registers on any architecture, if the compiler warns, if registers of wgmma are touched
+while it is under way (wgmma_hazards.py), if a kernel does not fit onto a multiprocessor, or if the number of kernels,
+the size of the object files, the memory that compiling takes or the time, relative to that of calibration.cu, have
+grown by a quarter over what the committed report says. Where it is the time, all is compiled a second time, to see
+whether the machine was merely busy.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from build_tools import compile_costs, cost_model, cuda_archs, cuda_objects, measured, report_tables, sass
+from build_tools import (
+    compile_costs,
+    cost_model,
+    cuda_archs,
+    cuda_objects,
+    measured,
+    report_tables,
+    sass,
+    wgmma_hazards,
+)
 from build_tools.cuda_objects import ROOT, ToolError
 
 REPORT = ROOT / "docs" / "static_report"
@@ -170,15 +180,20 @@ def disassembler() -> str:
     return found
 
 
-def main_loops(tool: str, path: Path, kernels: list[Kernel], known: list[Launch]) -> list[dict[str, Any]]:
-    """One pass of the main loop of every kernel in an object file that has one: instructions, and cycles per unit."""
-    by_symbol = {(each.symbol, each.architecture): each for each in kernels}
+def disassemble(tool: str, path: Path) -> list[sass.Function]:
+    """The machine code in an object file."""
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
     text = subprocess.run(
         [tool, "--dump-sass", str(path)], capture_output=True, text=True, check=True, env=environment
     ).stdout
+    return list(sass.parse(text.splitlines()))
+
+
+def main_loops(functions: list[sass.Function], kernels: list[Kernel], known: list[Launch]) -> list[dict[str, Any]]:
+    """One pass of the main loop of every kernel in an object file that has one: instructions, and cycles per unit."""
+    by_symbol = {(each.symbol, each.architecture): each for each in kernels}
     found = []
-    for function in sass.parse(text.splitlines()):
+    for function in functions:
         kernel = by_symbol[function.name, function.architecture]
         launch = launch_of(function.name, known)
         passed = average_pass(function, launch)
@@ -222,6 +237,8 @@ class Report:
     kernels: list[Kernel]
     loops: list[dict[str, Any]]
     warnings: list[str]
+    wgmma_products: int  # instructions
+    hazards: list[str]  # registers of theirs that are touched too early
 
     def as_json(self) -> str:
         """One line per kernel and loop."""
@@ -241,8 +258,8 @@ class Report:
             }
             for each in self.loops
         ]
-        head = json.dumps({"compiler": self.compiler, "costs": self.costs}, indent=1)[:-2]
-        return f'{head},\n "kernels": {lines(kernels)},\n "loops": {lines(loops)}\n}}\n'
+        head = {"compiler": self.compiler, "costs": self.costs, "wgmma_products": self.wgmma_products}
+        return f'{json.dumps(head, indent=1)[:-2]},\n "kernels": {lines(kernels)},\n "loops": {lines(loops)}\n}}\n'
 
 
 def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | None = None) -> Report:
@@ -266,23 +283,28 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
         print("compiling took long; once more, to see whether the machine was busy", flush=True)
         compiled = compile_costs.compile_again(home, compiled)
     known = launches(folder)
-    kernels, loops, warnings = [], [], []
+    kernels, loops, warnings, products, hazards = [], [], [], 0, []
     for each, log in zip(wanted, compiled.logs, strict=True):
         own = kernels_of(each, log["output"], known)
         kernels += own
         warnings += [f"{each.name}: {line}" for line in warnings_in(log["output"])]
-        # The other element type has the same instructions.
-        if each.element == cuda_objects.ELEMENTS[0]:
-            loops += main_loops(tool, each.path(folder), own, known)
+        # The other element type has the same instructions, if perhaps in other registers.
+        is_first, is_for_hopper = each.element == cuda_objects.ELEMENTS[0], each.source.stem.endswith("_sm90")
+        functions = disassemble(tool, each.path(folder)) if is_first or is_for_hopper else []
+        loops += main_loops(functions, own, known) if is_first else []
+        products += sum(instruction.name == "HGMMA" for f in functions for instruction in f.instructions)
+        hazards += [f"{each.name} {f.name}: {line}" for f in functions for line in wgmma_hazards.find(f)]
     kernels.sort(key=lambda each: each.place)
     loops.sort(key=lambda each: each["kernel"].place)
     compiler = f"nvcc {cuda_objects.cuda_version(cuda_objects.nvcc_of(home))}"
-    return Report(compiler, {"kernels": len(kernels), **compiled.costs()}, kernels, loops, warnings)
+    costs = {"kernels": len(kernels), **compiled.costs()}
+    return Report(compiler, costs, kernels, loops, warnings, products, hazards)
 
 
 def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
     """What must not be, a sentence each; with the committed report, growth too."""
     found = [f"the compiler warns: {line}" for line in report.warnings]
+    found += [f"wgmma: {line}" for line in report.hazards]
     for each in report.kernels:
         name = f"{each.kernel} {each.element} head_dim {each.head_dim} {each.block_m}x{each.block_n} {each.variant}"
         if each.spill_bytes:

@@ -12,8 +12,8 @@ struct TensorSize {
 };
 
 // Strides of a tensor for TMA. Not every tensor has them: rows must lie apart, everything must start at multiples of 16
-// bytes, and steps must be countable in 31 bits. Rows must end at such a multiple, too: what TMA stores is rounded up to
-// 16 bytes, and would overwrite what lies beside the tensor.
+// bytes, and steps must be countable in 31 bits. Rows must end at such a multiple, too: TMA stores whole pieces of 16
+// bytes, and would overwrite what lies beside the tensor.
 class TmaStrides {
 public:
     TmaStrides(const TensorView& view, const TensorSize& size)
