@@ -31,6 +31,9 @@ LINT_READY   := $(VENV)/.lint-$(call file_name,$(LINT_TOOLS))
 REPORT_READY := $(VENV)/.report-$(call file_name,$(REPORT_TOOLS))
 endif
 
+# With pytest-xdist, which the virtual environment has, a process per core.
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8 --dist=loadgroup)
+
 # Machines with a GPU come with a torch for it: the ambient interpreter, unless VENV is asked for.
 GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
 GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
@@ -65,7 +68,7 @@ build: $(BUILT) ## compile the extension, in place
 
 test: $(BUILT) ## all tests
 	@$(call step,test); \
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 demo: $(BUILT) ## train a small GPT on real text, measure attention, save the figures
 	@$(call step,demo); \

@@ -3,11 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import io_model
 
 HEAD_DIM = 64
+
+pytestmark = pytest.mark.xdist_group("simulator")  # which is compiled into one folder
 
 
 def test_formulas_are_what_the_simulator_counts():

@@ -15,6 +15,8 @@ import mutations
 ROOT = Path(__file__).resolve().parent.parent
 RUN_CASE = ROOT / "build/sim/plain/run_case"
 
+pytestmark = pytest.mark.xdist_group("simulator")  # they compile into the same folder
+
 
 def make(target: str) -> str:
     """The output of a target of tests/sim/Makefile, which must not fail."""
