@@ -25,7 +25,14 @@ ROOT = HERE.parent.parent
 MODULES = ("check", "test_backward", "test_dropout", "test_layouts", "test_metamorphic", "test_nan")
 # What is told first, and what comes last, because it takes long or may do harm.
 FIRST = ("test_primitives",)
-LAST = ("test_offsets_have_64_bits", "test_wrong_values_do_no_harm", "test_compute_sanitizer")
+LAST = (
+    "test_many_sequences",
+    "test_many_packed_sequences",
+    "test_more_than_2_to_the_31_elements",
+    "test_offsets_have_64_bits",
+    "test_wrong_values_do_no_harm",
+    "test_compute_sanitizer",
+)
 
 
 def fingerprint() -> str:
