@@ -1,6 +1,6 @@
 """Runs the tests of this folder in shards that can be resumed, on the device that device.py names.
 
-Environment: SHARD=i/n, every n-th test (1/1); LIMIT, seconds after which no test is started (360); RESULTS, the folder
+Environment: SHARD=i/n, every n-th test (1/1); LIMIT, seconds after which no test is started (330); RESULTS, the folder
 of the file of results (build/gpu-test). A run leaves out what has passed before with the same code. A test that takes
 more than a minute says so: pytest.mark.limit(seconds). build_tools/supervise.py kills what takes longer.
 """
@@ -51,7 +51,7 @@ def pytest_configure(config):
     except ValueError as error:
         pytest.exit(f"gpu-test: {error}", returncode=1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products under deterministic algorithms
-    config.clock = Clock(float(os.environ.get("LIMIT") or 360))
+    config.clock = Clock(float(os.environ.get("LIMIT") or 330))
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 

@@ -1,8 +1,10 @@
 """Where the tests of this folder run, and how problems of the CPU's tables are made to fit."""
 
+import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +28,21 @@ def environment_of(kernels: str) -> dict[str, str]:
 
 
 needs_gpu = pytest.mark.skipif(not IS_GPU, reason="a rehearsal on the CPU")
+
+
+@contextlib.contextmanager
+def gpu_memory(gigabytes: float) -> Iterator[None]:
+    """For tests that need so much of it: they are skipped where less is free, and what they took is given back."""
+    if not IS_GPU:
+        yield
+        return
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gigabytes * 1e9:
+        pytest.skip(f"less than {gigabytes:.0f} GB of GPU memory are free")
+    yield
+    torch.cuda.empty_cache()
+
+
 make_inputs_anywhere = inputs.make_inputs
 
 # The element types of the kernels, in place of those that only the CPU has.

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import flash_attn
 from bad_calls import CALLS, VALUES, backward, dense, probs, varlen
 from compare import assert_bitwise
-from device import DEVICE, IS_GPU, needs_gpu, random_qkv
+from device import DEVICE, gpu_memory, needs_gpu, random_qkv
 from flash_attn.flash_attention import FlashMHA
 from test_large import STRIDES, test_offsets_have_64_bits  # noqa: F401
 
@@ -33,14 +33,8 @@ def on_device(arguments: dict, device: str = DEVICE) -> dict:
 @pytest.fixture(autouse=True)
 def enough_memory(request):
     """Seven tensors of 2^31 elements take 31 GB."""
-    if not IS_GPU or "strides" not in request.fixturenames:
+    with gpu_memory(40 if "strides" in request.fixturenames else 0):
         yield
-        return
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 40e9:
-        pytest.skip("less than 40 GB of GPU memory are free")
-    yield
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("call", [dense, varlen, backward, probs])

@@ -9,7 +9,7 @@ import torch
 from cases import Case
 from check import op_bwd, op_fwd
 from compare import assert_bitwise
-from device import IS_GPU, make_inputs
+from device import IS_GPU, gpu_memory, make_inputs
 from inputs import Inputs
 
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv", "dsoftmax_sum")
@@ -18,14 +18,8 @@ TIMES = 10_000 if IS_GPU else 10  # seven sequences make a batch of 70,000
 
 @pytest.fixture(autouse=True)
 def enough_memory():
-    if not IS_GPU:
+    with gpu_memory(55):
         yield
-        return
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 55e9:
-        pytest.skip("less than 55 GB of GPU memory are free")
-    yield
-    torch.cuda.empty_cache()
 
 
 def repeated(case: Case, times: int) -> tuple[Case, Inputs, Inputs]:
