@@ -38,14 +38,15 @@ FA_DEVICE void red_add_16(float* p, const float (&x)[4]) {
                  : "memory");
 }
 
-// Turns: blocks that must follow one another in a fixed order. Returns when *counter == turn; what was done before the
-// pass_turn that made it so has then happened. One thread calls each, the others meet it at a block barrier.
+// Turns: blocks that must follow one another in a fixed order. Returns when *counter >= turn; what was done before the
+// pass_turn that made it so has then happened. Not ==: with lengths that lie, two sequences may share a counter, which
+// then passes the turn of either. One thread calls each, the others meet it at a block barrier.
 // PTX ISA, "Memory Consistency Model: Release and Acquire Patterns".
 FA_DEVICE void wait_for_turn(const int32_t* counter, int32_t turn) {
     int32_t now;
     do {
         asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (now != turn);
+    } while (now < turn);
 }
 FA_DEVICE void pass_turn(int32_t* counter) {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");

@@ -48,10 +48,19 @@ def run_group(command: list[str], environment: dict[str, str], seconds: float) -
     return process.returncode, text
 
 
+# racecheck does not know that an mbarrier orders what bulk copies write to shared memory, and reports the kernels for
+# Hopper falsely: Dao-AILab/flash-attention, AI/RACECHECK_TMA_HAZARD.md. The simulator looks for their races.
+TOOLS = [
+    (tool, cases, kernels)
+    for tool, cases in (("memcheck", "20"), ("synccheck", "8"), ("racecheck", "8"))
+    for kernels in KERNELS
+    if (tool, kernels) != ("racecheck", "for Hopper")
+]
+
+
 @needs_gpu
 @pytest.mark.limit(200)
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize(("tool", "cases"), [("memcheck", "20"), ("synccheck", "8"), ("racecheck", "8")])
+@pytest.mark.parametrize(("tool", "cases", "kernels"), TOOLS)
 def test_compute_sanitizer(tool, cases, kernels, request):
     """What it says is kept beside the results."""
     sanitizer = find_sanitizer()

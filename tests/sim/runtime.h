@@ -55,7 +55,7 @@ struct Thread {
     int index = 0, lane = 0;
     bool done = true;
 
-    // Blocked while *wait_word == wait_value, or until *turn_counter == turn, unless these are null.
+    // Blocked while *wait_word == wait_value, or until *turn_counter >= turn, unless these are null.
     const uint64_t* wait_word = nullptr;
     uint64_t wait_value = 0;
     const int32_t* turn_counter = nullptr;

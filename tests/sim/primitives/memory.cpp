@@ -131,7 +131,7 @@ template <class T, class Bits> void test_load_store(const char* what) {
         std::memcpy(static_cast<void*>(&in[i]), &bits, sizeof bits);
     }
     run(load_store_kernel<T>, 2, 64, 0, in.data, out.data);
-    expect(!std::memcmp(in.data, out.data, 128 * sizeof(T)), what, sizeof(T));
+    expect(!std::memcmp(&in[0], &out[0], 128 * sizeof(T)), what, sizeof(T));
 }
 
 FA_KERNEL(64, 1) load_store_16_kernel(const float* in, float* out) {

@@ -32,12 +32,46 @@ inline void require(bool ok, const char* what) {
 
 // ---------------------------------------------------------------- memory that host and kernels reach
 #ifdef __CUDACC__
-inline void* allocate(size_t bytes) {
-    void* p = nullptr;
-    require(cudaMallocManaged(&p, bytes) == cudaSuccess, "no GPU, or none with managed memory");
-    return p;
-}
-inline void deallocate(void* p) { require(cudaFree(p) == cudaSuccess, "cudaFree"); }
+// A copy on either side. Each is brought up to date when it is needed: the device's at the next launch after the host
+// has looked, the host's when it looks after a launch. Not managed memory, whose pages move under TMA.
+class Memory {
+public:
+    explicit Memory(size_t bytes) : host_(static_cast<char*>(std::malloc(bytes))), bytes_(bytes), next_(first) {
+        require(host_ && cudaMalloc(&device_, bytes) == cudaSuccess, "no memory, or no GPU");
+        first = this;
+    }
+    ~Memory() {
+        Memory** link = &first;
+        while (*link != this) link = &(*link)->next_;
+        *link = next_;
+        std::free(host_);
+        require(cudaFree(device_) == cudaSuccess, "cudaFree");
+    }
+    Memory(const Memory&) = delete;
+    void* device() const { return device_; }
+    void* host() {
+        if (!host_is_newer_) copy(host_, device_, cudaMemcpyDeviceToHost);
+        host_is_newer_ = true;
+        return host_;
+    }
+    static void to_device() {
+        for (Memory* each = first; each; each = each->next_) {
+            if (each->host_is_newer_) each->copy(each->device_, each->host_, cudaMemcpyHostToDevice);
+            each->host_is_newer_ = false;
+        }
+    }
+
+private:
+    void copy(void* to, const void* from, cudaMemcpyKind kind) const {
+        require(cudaMemcpy(to, from, bytes_, kind) == cudaSuccess, "cudaMemcpy");
+    }
+    static inline Memory* first = nullptr;
+    char* host_;
+    void* device_ = nullptr;
+    size_t bytes_;
+    Memory* next_;
+    bool host_is_newer_ = true;
+};
 inline void finish() { require(cudaDeviceSynchronize() == cudaSuccess, "a kernel failed"); }
 inline cuda::Device device() {
     int smem = 0;
@@ -45,28 +79,41 @@ inline cuda::Device device() {
     return {90, smem, 1, 1, nullptr};
 }
 #else
-inline void* allocate(size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
-inline void deallocate(void* p) { std::free(p); }
+class Memory {
+public:
+    explicit Memory(size_t bytes) : bytes_(std::aligned_alloc(256, (bytes + 255) / 256 * 256)) {}
+    ~Memory() { std::free(bytes_); }
+    Memory(const Memory&) = delete;
+    void* device() const { return bytes_; }
+    void* host() { return bytes_; }
+    static void to_device() {}
+
+private:
+    void* bytes_;
+};
 inline void finish() {}
 inline cuda::Device device() { return {90, 227 << 10, 1, 1, nullptr}; }
 #endif
 
 template <class T> struct Buffer {
-    T* data;
+    Memory memory;
+    T* data;  // the kernels'
     int size;
-    explicit Buffer(int n) : data(static_cast<T*>(allocate(static_cast<size_t>(n) * sizeof(T)))), size(n) { fill(T{}); }
-    ~Buffer() { deallocate(data); }
-    Buffer(const Buffer&) = delete;
-    void fill(T value) {
-        for (int i = 0; i < size; ++i) data[i] = value;
+    explicit Buffer(int n) : memory(static_cast<size_t>(n) * sizeof(T)), size(n) {
+        data = static_cast<T*>(memory.device());
+        fill(T{});
     }
-    T& operator[](int i) { return data[i]; }
+    void fill(T value) {
+        for (int i = 0; i < size; ++i) (*this)[i] = value;
+    }
+    T& operator[](int i) { return static_cast<T*>(memory.host())[i]; }
     operator T*() { return data; }
 };
 
 // Launches, and ends the program if that was impossible. overlaps: may begin before the last kernel has ended.
 template <class... Params, class... Args>
 void launch(bool overlaps, void (*kernel)(Params...), int blocks, int threads, int smem_bytes, Args... args) {
+    Memory::to_device();
     const char* error =
         cuda::launch_kernel(overlaps, kernel, blocks, threads, smem_bytes, device(), static_cast<Params>(args)...);
     require(!error, error);

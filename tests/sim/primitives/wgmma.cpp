@@ -87,7 +87,7 @@ Operand lay_out(const uint16_t* data, Buffer<int32_t>& offset, Major major, int 
 }
 
 template <class Element, int N, bool kFromRegisters, Major kMajorA, Major kMajorB>
-void test_product(const char* what, int swizzle, int slice) {
+void test_product(const char* what, int swizzle, int slice, int width = 0) {
     Buffer<uint16_t> a(64 * 16), b(N * 16);
     Buffer<int32_t> offset_a(64 * 16), offset_b(N * 16);
     Buffer<float> c(64 * N);
@@ -103,7 +103,18 @@ void test_product(const char* what, int swizzle, int slice) {
             for (int k = 0; k < 16; ++k) x += 2 * small_value(i * 16 + k) * small_value(j * 16 + k);
             ok &= x == c[i * N + j];
         }
-    expect(ok, what, swizzle * 10 + slice);
+    expect(ok, what, width * 100 + swizzle * 10 + slice);
+}
+
+// Widths that end within a panel of 64 columns, in every orientation that the kernels use.
+template <int N> void test_width() {
+    constexpr Major K = Major::kK, MN = Major::kMN;
+    for (int slice : {0, 3}) {
+        test_product<bf16, N, false, K, K>("wgmma ss bf16, A K-major, B K-major; n, swizzle and slice", 1, slice, N);
+        test_product<bf16, N, true, K, MN>("wgmma rs bf16, B MN-major; n, swizzle and slice", 1, slice, N);
+        test_product<fp16, N, false, K, MN>("wgmma ss fp16, A K-major, B MN-major; n, swizzle and slice", 1, slice, N);
+        test_product<bf16, N, false, MN, MN>("wgmma ss bf16, A and B MN-major; n, swizzle and slice", 1, slice, N);
+    }
 }
 
 // Between products, a block of one warp: nothing of what the other warps had in flight may be left.
@@ -111,7 +122,7 @@ FA_KERNEL(32, 1) one_warp_kernel() { ptx::sync_threads(); }
 
 }  // namespace
 
-// The number printed is 10 * swizzle mode (0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes) + slice.
+// The number printed is 10 * swizzle mode (0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes) + slice, + 100 n if it says so.
 void test_wgmma() {
     constexpr Major K = Major::kK, MN = Major::kMN;
     for (int swizzle : {1, 2, 3, 0})
@@ -128,6 +139,9 @@ void test_wgmma() {
             test_product<fp16, 128, false, MN, MN>("wgmma ss fp16 n128, A MN-major, B MN-major", swizzle, slice);
         }
     run(one_warp_kernel, 1, 32, 0);
+    test_width<80>();
+    test_width<96>();
+    test_width<112>();
     test_product<fp16, 64, false, K, MN>("wgmma ss fp16 n64, A K-major, B MN-major", 1, 0);
     test_product<bf16, 40, false, K, K>("wgmma ss bf16 n40, A K-major, B K-major", 1, 0);
     test_product<fp16, 40, true, K, MN>("wgmma rs fp16 n40, B MN-major", 1, 0);
