@@ -85,7 +85,7 @@ struct BwdParams {
     RowView softmax_lse;   // of the forward pass; +infinity is taken like -infinity
     RowView dlse;          // gradient of softmax_lse, or null
     TensorView dq, dk, dv;
-    RowView dsoftmax_sum;  // written: rowsum(dout * out) - dlse
+    RowView dsoftmax_sum;  // written: rowsum(dout * out) - dlse; 0 of a query that sees no key
     bool deterministic;
 };
 

@@ -37,7 +37,7 @@ template <int kLaneRows> struct OnlineSoftmax {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
             row_max[r] = -ptx::infinity();
-            row_sum[r] = 0.f;
+            row_sum[r] = offset[r] = 0.f;
         }
     }
     // Takes account of the greatest of these scores. What was summed up before is rescaled, which rescale() has to do
@@ -50,8 +50,11 @@ template <int kLaneRows> struct OnlineSoftmax {
         for (int r = 0; r < kLaneRows; ++r) {
             row_max[r] = quad_max(row_max[r]);
             // Where nothing is visible yet, infinity - infinity must not come up.
-            offset[r] = row_max[r] == -ptx::infinity() ? 0.f : row_max[r] * scale_log2;
-            fix[r] = ptx::exp2(fix[r] * scale_log2 - offset[r]);
+            const float greatest = row_max[r] == -ptx::infinity() ? 0.f : row_max[r];
+            offset[r] = greatest * scale_log2;
+            // Differences first: exactly 1 where the maximum stays. A product less a rounded product would be off by
+            // a rounding error, the same one in every tile.
+            fix[r] = ptx::exp2((fix[r] - greatest) * scale_log2);
             row_sum[r] *= fix[r];
         }
     }
@@ -67,13 +70,13 @@ template <int kLaneRows> struct OnlineSoftmax {
     }
     // Divides by the sums; a row without a visible key becomes 0. lse: natural logarithm of the sum of exponentials.
     template <int kRows, int kCols>
-    FA_DEVICE void finish(AccTile<kRows, kCols>& out, float scale_log2, float weight_scale, float (&lse)[kLaneRows]) {
+    FA_DEVICE void finish(AccTile<kRows, kCols>& out, float weight_scale, float (&lse)[kLaneRows]) {
         float factor[kLaneRows];
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
             row_sum[r] = quad_sum(row_sum[r]);
             factor[r] = row_sum[r] == 0.f ? 0.f : weight_scale * ptx::reciprocal(row_sum[r]);
-            lse[r] = (row_max[r] * scale_log2 + ptx::log2(row_sum[r])) * float(1 / kLog2e);
+            lse[r] = (offset[r] + ptx::log2(row_sum[r])) * float(1 / kLog2e);
         }
         out.for_each([&](int r, int, float& x) { x *= factor[r]; });
     }

@@ -347,8 +347,11 @@ template <class E> static void bwd_finish(const BwdParams& params, const BwdTask
             for (int split = 1; split < task.num_splits; ++split) sum += load(accum + split * split_stride + d);
             store_some(dq + d, sum * T(p.score.softmax_scale), n);
         });
-        if (params.dlse.data)
-            *row_ptr<T>(params.dsoftmax_sum, task.batch, row, head) -= *row_ptr<T>(params.dlse, task.batch, row, head);
+        T* const dsoftmax_sum = row_ptr<T>(params.dsoftmax_sum, task.batch, row, head);
+        if (std::isinf(*row_ptr<T>(params.softmax_lse, task.batch, row, head)))
+            *dsoftmax_sum = T(0);  // it sees no key, and has no gradients
+        else if (params.dlse.data)
+            *dsoftmax_sum -= *row_ptr<T>(params.dlse, task.batch, row, head);
     }
 }
 

@@ -102,7 +102,7 @@ fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
 
     float lse[acc_o.kLaneRows], weight_scale = 1.f;
     if constexpr (Scores::kModified) weight_scale = scores.dropout_scale;
-    softmax.finish(acc_o, scores.scale_log2, weight_scale, lse);
+    softmax.finish(acc_o, weight_scale, lse);
     const int64_t first_row = seq.first_row_q + m0 + warp_row0;
     const int valid_rows = seq.seqlen_q - m0 - warp_row0;
     store_rows(acc_o, row_of<Element>(params.out, batch, head, first_row), params.out.row_stride, valid_rows,

@@ -67,15 +67,17 @@ FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParams
         const TmaRows k(params.k, tile.batch, tile.head_k, seq.first_row_k, seq.seqlen_k);
         const TmaRows v(params.v, tile.batch, tile.head_k, seq.first_row_k, seq.seqlen_k);
         const bool sees_keys = !tile.tiles.empty();
+        const auto load_k = [&](int n) {
+            k.load(smem.k(at_k.stage), smem.pipe_k.acquire(at_k, Config::TileK::kBytes), n * N);
+            at_k.advance();
+        };
+        if (sees_keys) load_k(tile.tiles.end - 1);  // its stage is free before Q is
         const ptx::SmemPtr q_full = smem.pipe_q.acquire(at_q, sees_keys ? smem.q.kBytes : 0);
         at_q.advance();
         if (!sees_keys) continue;
         q.load(smem.q, q_full, tile.m0);
-        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin - 1; --n) {
-            if (n >= tile.tiles.begin) {
-                k.load(smem.k(at_k.stage), smem.pipe_k.acquire(at_k, Config::TileK::kBytes), n * N);
-                at_k.advance();
-            }
+        for (int n = tile.tiles.end - 2; n >= tile.tiles.begin - 1; --n) {
+            if (n >= tile.tiles.begin) load_k(n);
             if (n + 1 < tile.tiles.end) {
                 v.load(smem.v(at_v.stage), smem.pipe_v.acquire(at_v, Config::TileV::kBytes), (n + 1) * N);
                 at_v.advance();
@@ -148,8 +150,10 @@ public:
             acc_o_.clear();
             OnlineSoftmax<2> softmax;
             smem_.pipe_q.wait(at_q_);
-            if (!tile.tiles.empty()) attend(tile, scores, softmax);
-            if (Config::kOutApart) release(smem_.pipe_q, at_q_);
+            if (!tile.tiles.empty())
+                attend(tile, scores, softmax);
+            else if (Config::kOutApart)
+                release(smem_.pipe_q, at_q_);
             store(tile, scores, softmax);
             at_q_.advance();
         }
@@ -180,11 +184,17 @@ private:
             const bool previous_covered = covered;
             covered = tile.covered(n);
             weigh(acc_s, tile, scores, softmax, n, covered);
+            // V of this tile, a little early: this ends the basic block, in which ptxas would hoist the wait for the
+            // product above the softmax, and nothing would run beside it.
+            auto next_v = at_v_;
+            next_v.advance();
+            smem_.pipe_v.wait(next_v);
             ptx::wgmma_wait<0>();
             values_done(tile, n + 1, !previous_covered && found);
             softmax.rescale(acc_o_);
             weights = Weights(acc_s);
         }
+        if (Config::kOutApart) release(smem_.pipe_q, at_q_);  // all products with Q are done
         const bool found = wait_for_values(covered);
         multiply_values(weights);
         ptx::wgmma_wait<0>();
@@ -238,7 +248,7 @@ private:
     FA_DEVICE void store(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
         float lse[2], weight_scale = 1.f;
         if constexpr (Scores::kModified) weight_scale = scores.dropout_scale;
-        softmax.finish(acc_o_, scores.scale_log2, weight_scale, lse);
+        softmax.finish(acc_o_, weight_scale, lse);
         const int64_t first_row = tile.seq.first_row_q + tile.m0 + warp_row0_;
         const int valid_rows = tile.seq.seqlen_q - tile.m0 - warp_row0_;
         float* const softmax_lse = row_of(params_.pass.softmax_lse, tile.batch, tile.head, first_row);

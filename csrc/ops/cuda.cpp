@@ -186,7 +186,6 @@ Tensor bwd_cuda(const BwdArgs& args) {
     const bool packed = args.problem.packed();
     if (!has_pairs(problem)) {
         clear_gradients(args, dsoftmax_sum);
-        if (packed) dsoftmax_sum.zero_();
         return dsoftmax_sum;
     }
     const auto out = aligned_rows(args.out), dout = aligned_rows(args.dout);

@@ -36,7 +36,7 @@ private:
 // The backward pass without pairs.
 inline void clear_gradients(const BwdArgs& args, const Tensor& dsoftmax_sum) {
     for (const Tensor& gradient : {args.dq, args.dk, args.dv}) gradient.zero_();
-    args.dlse ? dsoftmax_sum.copy_(args.dlse->neg()) : dsoftmax_sum.zero_();
+    dsoftmax_sum.zero_();
 }
 
 }  // namespace flash_attn

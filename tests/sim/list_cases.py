@@ -206,9 +206,15 @@ def far_offsets() -> list[Row]:
     return rows
 
 
+def long_rows() -> list[Row]:
+    """Many tiles after the one with the maximum: what each of them adds to the error of softmax_lse adds up."""
+    return [(Case((64,), (3000,), "bfloat16", 1, 1, dim, dim), Sim()) for dim in (64, 128)]
+
+
 def other_checks() -> list[Row]:
     """What a comparison with the reference does not show; each check is explained in runner/check.h."""
-    return [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets(), (threshold_case(), Sim())]
+    rows = [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets(), *long_rows()]
+    return [*rows, (threshold_case(), Sim())]
 
 
 def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS[-5:])) -> list[Row]:

@@ -141,6 +141,8 @@ void tma_load(void* smem_dst, const TensorMap& map, uint64_t* bar, const int* co
     issue_box(AsyncCopy::kTmaLoad, smem_dst, map, bar, coord, rank, __builtin_return_address(0));
 }
 void tma_store(const TensorMap& map, const void* smem_src, const int* coord, int rank) {
+    for (int i = 0; i < rank; ++i)
+        if (coord[i] < 0) fail("TMA store: coordinate %d is %d, and must not be negative", i, coord[i]);
     issue_box(AsyncCopy::kTmaStore, smem_src, map, nullptr, coord, rank, __builtin_return_address(0));
 }
 void bulk_load(void* smem_dst, const void* global_src, int bytes, uint64_t* bar) {

@@ -1,5 +1,6 @@
 // Mistakes against the rules of instructions, and deadlocks.
 #include "misuse/misuse.h"
+#include "primitives/tensor_map.h"
 #include "ptx/cp_async.h"
 #include "ptx/global.h"
 #include "ptx/ldmatrix.h"
@@ -95,6 +96,16 @@ FA_KERNEL(32, 1) backwards_kernel(int32_t* counter, int blocks) {
 }
 FA_KERNEL(32, 1) turn_not_passed_kernel(int32_t* counter) {
     if (lane() == 0) ptx::wait_for_turn(counter, ptx::block_idx());
+}
+
+// ---------------------------------------------------------------- TMA
+FA_KERNEL(32, 1) store_before_the_tensor_kernel(FA_GRID_CONSTANT ptx::TensorMap out) {
+    if (lane() == 0) ptx::tma_store<2>(out, ptx::smem(), {0, -1});
+}
+void store_before_the_tensor() {
+    Buffer<uint16_t> out(64 * 8);
+    const auto map = primitives::make_tensor_map<2>(out.data, {64, 8}, {128}, {64, 8});
+    run(store_before_the_tensor_kernel, 1, 32, 1024, map);
 }
 
 // ---------------------------------------------------------------- mbarriers, wgmma, setmaxnreg
@@ -201,6 +212,7 @@ const Mistake rules[] = {
     {"load_of_shared", Found::kRule, "a pointer to shared memory is used as a global address", load_of_shared},
     {"cp_async_not_waited_for", Found::kRule, "exits with cp.async in flight", cp_async_not_waited_for},
     {"store_still_reads", Found::kRule, "exits while a bulk store still reads shared memory", store_still_reads},
+    {"store_before_the_tensor", Found::kRule, "coordinate 1 is -1, and must not be negative", store_before_the_tensor},
     {"half_a_block", Found::kDeadlock, "barrier 0, 32 of 64 threads arrived", half_a_block},
     {"different_counts", Found::kRule, "threads at once", different_counts},
     {"no_whole_warps", Found::kRule, "48 threads is not a number of whole warps", no_whole_warps},

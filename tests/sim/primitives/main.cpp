@@ -1,26 +1,50 @@
-// Runs every test of the primitives. Usage on the simulator: primitives [seed [early|late|random]]
+// Runs the tests of the primitives: all, or the groups that are named. On the simulator a seed and a landing may be named
+// too: test_primitives [group ...] [seed [early|late|random]]. With --list it prints the names of the groups.
+//
+// On a GPU a kernel that fails takes its process down, so that each group should have a process of its own.
+#include <string>
 #include "primitives.h"
 
 using namespace flash_attn::primitives;
 
-static void choose_schedule([[maybe_unused]] int argc, [[maybe_unused]] char** argv) {
+namespace {
+
+struct Group {
+    std::string name;
+    void (*test)();
+};
+const Group groups[] = {{"memory", test_memory},     {"warp", test_warp}, {"numbers", test_numbers}, {"sm90", test_sm90},
+                        {"rows", test_rows_sm90}, {"tiles", test_tiles_sm90}, {"wgmma", test_wgmma}};
+
+bool choose_schedule([[maybe_unused]] const std::string& word) {
 #ifndef __CUDACC__
-    if (argc > 1) sim::options.seed = static_cast<uint32_t>(std::atoi(argv[1]));
-    if (argc > 2)
-        sim::options.landing = argv[2][0] == 'e'   ? sim::Landing::kEarly
-                               : argv[2][0] == 'l' ? sim::Landing::kLate
-                                                   : sim::Landing::kRandom;
+    const bool is_landing = word == "early" || word == "late" || word == "random";
+    if (is_landing)
+        sim::options.landing = word == "early"  ? sim::Landing::kEarly
+                               : word == "late" ? sim::Landing::kLate
+                                                : sim::Landing::kRandom;
+    const bool is_seed = word.find_first_not_of("0123456789") == std::string::npos;
+    if (is_seed) sim::options.seed = static_cast<uint32_t>(std::atoi(word.c_str()));
+    return is_landing || is_seed;
+#else
+    return false;
 #endif
 }
 
+}  // namespace
+
 int main(int argc, char** argv) {
     std::setvbuf(stdout, nullptr, _IOLBF, 0);  // of a test that hangs, one sees after which
-    choose_schedule(argc, argv);
-    test_memory();
-    test_warp();
-    test_numbers();
-    test_sm90();
-    test_tiles_sm90();
+    std::string named = " ";
+    for (int i = 1; i < argc; ++i)
+        if (!choose_schedule(argv[i])) named += std::string(argv[i]) + " ";
+    for (const Group& group : groups) {
+        if (named == " --list ")
+            std::printf("%s\n", group.name.c_str());
+        else if (named == " " || named.find(" " + group.name + " ") != std::string::npos)
+            group.test();
+    }
+    if (named == " --list ") return 0;
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -165,8 +165,10 @@ template <class Element> const char* type_name() { return std::is_same_v<Element
 void test_memory();      // memory.cpp: copies, global accesses, turns
 void test_warp();        // warp.cpp: barriers, fragments, products, exchange
 void test_numbers();     // numbers.cpp: conversions, functions
-void test_sm90();        // sm90.cpp: TMA, mbarrier and more; nothing in builds for other architectures
-void test_tiles_sm90();  // tiles_sm90.cpp: likewise
-void test_wgmma();       // wgmma.cpp, called by it
+// Nothing in builds for other architectures.
+void test_sm90();        // sm90.cpp: TMA, mbarrier and more
+void test_rows_sm90();   // tiles_sm90.cpp: rows of a sequence by TMA
+void test_tiles_sm90();  // tiles_sm90.cpp: products of tiles
+void test_wgmma();       // wgmma.cpp
 
 }  // namespace flash_attn::primitives
