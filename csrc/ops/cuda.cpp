@@ -82,6 +82,9 @@ public:
     explicit DeviceScope(const ProblemArgs& args) : guard_(args.q.device()) {
         const DeviceInfo& info = device_info(args.q.device().index());
         TORCH_CHECK(info.trouble.empty(), "flash_attn: ", info.trouble);
+        // The guard asks the runtime, which says 0 also in a thread that has no context yet, such as one of autograd's:
+        // the runtime makes one when it needs it, the driver, which makes tensor maps, does not. This does.
+        C10_CUDA_CHECK(cudaSetDevice(args.q.device().index()));
         device_ = {used_compute_capability(info), info.smem_per_block, info.multiprocessors, info.l2_bytes,
                    c10::cuda::getCurrentCUDAStream().stream()};
     }

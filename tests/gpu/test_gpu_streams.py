@@ -1,5 +1,6 @@
 """Streams, CUDA graphs, and calls that never wait for the device."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 
@@ -101,6 +102,16 @@ def test_side_stream(case):
         got = run(case, late)
     stream.synchronize()
     assert_all_bitwise(got, expected, case.name)
+
+
+@of_every_kind
+def test_first_work_of_a_thread(case):
+    """A thread that has done nothing on the device has no context, as autograd's at first. Memory is at hand."""
+    x = make_inputs(case)
+    run(case, x)  # what it frees is handed out again, without a call of CUDA
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        got = thread.submit(run, case, x).result()
+    assert_all_bitwise(got, run(case, x), case.name)
 
 
 def captured(function):

@@ -98,10 +98,10 @@ def test_primitives(tmp_path, request):
     subprocess.run([*command, *sources, "-o", str(program)], check=True)
     groups = subprocess.run([program, "--list"], capture_output=True, text=True, check=True).stdout.split()
     # In processes of their own: a kernel that fails costs the rest of its group only.
-    results = {group: run_group([str(program), group], dict(os.environ), 60) for group in groups}
+    results = {group: run_group([str(program), group], dict(os.environ), 20) for group in groups}
     text = "".join(f"{group}: exit status {status}\n{output}" for group, (status, output) in results.items())
     (request.config.shard.path.parent / "primitives.txt").write_text(text)
     failed = [line for line in text.splitlines() if line.startswith("FAIL")]
     bad = {group: output[-500:] for group, (status, output) in results.items() if status != 0}
     assert not bad, "\n".join([*failed, *(f"{group}: {output}" for group, output in bad.items())])
-    assert text.count("\nok") > 10 * len(groups)
+    assert text.count("\nok") > (100 if major == 9 else 20)  # those of Hopper's instructions need a Hopper
