@@ -16,8 +16,9 @@ PLAIN, PLAIN_WINDOW = "FullMask PlainScores", "WindowMask PlainScores"
 INTRODUCTION = """# Static report of the CUDA kernels
 
 What compiler and machine code say, without a GPU: written by `make report`, and compared in continuous integration by
-`make report ARGS=--check`, which fails on any spilled register, and where a register of wgmma is touched between its
-issue and the wait for it (`build_tools/wgmma_hazards.py`). `static_report.json` beside this has every number.
+`make report ARGS=--check`, which fails on any spilled register, on any instruction in double precision, and where a
+register of wgmma is touched between its issue and the wait for it (`build_tools/wgmma_hazards.py`).
+`static_report.json` beside this has every number.
 """
 
 REGISTERS = """## Registers and occupancy
@@ -91,6 +92,7 @@ def costs_table(report: Report) -> str:
         ("kernels, counted once per architecture", costs["kernels"]),
         ("bytes of registers spilled", sum(each.spill_bytes for each in report.kernels)),
         ("wgmma instructions, of both types, and how many of their registers are touched too early", products),
+        ("kernels with instructions in double precision", len({line.partition(": ")[0] for line in report.doubles})),
         ("object files", f"{costs['object_bytes'] / 1e6:.1f} MB"),
         ("largest process", f"{costs['peak_bytes'] / 1e6:.0f} MB"),
         ("processor time", f"{costs['cpu_seconds']:.0f} s"),

@@ -13,6 +13,7 @@ ARCHITECTURE = re.compile(r"^\s*code for (sm_\w+)")
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@(!?U?P[T\d])\s+)?([A-Z][\w.]*)\s*([^;]*);")
 ADDRESS = re.compile(r"0x([0-9a-f]+)\)?\s*$")
 TENSOR = ("HMMA", "HGMMA", "IMMA", "QGMMA")
+DOUBLE = re.compile(r"D(MUL|ADD|FMA|SETP|MNMX|MMA)\b|MUFU\.\w*64H|\w+\.(\w+\.)*F64\b")
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,12 @@ class Function:
                 seen.add(following)
                 stack.append((following, iter(self.blocks[following].successors)))
         return order[::-1]
+
+
+def in_double_precision(function: Function) -> list[str]:
+    """The opcodes that have anything to do with it, conversions among them, each once."""
+    found = [each.opcode for each in function.instructions if DOUBLE.match(each.opcode)]
+    return list(dict.fromkeys(found))
 
 
 def reconvergence(instructions: list[Instruction]) -> dict[int, int]:

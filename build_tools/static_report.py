@@ -5,9 +5,10 @@
     python -m build_tools.static_report fwd_sm90_bf16_64 bwd_sm90_bf16_64    # prints what it says of these alone
 
 --check fails if a kernel spills registers on any architecture, if the compiler warns, if registers of wgmma are touched
-while it is under way (wgmma_hazards.py), if a kernel does not fit onto a multiprocessor, or if the number of kernels,
-the size of the object files, the memory that compiling takes or the time, relative to that of calibration.cu, have
-grown by a quarter over what the committed report says. Where it is the time, all is compiled a second time, to see
+while it is under way (wgmma_hazards.py), if a kernel computes in double precision, which is slow on most GPUs, if a
+kernel does not fit onto a multiprocessor, or if the number of kernels, the size of the object files, the memory that
+compiling takes or the time, relative to that of calibration.cu, have grown by a quarter over what the committed report
+says. Where it is the time, all is compiled a second time, to see
 whether the machine was merely busy.
 """
 
@@ -239,6 +240,7 @@ class Report:
     warnings: list[str]
     wgmma_products: int  # instructions
     hazards: list[str]  # registers of theirs that are touched too early
+    doubles: list[str]  # instructions in double precision
 
     def as_json(self) -> str:
         """One line per kernel and loop."""
@@ -283,7 +285,7 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
         print("compiling took long; once more, to see whether the machine was busy", flush=True)
         compiled = compile_costs.compile_again(home, compiled)
     known = launches(folder)
-    kernels, loops, warnings, products, hazards = [], [], [], 0, []
+    kernels, loops, warnings, products, hazards, doubles = [], [], [], 0, [], []
     for each, log in zip(wanted, compiled.logs, strict=True):
         own = kernels_of(each, log["output"], known)
         kernels += own
@@ -294,17 +296,19 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
         loops += main_loops(functions, own, known) if is_first else []
         products += sum(instruction.name == "HGMMA" for f in functions for instruction in f.instructions)
         hazards += [f"{each.name} {f.name}: {line}" for f in functions for line in wgmma_hazards.find(f)]
+        doubles += [f"{each.name} {f.name}: {opcode}" for f in functions for opcode in sass.in_double_precision(f)]
     kernels.sort(key=lambda each: each.place)
     loops.sort(key=lambda each: each["kernel"].place)
     compiler = f"nvcc {cuda_objects.cuda_version(cuda_objects.nvcc_of(home))}"
     costs = {"kernels": len(kernels), **compiled.costs()}
-    return Report(compiler, costs, kernels, loops, warnings, products, hazards)
+    return Report(compiler, costs, kernels, loops, warnings, products, hazards, doubles)
 
 
 def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
     """What must not be, a sentence each; with the committed report, growth too."""
     found = [f"the compiler warns: {line}" for line in report.warnings]
     found += [f"wgmma: {line}" for line in report.hazards]
+    found += [f"double precision: {line}" for line in report.doubles]
     for each in report.kernels:
         name = f"{each.kernel} {each.element} head_dim {each.head_dim} {each.block_m}x{each.block_n} {each.variant}"
         if each.spill_bytes:

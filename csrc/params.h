@@ -59,6 +59,10 @@ struct DropoutParams {
     const int64_t* state;  // [2]: seed and offset in device memory, or null where the two fields above hold
 };
 
+// What GPUs compute with, made of the two above by round_scalars() (attn/scalars.h): softmax_scale, that times log2(e),
+// softcap, and what kept weights are multiplied with.
+struct Fp32Scalars { float scale, scale_log2, softcap, dropout_rescale; };
+
 // What every pass is given.
 struct Problem {
     ElementType type;
@@ -71,6 +75,7 @@ struct Problem {
     Window window;
     ScoreParams score;
     DropoutParams dropout;
+    Fp32Scalars scalars;
 };
 
 struct FwdParams {

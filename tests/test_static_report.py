@@ -300,13 +300,21 @@ def test_warnings():
     assert measured.RESOURCE_USAGE.match("ptxas info    : Compile time = 1.2 ms")
 
 
-def report_of(costs, warnings=(), hazards=(), **changes):
+def report_of(costs, warnings=(), hazards=(), doubles=(), **changes):
     fields = {
         "kernel": "fwd_sm80", "source": "fwd_sm80", "element": "bf16", "head_dim": 64, "head_dim_v": 64,
         "block_m": 128, "block_n": 64, "variant": "FullMask", "architecture": "sm_80", "threads": 128,
         "smem_bytes": 1024, "registers": 200, "spill_bytes": 0, "stack_bytes": 0, "symbol": "k",
     }  # fmt: skip
-    return Report("nvcc 13.0", costs, [Kernel(**{**fields, **changes})], [], list(warnings), 0, list(hazards))
+    kernels = [Kernel(**{**fields, **changes})]
+    return Report("nvcc 13.0", costs, kernels, [], list(warnings), 0, list(hazards), list(doubles))
+
+
+def test_double_precision_is_found():
+    doubles = ["DMUL", "DFMA.RP", "DSETP.MAX.AND", "F2F.F32.F64", "I2F.F64.S64", "MUFU.RCP64H"]
+    others = ["FMUL", "DEPBAR.LE", "MUFU.EX2", "F2FP.BF16.F32.PACK_AB", "LDG.E.64", "I2F.U32.RP"]
+    instructions = [sass.Instruction(0, "", opcode, "R0, R1") for opcode in (*doubles, *others, *doubles)]
+    assert sass.in_double_precision(sass.Function("f", "sm_90a", instructions)) == doubles
 
 
 COSTS = {"kernels": 100, "object_bytes": 1000, "peak_bytes": 2000, "cpu_seconds": 10.0, "relative_time": 50.0}
@@ -324,6 +332,7 @@ def test_problems():
     ]
     assert problems(report_of(COSTS, warnings=["odd"]), committed) == ["the compiler warns: odd"]
     assert problems(report_of(COSTS, hazards=["R3"]), committed) == ["wgmma: R3"]
+    assert problems(report_of(COSTS, doubles=["DMUL"]), committed) == ["double precision: DMUL"]
     assert problems(report_of({**COSTS, "kernels": 1000}, warnings=["odd"]), None) == ["the compiler warns: odd"]
     for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
         (found,) = problems(report_of({**COSTS, key: 1.3 * COSTS[key]}), committed)

@@ -18,8 +18,7 @@ struct PlainScores {
     static constexpr bool kModified = false;
     float scale_log2;
 
-    FA_DEVICE PlainScores(const Problem& p, int, int, const Sequence&)
-        : scale_log2(float(p.score.softmax_scale * kLog2e)) {}
+    FA_DEVICE PlainScores(const Problem& p, int, int, const Sequence&) : scale_log2(p.scalars.scale_log2) {}
     template <class Tile, class At> FA_DEVICE void apply(Tile&, const At&) const {}
 };
 
@@ -41,9 +40,9 @@ struct ModifiedScores {
     float dropout_scale;
 
     FA_DEVICE ModifiedScores(const Problem& p, int batch, int head, const Sequence& seq)
-        : scale(float(p.score.softmax_scale)), softcap(float(p.score.softcap)),
-          slope(alibi_slope(p.score, batch, head)), shift(seq.seqlen_k - seq.seqlen_q),
-          dropout(p.dropout, batch, head, p.num_heads), dropout_scale(float(dropout_rescale(p.dropout))) {}
+        : scale(p.scalars.scale), softcap(p.scalars.softcap), slope(alibi_slope(p.score, batch, head)),
+          shift(seq.seqlen_k - seq.seqlen_q), dropout(p.dropout, batch, head, p.num_heads),
+          dropout_scale(p.scalars.dropout_rescale) {}
 
     FA_DEVICE float bias(int row, int key) const { return alibi_bias(slope, float(row + shift - key)); }
 

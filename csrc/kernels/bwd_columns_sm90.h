@@ -63,7 +63,7 @@ private:
         if (!covered) apply_mask(acc_s, tile_.mask, at);
         recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
         if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
-        smem_.pipe_dout.wait(at_dout_);  // is over, and ends the basic block, as in fwd_sm90.h
+        smem_.pipe_dout.wait(at_dout_);  // waited for above already: only ends the basic block, as in fwd_sm90.h
         ptx::wgmma_wait<0>();
         pin_tile(acc_dp);
         score_gradient<Mask::kHidesKeys>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
@@ -135,7 +135,7 @@ private:
 
     // dK and dV, by way of the memory of K and V.
     FA_DEVICE void store() {
-        const float scale = float(params_.common.pass.problem.score.softmax_scale);
+        const float scale = params_.common.pass.problem.scalars.scale;
         this->sync_consumers();  // all are done with K and V
         const int first_panel = consumer_ * kPanels;
 #pragma unroll

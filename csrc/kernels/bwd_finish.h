@@ -23,7 +23,7 @@ template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_
 
     const int64_t tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
     const float* const sums = dq_sums<Config>(params.accum, head, tile) + Config::dq_thread();
-    const float scale = float(p.score.softmax_scale);
+    const float scale = p.scalars.scale;
     Element* const rows = row_of<Element>(pass.dq, batch, head, seq.first_row_q + row0);
 #pragma unroll
     for (int part = 0; part < Config::kDqParts; ++part) {

@@ -126,7 +126,7 @@ private:
 
     // dK and dV, by way of the memory of K and V.
     FA_DEVICE void store() {
-        const float scale = float(params_.common.pass.problem.score.softmax_scale);
+        const float scale = params_.common.pass.problem.scalars.scale;
         acc_dk_.for_each([&](int, int, float& x) { x *= scale; });
         this->sync_consumers();  // all are done with K; of V each has read its own rows only
         store_matrices(PackedTile<Element, 16, D>(acc_dk_), smem_.k, row0());

@@ -169,7 +169,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         m = next_m;
     }
 
-    const float scale = float(p.score.softmax_scale);
+    const float scale = p.scalars.scale;
     acc_dk.for_each([&](int, int, float& x) { x *= scale; });
     const int64_t first_row = seq.first_row_k + n0 + GridDkv::row0();
     const int valid_rows = seq.seqlen_k - n0 - GridDkv::row0(), col0 = GridDkv::col0();

@@ -1,6 +1,7 @@
 // Views of tensors, and the sizes of results.
 #include "ops/problem.h"
 #include <cmath>
+#include "attn/scalars.h"
 #include "host_device.h"
 
 namespace flash_attn {
@@ -104,6 +105,7 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
         p.score.alibi_batch_stride = alibi_slopes_->dim() == 2 ? alibi_slopes_->stride(0) : 0;
     }
     p.dropout = dropout_of(args);
+    round_scalars(p);
 }
 
 c10::SymDimVector out_sizes(const ProblemArgs& args) {

@@ -9,7 +9,8 @@ import re
 
 from .source import Findings, Source
 
-POLICIES = tuple(f"attn/{name}.h" for name in ("dropout", "mask", "paged_kv", "scheduler", "score", "seqlen"))
+POLICY_NAMES = ("dropout", "mask", "paged_kv", "scalars", "scheduler", "score", "seqlen")
+POLICIES = tuple(f"attn/{name}.h" for name in POLICY_NAMES)
 GPU_LAYERS = ("ptx", "tile", "attn", "kernels", "launch")
 EVERYWHERE = {"params"}
 MAY_INCLUDE: dict[str, set[str]] = {

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include "attn/scalars.h"
 #include "kernels/bwd_finish.h"
 #include "kernels/bwd_preprocess.h"
 #include "kernels/bwd_sm80.h"
@@ -37,6 +38,7 @@ Problem problem(int seqlen) {
     p.seqlens.seqlen_q = p.seqlens.seqlen_k = seqlen;
     p.window = {kMaxSeqlen, kMaxSeqlen};
     p.score.softmax_scale = 0.125;
+    round_scalars(p);
     return p;
 }
 

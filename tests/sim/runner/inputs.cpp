@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numbers>
 #include <numeric>
+#include "attn/scalars.h"
 #include "host_device.h"
 #include "runner/elements.h"
 
@@ -191,6 +192,7 @@ Problem Inputs::problem() const {
         p.dropout = {c.dropout_threshold(), on_device ? 0 : values.seed, on_device ? 0 : values.offset,
                      on_device ? rng_state.data() : nullptr};
     }
+    round_scalars(p);
     return p;
 }
 
