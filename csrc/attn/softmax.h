@@ -50,11 +50,10 @@ template <int kLaneRows> struct OnlineSoftmax {
         for (int r = 0; r < kLaneRows; ++r) {
             row_max[r] = quad_max(row_max[r]);
             // Where nothing is visible yet, infinity - infinity must not come up.
-            const float greatest = row_max[r] == -ptx::infinity() ? 0.f : row_max[r];
-            offset[r] = greatest * scale_log2;
-            // Differences first: exactly 1 where the maximum stays. A product less a rounded product would be off by
-            // a rounding error, the same one in every tile.
-            fix[r] = ptx::exp2((fix[r] - greatest) * scale_log2);
+            offset[r] = row_max[r] == -ptx::infinity() ? 0.f : row_max[r] * scale_log2;
+            // Exactly 1 where the maximum stays: a product less a rounded product is off by a rounding error, the same
+            // one in every tile.
+            fix[r] = fix[r] == row_max[r] ? 1.f : ptx::exp2(fix[r] * scale_log2 - offset[r]);
             row_sum[r] *= fix[r];
         }
     }

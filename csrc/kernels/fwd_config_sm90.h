@@ -13,6 +13,7 @@ struct FwdConfigSm90 {
     static constexpr int kStages = kStages_, kConsumers = kBlockM / kWarpgroupRows;
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
     static_assert(kConsumers == 2 || kConsumers == 3);
+    static_assert(kStages >= 2);  // a consumer waits for the next V before it is done with this one
     // Warpgroups issue their products in turn, so that the softmax of one runs beside the products of another: worth it
     // where softmax takes nearly as long.
     static constexpr bool kTakesTurns = kHeadDim <= 128;

@@ -53,7 +53,8 @@ FA_DEVICE int64_t tile_of_round(const FwdKernelParamsSm90& params, int64_t round
     return tile_of_round(round, ptx::block_idx(), params.num_blocks);
 }
 
-// One thread: for every tile Q, then K and V of the tiles that it sees, K one tile ahead, which is how they are used.
+// One thread: for every tile the first K, for which there is room before there is for Q, then Q, then V and the other K
+// of the tiles that it sees, K one tile ahead, which is how they are used.
 template <class Config, class Mask>
 FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params) {
     constexpr int N = Config::kBlockN;
@@ -71,17 +72,14 @@ FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParams
             k.load(smem.k(at_k.stage), smem.pipe_k.acquire(at_k, Config::TileK::kBytes), n * N);
             at_k.advance();
         };
-        if (sees_keys) load_k(tile.tiles.end - 1);  // its stage is free before Q is
+        if (sees_keys) load_k(tile.tiles.end - 1);
         const ptx::SmemPtr q_full = smem.pipe_q.acquire(at_q, sees_keys ? smem.q.kBytes : 0);
         at_q.advance();
         if (!sees_keys) continue;
         q.load(smem.q, q_full, tile.m0);
-        for (int n = tile.tiles.end - 2; n >= tile.tiles.begin - 1; --n) {
-            if (n >= tile.tiles.begin) load_k(n);
-            if (n + 1 < tile.tiles.end) {
-                v.load(smem.v(at_v.stage), smem.pipe_v.acquire(at_v, Config::TileV::kBytes), (n + 1) * N);
-                at_v.advance();
-            }
+        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at_v.advance()) {
+            if (n > tile.tiles.begin) load_k(n - 1);
+            v.load(smem.v(at_v.stage), smem.pipe_v.acquire(at_v, Config::TileV::kBytes), n * N);
         }
     }
 }

@@ -25,8 +25,8 @@ inline const char* refusal(CUresult result, const void* base, const std::array<i
     thread_local char text[320];
     const auto n = [](int64_t x) { return static_cast<long long>(x); };
     std::snprintf(text, sizeof text,
-                  "the CUDA driver refuses a tensor map: CUresult %d, address %p, sizes %lld %lld %lld %lld, strides in "
-                  "bytes %lld %lld %lld, box %d %d %d %d",
+                  "the CUDA driver refuses a tensor map: CUresult %d, address %p, sizes %lld %lld %lld %lld, "
+                  "strides in bytes %lld %lld %lld, box %d %d %d %d",
                   static_cast<int>(result), base, n(sizes[0]), n(sizes[1]), n(sizes[2]), n(sizes[3]),
                   n(stride_bytes[0]), n(stride_bytes[1]), n(stride_bytes[2]), box[0], box[1], box[2], box[3]);
     return text;

@@ -11,10 +11,14 @@ namespace flash_attn::cuda {
 namespace {
 
 // Tiles that all take as long are divided among as many blocks as run at a time. Otherwise every tile has a block of
-// its own, and whichever multiprocessor is free takes the next.
-int64_t blocks_for(const Problem& p, int64_t tiles, const Device& device) {
-    const bool alike = is_full(p.window) && !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
-    return alike ? min<int64_t>(tiles, device.multiprocessors) : tiles;
+// its own, and whichever multiprocessor is free takes the next. Where they take little time, starting a block costs
+// more than an unequal division: head_dim 64, up to so many tiles in a head (benchmarks/results/nvidia-h200,
+// experiment 3).
+template <class Config> int64_t blocks_for(const Problem& p, const TileGrid& grid, const Device& device) {
+    constexpr int kFewTiles = Config::kHeadDim == 64 ? 22 : 0;
+    const bool alike = !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
+    const bool divides = alike && (is_full(p.window) || grid.num_tiles <= kFewTiles);
+    return divides ? min<int64_t>(grid.num_blocks(), device.multiprocessors) : grid.num_blocks();
 }
 
 template <class Config, class Mask, class Scores>
@@ -25,7 +29,7 @@ const char* launch_fwd(const FwdParams& params, const Device& device) {
     const int64_t head_bytes = int64_t(p.seqlens.seqlen_k) * (p.head_dim + p.head_dim_v) * TmaStrides::kElementBytes;
     const TileGrid grid = query_grid(p, Config::kBlockM);
     kernel_params.order = {grid, section_heads(p, grid, device, head_bytes, p.num_heads / p.num_heads_k)};
-    const int64_t tiles = kernel_params.order.grid.num_blocks(), blocks = blocks_for(p, tiles, device);
+    const int64_t blocks = blocks_for<Config>(p, grid, device);
     kernel_params.num_blocks = static_cast<int>(blocks);
     const TensorSize q = query_size(p, p.head_dim), k = key_size(p, p.head_dim), v = key_size(p, p.head_dim_v);
     const TensorSize out = query_size(p, p.head_dim_v);

@@ -38,15 +38,16 @@ inline bool hopper_takes(const BwdParams& params, const Device& device) {
 }
 
 // How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go
-// first: of as many as share half of the L2 cache, a power of two, since of most batches these leave no smaller section
-// at the end. Otherwise one head follows another. key_head_bytes: of what the heads that share keys and values read
-// again and again; heads_per_key_head: how many of the grid that is.
+// first: of as many as share half of the L2 cache. Where that is not all of them, a power of two, since that leaves no
+// smaller section at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
+// that share keys and values read again and again; heads_per_key_head: how many of the grid that is.
 inline int section_heads(const Problem& p, const TileGrid& grid, const Device& device, int64_t key_head_bytes,
                          int heads_per_key_head) {
     if (is_full(p.window)) return 1;
+    const int64_t all = max<int64_t>(int64_t(grid.num_heads) * grid.batch_size, 1);
     const auto key_heads = uint64_t(max<int64_t>(device.l2_bytes / 2 / max<int64_t>(key_head_bytes, 1), 1));
-    const int64_t heads = int64_t(std::bit_floor(key_heads)) * heads_per_key_head;
-    return int(clamp<int64_t>(heads, 1, max<int64_t>(int64_t(grid.num_heads) * grid.batch_size, 1)));
+    if (int64_t(key_heads) * heads_per_key_head >= all) return int(all);
+    return int(std::bit_floor(key_heads)) * heads_per_key_head;
 }
 
 // The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.

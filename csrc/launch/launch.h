@@ -14,11 +14,14 @@ inline const char* take_error(cudaError_t error) {
     return cudaGetErrorString(error);
 }
 
-// FLASH_ATTN_PDL=0, when the process starts: every kernel begins after the end of the one before it. For whoever looks for
-// the cause of a wrong gradient.
+// FLASH_ATTN_PDL=0, at the first launch: every kernel begins after the end of the one before it. For whoever looks
+// for the cause of a wrong gradient.
 inline bool overlap_is_allowed() {
-    static const char* const value = std::getenv("FLASH_ATTN_PDL");
-    return !value || value[0] != '0';
+    static const bool is_allowed = [] {
+        const char* const value = std::getenv("FLASH_ATTN_PDL");
+        return !value || value[0] != '0';
+    }();
+    return is_allowed;
 }
 
 // overlaps: may begin before the kernel before it in the stream has ended (ptx/grid.h).

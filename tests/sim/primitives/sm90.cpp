@@ -74,7 +74,8 @@ tma_kernel(FA_GRID_CONSTANT ptx::TensorMap in, FA_GRID_CONSTANT ptx::TensorMap o
     }
 }
 
-// The box may begin before the tensor where it is loaded, but not where it is stored: an illegal instruction on an H200.
+// The box may begin before the tensor where it is loaded, but not where it is stored: an illegal instruction on an
+// H200.
 void test_tma(int col, int row, int plane) {
     const bool stores = col >= 0 && row >= 0;
     constexpr int kDim0 = 80, kDim1 = 20, kDim2 = 2;
