@@ -79,8 +79,9 @@ void check_hostile(const Case& c, const Plan& plan, Report& report) {
     const Forward forward = run_forward(clean, plan.schedules[0], report);
     const int batch_size = c.batch_size();
     for (int variant = 0; variant < kHostileVariants; ++variant)
-        for (int target = 0; target < 6; ++target) {
+        for (int target = 0; target < 7; ++target) {
             if (target == 4 && !c.paged()) continue;
+            if (target == 6 && variant > 0) continue;
             const Inputs x(c, clean.values);
             Report any_answer;
             if (target == 0) corrupt(x.cu_seqlens_q, batch_size + 1, 1, 2, variant);
@@ -91,6 +92,10 @@ void check_hostile(const Case& c, const Plan& plan, Report& report) {
             if (target == 5) {
                 corrupt(x.cu_seqlens_q, batch_size + 1, 0, 1, variant);
                 corrupt(x.cu_seqlens_k, batch_size + 1, 1, 1, variant);
+            }
+            if (target == 6) {  // every other sequence starts at 0 again: several share tiles of dQ, and turns at them
+                corrupt(x.cu_seqlens_q, batch_size + 1, 1, 2, 1);
+                corrupt(x.cu_seqlens_q, batch_size + 1, 2, 2, 2);
             }
             run_forward(x, plan.schedules[0], any_answer);
             run_attn_probs(x, forward.softmax_lse, plan.schedules[0], any_answer);
