@@ -38,6 +38,8 @@ ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
     (SOFTMAX, "false: `fix[r] == row_max[r]`", 0): NOT_FUSED,
+    (FWD_HOPPER, "true: `Config::kOutApart`", 0): "where the output takes the place of Q, a tile without keys has a "
+    "block of its own, and nobody waits for the room that Q had",
     (FWD_HOPPER, "removed: `next_v.advance()`", 0): ENDS_A_BLOCK,
     (FWD_HOPPER, "removed: `smem_.pipe_v.wait(next_v)`", 0): ENDS_A_BLOCK,
     (COLUMNS, "removed: `smem_.pipe_dout.wait(at_dout_)`", 1): ENDS_A_BLOCK,

@@ -306,7 +306,7 @@ def mutant_table() -> list[Row]:
         # Three of the numbers that are drawn for keys as rows equal the threshold.
         (Case((512,), (16,), "bfloat16", dropout_p=17503 / 65536), Sim()),
         (Case((400,), (700,), "bfloat16", 1, 1, window_size=(300, -1)), Sim(deterministic=True)),
-        (Case((500,), (130,), "bfloat16", 1, 1, causal=True), Sim()),
+        (Case((500,), (130,), "bfloat16", 4, 1, causal=True), Sim()),
         (Case((400, 400), (300, 300), "bfloat16", 1, 1), Sim(deterministic=True)),
         (Case((300,), (300,), "bfloat16", 2, 2, 256, 256), Sim(deterministic=True)),
         # Rows that end where their tensor ends, and before the tile does.
