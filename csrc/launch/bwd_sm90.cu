@@ -17,12 +17,12 @@ template <class Config> const char* make_tensors(BwdKernelParamsSm90& kernel_par
     const Problem& p = params.problem;
     const TensorSize q = query_size(p, p.head_dim), dout = query_size(p, p.head_dim_v);
     const TensorSize k = key_size(p, p.head_dim), v = key_size(p, p.head_dim_v);
-    const char* error = make_tma_tensor(kernel_params.q, p.q, q, Config::kBlockM);
-    if (!error) error = make_tma_tensor(kernel_params.dout, params.dout, dout, Config::kBlockM);
-    if (!error) error = make_tma_tensor(kernel_params.k, p.k, k, Config::kBlockN);
-    if (!error) error = make_tma_tensor(kernel_params.v, p.v, v, Config::kBlockN);
-    if (!error) error = make_tma_tensor(kernel_params.dk, params.dk, k, Config::kOutRows);
-    if (!error) error = make_tma_tensor(kernel_params.dv, params.dv, v, Config::kOutRows);
+    const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, Config::kBlockM);
+    if (!error) error = make_tma_tensor("dout", kernel_params.dout, params.dout, dout, Config::kBlockM);
+    if (!error) error = make_tma_tensor("k", kernel_params.k, p.k, k, Config::kBlockN);
+    if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
+    if (!error) error = make_tma_tensor("dk", kernel_params.dk, params.dk, k, Config::kOutRows);
+    if (!error) error = make_tma_tensor("dv", kernel_params.dv, params.dv, v, Config::kOutRows);
     return error;
 }
 

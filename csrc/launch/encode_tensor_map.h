@@ -20,21 +20,22 @@ inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
 }
 
 // What was refused: whoever reads it has no other way to learn why. Valid until the thread's next refusal.
-inline const char* refusal(CUresult result, const void* base, const std::array<int64_t, 4>& sizes,
+inline const char* refusal(const char* name, CUresult result, const void* base, const std::array<int64_t, 4>& sizes,
                            const std::array<int64_t, 3>& stride_bytes, const std::array<int, 4>& box) {
-    thread_local char text[320];
+    thread_local char text[336];
     const auto n = [](int64_t x) { return static_cast<long long>(x); };
     std::snprintf(text, sizeof text,
-                  "the CUDA driver refuses a tensor map: CUresult %d, address %p, sizes %lld %lld %lld %lld, "
+                  "the CUDA driver refuses a tensor map of %s: CUresult %d, address %p, sizes %lld %lld %lld %lld, "
                   "strides in bytes %lld %lld %lld, box %d %d %d %d",
-                  static_cast<int>(result), base, n(sizes[0]), n(sizes[1]), n(sizes[2]), n(sizes[3]),
+                  name, static_cast<int>(result), base, n(sizes[0]), n(sizes[1]), n(sizes[2]), n(sizes[3]),
                   n(stride_bytes[0]), n(stride_bytes[1]), n(stride_bytes[2]), box[0], box[1], box[2], box[3]);
     return text;
 }
 
 // 16-bit elements, swizzled over 128 bytes; what lies outside reads as zero. sizes and box count elements, the
-// contiguous dimension first; strides are those of the others. Returns null, or what went wrong.
-inline const char* encode_tensor_map(CUtensorMap& map, void* base, std::array<int64_t, 4> sizes,
+// contiguous dimension first; strides are those of the others. Returns null, or what went wrong with the tensor of that
+// name.
+inline const char* encode_tensor_map(const char* name, CUtensorMap& map, void* base, std::array<int64_t, 4> sizes,
                                      std::array<int64_t, 3> stride_bytes, std::array<int, 4> box) {
     static const auto encode = find_encode_tiled();
     if (!encode) return "the CUDA driver is too old: it has no cuTensorMapEncodeTiled, which came with CUDA 12.0";
@@ -50,7 +51,7 @@ inline const char* encode_tensor_map(CUtensorMap& map, void* base, std::array<in
     const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank, base, size, stride, box_size,
                                    element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? nullptr : refusal(result, base, sizes, stride_bytes, box);
+    return result == CUDA_SUCCESS ? nullptr : refusal(name, result, base, sizes, stride_bytes, box);
 }
 
 }  // namespace flash_attn::cuda

@@ -33,10 +33,10 @@ const char* launch_fwd(const FwdParams& params, const Device& device) {
     kernel_params.num_blocks = static_cast<int>(blocks);
     const TensorSize q = query_size(p, p.head_dim), k = key_size(p, p.head_dim), v = key_size(p, p.head_dim_v);
     const TensorSize out = query_size(p, p.head_dim_v);
-    const char* error = make_tma_tensor(kernel_params.q, p.q, q, Config::kBlockM);
-    if (!error) error = make_tma_tensor(kernel_params.k, p.k, k, Config::kBlockN);
-    if (!error) error = make_tma_tensor(kernel_params.v, p.v, v, Config::kBlockN);
-    if (!error) error = make_tma_tensor(kernel_params.out, params.out, out, kWarpgroupRows);
+    const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, Config::kBlockM);
+    if (!error) error = make_tma_tensor("k", kernel_params.k, p.k, k, Config::kBlockN);
+    if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
+    if (!error) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
     if (error) return error;
     return launch(fwd_sm90<Config, Mask, Scores>, blocks, Config::kThreads, Config::kSmemBytes, device, kernel_params);
 }

@@ -6,11 +6,12 @@
 
 namespace flash_attn::cuda {
 
-// Boxes of 64 columns and box_rows rows. Returns null, or what went wrong. The tensor fits.
-inline const char* make_tma_tensor(TmaTensor& t, const TensorView& view, const TensorSize& size, int box_rows) {
+// Boxes of 64 columns and box_rows rows. The tensor fits. Returns null, or what went wrong, with its name.
+inline const char* make_tma_tensor(const char* name, TmaTensor& t, const TensorView& view, const TensorSize& size,
+                                   int box_rows) {
     const TmaStrides strides(view, size);
     t.batch_steps = strides.batch_steps(), t.head_steps = strides.head_steps(), t.row_steps = strides.row_steps();
-    return encode_tensor_map(t.map, view.data,
+    return encode_tensor_map(name, t.map, view.data,
                              {size.columns, kTmaRows, int64_t(kTmaTurn) + 1, TmaStrides::kMaxSteps + 1},
                              {strides.row_bytes(), strides.turn_bytes(), strides.step_bytes()}, {64, box_rows, 1, 1});
 }

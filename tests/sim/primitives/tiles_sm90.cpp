@@ -57,8 +57,10 @@ void test_rows(int columns, Place at) {
     for (int i = 0; i < in.size; ++i) in[i] = static_cast<uint16_t>(i + 1);
     out.fill(0x1234);
     TmaTensor from{}, to{};
-    const char* error = cuda::make_tma_tensor(from, {in.data, batch_stride, row_stride, head_stride}, size, kTileRows);
-    if (!error) error = cuda::make_tma_tensor(to, {out.data, batch_stride, row_stride, head_stride}, size, kTileRows);
+    const char* error =
+        cuda::make_tma_tensor("from", from, {in.data, batch_stride, row_stride, head_stride}, size, kTileRows);
+    if (!error)
+        error = cuda::make_tma_tensor("to", to, {out.data, batch_stride, row_stride, head_stride}, size, kTileRows);
     require(!error, error);
     run(rows_kernel, 1, 32, Tile::kBytes + 8, from, to, at, loaded.data);
     const auto place = [&](int r, int c) {
@@ -113,6 +115,9 @@ void test_strides() {
         {"more than 2^31 steps", false, {at(4096), 8 * kFar, 72, 8}, {2, 3, 128, 64}},
     };
     for (const Row& row : rows) expect(cuda::TmaStrides(row.view, row.size).fit() == row.fits, row.what);
+    TmaTensor map{};
+    const char* error = cuda::make_tma_tensor("dk", map, {at(4104), 24576, 192, 64}, {2, 3, 128, 64}, 32);
+    expect(error && std::strstr(error, "refuses a tensor map of dk: "), "a tensor map that is refused says of what");
 }
 
 // ---------------------------------------------------------------- products
