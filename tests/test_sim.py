@@ -11,18 +11,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "sim"))
 
 import list_cases
 import mutations
+from simulator_folder import simulator_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_CASE = ROOT / "build/sim/plain/run_case"
 
-pytestmark = pytest.mark.xdist_group("simulator")  # they compile into the same folder
+pytestmark = pytest.mark.xdist_group("simulator")  # not all versions of xdist keep to it: hence simulator_folder
 
 
 def make(target: str) -> str:
     """The output of a target of tests/sim/Makefile, which must not fail."""
     jobs = len(os.sched_getaffinity(0))
     command = ["make", "-f", "tests/sim/Makefile", f"-j{jobs}", f"SIM_JOBS={jobs}", target]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with simulator_folder():
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-10000:]
     return done.stdout
 
