@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "sim"))
 
 import list_cases
 import mutations
+
 from simulator_folder import simulator_folder
 
 ROOT = Path(__file__).resolve().parent.parent
