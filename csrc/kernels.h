@@ -17,12 +17,13 @@ struct Device {
     void* stream;
 };
 
-// These return null, or what went wrong.
-const char* run_fwd(const FwdParams& params, const Device& device);
-// workspace: 256-byte aligned, not initialised, free for other use once the pass has run.
+// These return null, or what went wrong. workspace: 256-byte aligned, not initialised, free for other use once the pass
+// has run.
+const char* run_fwd(const FwdParams& params, void* workspace, const Device& device);
 const char* run_bwd(const BwdParams& params, void* workspace, const Device& device);
 const char* run_attn_probs(const ProbsParams& params, const Device& device);
 
+int64_t fwd_workspace_bytes(const FwdParams& params, const Device& device);
 int64_t bwd_workspace_bytes(const BwdParams& params, const Device& device);
 
 }  // namespace flash_attn::cuda

@@ -42,12 +42,6 @@ struct TileOrder {
     }
 };
 
-// The tiles of one of num_blocks blocks, when there are fewer of them than tiles: one tile of every num_blocks, forth
-// and back, so that nobody gets the longest of each round. i counts from 0.
-FA_HOST_DEVICE int64_t tile_of_round(int64_t i, int block, int num_blocks) {
-    return i * num_blocks + (i % 2 == 0 ? block : num_blocks - 1 - block);
-}
-
 // Queries or keys as tiles of `size`, tile i being [size * i, size * (i + 1)). Where a mask leaves nothing, its ranges
 // end at or before 0, and so do these.
 FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }

@@ -1,6 +1,7 @@
 // Tile shapes of the forward pass for compute capability 9.0, and where things lie in shared memory.
 #pragma once
 #include "kernels/roles_sm90.h"
+#include "kernels/tile_queue_sm90.h"
 #include "tile/copy_sm90.h"
 #include "tile/pipeline.h"
 
@@ -25,28 +26,38 @@ struct FwdConfigSm90 {
     using Stages = Pipeline<kStages>;
     // Of the stages' V: a barrier that says it has been inspected, and a word that says what was found.
     static constexpr int kInspectionBytes = kStages * (ptx::kMbarrierBytes + 4);
-    static constexpr int kOtherBytes = Pipeline<1>::kBytes + 2 * Stages::kBytes + kInspectionBytes;
-    static constexpr int kTileBytes = TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes);
-    // Where there is room, the next Q is loaded while the output is still being stored. Otherwise the output takes its
-    // place.
-    static constexpr bool kOutApart = kTileBytes + TileOut::kBytes + kOtherBytes <= kSm90SmemBytes;
-    static constexpr int kSmemBytes = kTileBytes + (kOutApart ? TileOut::kBytes : 0) + kOtherBytes;
+    static constexpr int kOtherBytes =
+        TileQueueSm90::kBytes + Pipeline<2>::kBytes + 2 * Stages::kBytes + round_up(kInspectionBytes, 16);
+    static constexpr int kLeastBytes = TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + kOtherBytes;
+    // Where there is room, the output has a place of its own, and the next Q is loaded while it is still being stored;
+    // otherwise it takes that of Q. With more room the next Q is loaded while this one is still in use.
+    static constexpr bool kOutApart = kLeastBytes + TileOut::kBytes <= kSm90SmemBytes;
+    static constexpr int kStagesQ = kLeastBytes + TileOut::kBytes + TileQ::kBytes <= kSm90SmemBytes ? 2 : 1;
+    using PipelineQ = Pipeline<kStagesQ>;
+    static constexpr int kKeysOffset = kStagesQ * TileQ::kBytes;
+    static constexpr int kOutOffset = kOutApart ? kKeysOffset + kStages * (TileK::kBytes + TileV::kBytes) : 0;
+    static constexpr int kSmemBytes = kLeastBytes + (kStagesQ - 1) * TileQ::kBytes + (kOutApart ? TileOut::kBytes : 0);
     static_assert(kSmemBytes <= kSm90SmemBytes && TileOut::kBytes <= TileQ::kBytes);
 };
 
 template <class Config> struct FwdSmemSm90 {
     using TileK = typename Config::TileK;
     using TileV = typename Config::TileV;
-    typename Config::TileQ q;
+    using TileQ = typename Config::TileQ;
+    TileQ first_q;
     typename Config::TileOut out;
-    Pipeline<1> pipe_q;
+    TileQueueSm90 queue;
+    typename Config::PipelineQ pipe_q;
     typename Config::Stages pipe_k, pipe_v;
 
     FA_DEVICE explicit FwdSmemSm90(ptx::SmemPtr base)
-        : q{base}, out{Config::kOutApart ? base + Config::kTileBytes : base},
-          pipe_q{base + (Config::kSmemBytes - Config::kOtherBytes)}, pipe_k{pipe_q.end()}, pipe_v{pipe_k.end()} {}
-    FA_DEVICE TileK k(int stage) const { return {q.end() + stage * TileK::kBytes}; }
-    FA_DEVICE TileV v(int stage) const { return {q.end() + (Config::kStages * TileK::kBytes + stage * TileV::kBytes)}; }
+        : first_q{base}, out{base + Config::kOutOffset}, queue{base + (Config::kSmemBytes - Config::kOtherBytes)},
+          pipe_q{queue.end()}, pipe_k{pipe_q.end()}, pipe_v{pipe_k.end()} {}
+    FA_DEVICE TileQ q(int stage) const { return {first_q.base + stage * TileQ::kBytes}; }
+    FA_DEVICE TileK k(int stage) const { return {first_q.base + (Config::kKeysOffset + stage * TileK::kBytes)}; }
+    FA_DEVICE TileV v(int stage) const {
+        return {first_q.base + (Config::kKeysOffset + Config::kStages * TileK::kBytes + stage * TileV::kBytes)};
+    }
     FA_DEVICE ptx::SmemPtr inspected(int stage) const { return pipe_v.end() + stage * ptx::kMbarrierBytes; }
     FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStages) + stage * 4; }
 
@@ -54,6 +65,7 @@ template <class Config> struct FwdSmemSm90 {
     // output where that takes its place, otherwise by every warp.
     FA_DEVICE void init_barriers(int inspectors) const {
         constexpr int kWarps = 4 * Config::kConsumers;
+        queue.init(kWarps + inspectors);
         pipe_q.init(Config::kOutApart ? kWarps : Config::kConsumers);
         pipe_k.init(kWarps);
         pipe_v.init(kWarps + inspectors);

@@ -3,8 +3,8 @@
 // the first. While the tensor cores multiply the weights of one tile with V, the consumer computes the weights of the
 // next.
 //
-// A block works on tiles of queries until there are none left, and begins to load for the next before it has stored the
-// last. All roles walk over the same tiles in the same order.
+// A block works on tiles of queries until there are none left (kernels/tile_queue_sm90.h), and begins to load for the
+// next before it has stored the last.
 #pragma once
 #include "attn/mask.h"
 #include "attn/rows.h"
@@ -21,67 +21,69 @@ namespace flash_attn {
 struct FwdKernelParamsSm90 {
     FwdParams pass;
     TmaTensor q, k, v, out;  // boxes of kBlockM, kBlockN, kBlockN and 64 rows
-    TileOrder order;
-    int num_blocks;
+    TileShares shares;
 };
 
-// A tile of queries, and which tiles of keys it sees.
-template <class Config, class Mask> struct FwdTileSm90 {
-    int m0, head, batch, head_k;
+// What is announced of a tile of queries (TileQueueSm90).
+struct FwdWorkSm90 {
     Sequence seq;
-    Mask mask;
-    Range tiles;
+    Range tiles;  // of keys that it sees
+    int m0, head, batch;
+    int is_tile;
+};
 
-    FA_DEVICE FwdTileSm90(const FwdKernelParamsSm90& params, int index) {
-        const Problem& p = params.pass.problem;
-        const WorkTile at = params.order.at(index);
-        m0 = at.tile * Config::kBlockM, head = at.head, batch = at.batch;
-        head_k = head / (p.num_heads / p.num_heads_k);
-        seq = sequence_at(p.seqlens, p.paged_kv, batch);
-        mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
+// A tile of queries.
+template <class Config, class Mask> struct FwdTileSm90 : FwdWorkSm90 {
+    Mask mask;
+
+    FA_DEVICE FwdTileSm90(const FwdWorkSm90& work, const Problem& p)
+        : FwdWorkSm90(work), mask(make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window)) {}
+    FA_DEVICE FwdTileSm90(const WorkTile& at, const Problem& p)
+        : FwdTileSm90(
+              {sequence_at(p.seqlens, p.paged_kv, at.batch), {}, at.tile * Config::kBlockM, at.head, at.batch, 1}, p) {
         tiles = tiles_of(mask.keys_of(rows()), Config::kBlockN);
     }
     FA_DEVICE Range rows() const { return {m0, m0 + Config::kBlockM}; }
+    FA_DEVICE int head_k(const Problem& p) const { return head / (p.num_heads / p.num_heads_k); }
     FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // sequences differ in length
     FA_DEVICE bool covered(int n) const {
         return mask.covers(rows(), {n * Config::kBlockN, (n + 1) * Config::kBlockN});
     }
 };
 
-// Of the tile that this block works on in a round; there is none if it is num_blocks() or more.
-FA_DEVICE int64_t tile_of_round(const FwdKernelParamsSm90& params, int64_t round) {
-    return tile_of_round(round, ptx::block_idx(), params.num_blocks);
-}
-
-// One thread: for every tile the first K, for which there is room before there is for Q, then Q, then V and the other K
+// One thread: announces tiles, and loads for each the first K, for which there is room before there is for Q, then Q, then V and the other K
 // of the tiles that it sees, K one tile ahead, which is how they are used.
 template <class Config, class Mask>
 FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params) {
     constexpr int N = Config::kBlockN;
-    Pipeline<1>::Index at_q;
+    Pipeline<1>::Index at_tile;
+    typename Config::PipelineQ::Index at_q;
     typename Config::Stages::Index at_k, at_v;
-    for (int64_t round = 0; tile_of_round(params, round) < params.order.grid.num_blocks(); ++round) {
-        const FwdTileSm90<Config, Mask> tile(params, static_cast<int>(tile_of_round(params, round)));
+    const TileShares& shares = params.shares;
+    for (int64_t i = shares.first(); shares.has(i); i = shares.after(i)) {
+        const FwdTileSm90<Config, Mask> tile(shares.order.at(static_cast<int>(i)), params.pass.problem);
         if (tile.is_outside()) continue;
+        smem.queue.template announce<FwdWorkSm90>(at_tile, tile);
         const Sequence& seq = tile.seq;
+        const int head_k = tile.head_k(params.pass.problem);
         const TmaRows q(params.q, tile.batch, tile.head, seq.first_row_q, seq.seqlen_q);
-        const TmaRows k(params.k, tile.batch, tile.head_k, seq.first_row_k, seq.seqlen_k);
-        const TmaRows v(params.v, tile.batch, tile.head_k, seq.first_row_k, seq.seqlen_k);
+        const TmaRows k(params.k, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
+        const TmaRows v(params.v, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
         const bool sees_keys = !tile.tiles.empty();
         const auto load_k = [&](int n) {
             k.load(smem.k(at_k.stage), smem.pipe_k.acquire(at_k, Config::TileK::kBytes), n * N);
             at_k.advance();
         };
         if (sees_keys) load_k(tile.tiles.end - 1);
-        const ptx::SmemPtr q_full = smem.pipe_q.acquire(at_q, sees_keys ? smem.q.kBytes : 0);
+        const ptx::SmemPtr q_full = smem.pipe_q.acquire(at_q, sees_keys ? Config::TileQ::kBytes : 0);
+        if (sees_keys) q.load(smem.q(at_q.stage), q_full, tile.m0);
         at_q.advance();
-        if (!sees_keys) continue;
-        q.load(smem.q, q_full, tile.m0);
         for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at_v.advance()) {
             if (n > tile.tiles.begin) load_k(n - 1);
             v.load(smem.v(at_v.stage), smem.pipe_v.acquire(at_v, Config::TileV::kBytes), n * N);
         }
     }
+    smem.queue.announce(at_tile, FwdWorkSm90{});
 }
 
 // The other warps of the same warpgroup: clear what is not finite in V where the mask hides something, and say so.
@@ -90,13 +92,14 @@ FA_DEVICE void inspect_values(const FwdSmemSm90<Config>& smem, const FwdKernelPa
     constexpr int kThreads = kInspectors * kWarpThreads;
     const int thread = ptx::thread_idx() - kWarpThreads;
     typename Config::Stages::Index at;
-    for (int64_t round = 0; tile_of_round(params, round) < params.order.grid.num_blocks(); ++round) {
-        const FwdTileSm90<Config, Mask> tile(params, static_cast<int>(tile_of_round(params, round)));
-        if (tile.is_outside()) continue;
+    smem.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
+        const FwdTileSm90<Config, Mask> tile(work, params.pass.problem);
         for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at.advance()) {
             smem.pipe_v.wait(at);
             if (!tile.covered(n)) {
-                bool found = clear_nonfinite_share<typename Config::Element, kThreads>(smem.v(at.stage), thread);
+                using Element = typename Config::Element;
+                bool found = holds_nonfinite_share<Element, kThreads>(smem.v(at.stage), thread);
+                if (found) clear_nonfinite_share<Element, kThreads>(smem.v(at.stage), thread);
                 ptx::fence_proxy_async();  // V is to be read by wgmma, and overwritten by TMA
                 found = ptx::barrier_sync_or(FwdBarriersSm90::kInspectors, kThreads, found);
                 if (thread == 0) ptx::store_shared(smem.found(at.stage), found);
@@ -104,7 +107,7 @@ FA_DEVICE void inspect_values(const FwdSmemSm90<Config>& smem, const FwdKernelPa
             if (thread == 0) ptx::mbarrier_arrive(smem.inspected(at.stage));
             if (lane_id() == 0) smem.pipe_v.release(at);
         }
-    }
+    });
 }
 
 // Whose turn it is to issue products. The last consumer lets the first one begin.
@@ -141,9 +144,8 @@ public:
           turns_(consumer_) {}
 
     FA_DEVICE void run() {
-        for (int64_t round = 0; tile_of_round(params_, round) < params_.order.grid.num_blocks(); ++round) {
-            const Tile tile(params_, static_cast<int>(tile_of_round(params_, round)));
-            if (tile.is_outside()) continue;
+        smem_.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
+            const Tile tile(work, params_.pass.problem);
             const Scores scores(params_.pass.problem, tile.batch, tile.head, tile.seq);
             acc_o_.clear();
             OnlineSoftmax<2> softmax;
@@ -154,7 +156,7 @@ public:
                 release(smem_.pipe_q, at_q_);
             store(tile, scores, softmax);
             at_q_.advance();
-        }
+        });
         turns_.finish();
         ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
     }
@@ -201,7 +203,8 @@ private:
 
     // S = Q K^T
     FA_DEVICE void multiply_keys(AccTile<16, N>& acc_s) {
-        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q, consumer_ * kWarpgroupRows, smem_.k(at_k_.stage), 0);
+        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q(at_q_.stage), consumer_ * kWarpgroupRows,
+                                             smem_.k(at_k_.stage), 0);
     }
     FA_DEVICE void keys_done(AccTile<16, N>& acc_s) {
         pin_tile(acc_s);
@@ -238,7 +241,7 @@ private:
         const auto attends = [&](int r, int k) {
             return tile.mask.keep(tile.m0 + warp_row0_ + lane_row(r), n * N + k);
         };
-        add_nonfinite_rows(acc_o_, row_of<Element>(p.v, tile.batch, tile.head_k, tile.seq.first_row_k + n * N),
+        add_nonfinite_rows(acc_o_, row_of<Element>(p.v, tile.batch, tile.head_k(p), tile.seq.first_row_k + n * N),
                            p.v.row_stride, min(N, tile.seq.seqlen_k - n * N), p.head_dim_v, attends);
     }
 
@@ -279,7 +282,7 @@ private:
     const FwdKernelParamsSm90& params_;
     const int consumer_, warp_row0_;
     TurnsSm90<Config> turns_;
-    Pipeline<1>::Index at_q_;
+    typename Config::PipelineQ::Index at_q_;
     typename Config::Stages::Index at_k_, at_v_;
     AccTile<16, Config::kHeadDimV> acc_o_;
 };

@@ -14,7 +14,8 @@ namespace cuda {
 template <class T> struct Type { using type = T; };
 
 template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams& params, const Device& device);
-template <class Element, int kHeadDim> const char* run_fwd_sm90(const FwdParams& params, const Device& device);
+template <class Element, int kHeadDim>
+const char* run_fwd_sm90(const FwdParams& params, void* workspace, const Device& device);
 template <class Element, int kHeadDim>
 const char* run_bwd_sm80(const BwdParams& params, void* workspace, const Device& device);
 template <class Element, int kHeadDim>

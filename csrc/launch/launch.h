@@ -60,4 +60,10 @@ template <class... Params, class... Args> const char* launch_dependent(void (*ke
     return launch_kernel(true, kernel, blocks, threads, smem_bytes, device, args...);
 }
 
+// Zeros, after what was launched before and before what is launched next.
+inline const char* clear(void* memory, size_t bytes, const Device& device) {
+    const cudaError_t cleared = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(device.stream));
+    return cleared == cudaSuccess ? nullptr : take_error(cleared);
+}
+
 }  // namespace flash_attn::cuda

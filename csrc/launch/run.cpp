@@ -33,11 +33,11 @@ template <class F> const char* with_instance(const Problem& p, F f) {
 
 }  // namespace
 
-const char* run_fwd(const FwdParams& params, const Device& device) {
+const char* run_fwd(const FwdParams& params, [[maybe_unused]] void* workspace, const Device& device) {
     return with_instance(params.problem, [&](auto type, auto head_dim) {
         using Element = typename decltype(type)::type;
 #ifdef FLASH_ATTN_HOPPER
-        if (hopper_takes(params, device)) return run_fwd_sm90<Element, head_dim.value>(params, device);
+        if (hopper_takes(params, device)) return run_fwd_sm90<Element, head_dim.value>(params, workspace, device);
 #endif
         return run_fwd_sm80<Element, head_dim.value>(params, device);
     });
@@ -57,6 +57,13 @@ const char* run_attn_probs(const ProbsParams& params, const Device& device) {
     return with_instance(params.problem, [&](auto type, auto head_dim) {
         return run_attn_probs_sm80<typename decltype(type)::type, head_dim.value>(params, device);
     });
+}
+
+int64_t fwd_workspace_bytes([[maybe_unused]] const FwdParams& params, [[maybe_unused]] const Device& device) {
+#ifdef FLASH_ATTN_HOPPER
+    if (hopper_takes(params, device)) return sizeof(int32_t);  // counts tiles that blocks have taken
+#endif
+    return 0;
 }
 
 int64_t bwd_workspace_bytes(const BwdParams& params, [[maybe_unused]] const Device& device) {

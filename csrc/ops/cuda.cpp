@@ -141,6 +141,10 @@ void check_values(const ProblemArgs& args, const Problem& problem) {
     validate_values(args, on_host);
 }
 
+Tensor make_workspace(const ProblemArgs& args, int64_t bytes) {
+    return at::empty({bytes}, args.q.options().dtype(at::kByte));
+}
+
 FwdResult fwd_cuda(const FwdArgs& args) {
     validate(args);
     require_supported(args.problem);
@@ -158,7 +162,9 @@ FwdResult fwd_cuda(const FwdArgs& args) {
         softmax_lse.fill_(-kInfinity);
     }
     if (has_pairs(problem)) {
-        check_launch(cuda::run_fwd({problem, view_of(out, packed), row_view_of(softmax_lse, packed)}, *device));
+        const FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+        const Tensor workspace = make_workspace(args.problem, cuda::fwd_workspace_bytes(params, *device));
+        check_launch(cuda::run_fwd(params, workspace.mutable_data_ptr(), *device));
     }
     return {std::move(out), std::move(softmax_lse)};
 }
@@ -206,8 +212,7 @@ Tensor bwd_cuda(const BwdArgs& args) {
                            view_of(*dv, packed),
                            row_view_of(dsoftmax_sum, packed),
                            args.deterministic};
-    const Tensor workspace =
-        at::empty({cuda::bwd_workspace_bytes(params, *device)}, args.problem.q.options().dtype(at::kByte));
+    const Tensor workspace = make_workspace(args.problem, cuda::bwd_workspace_bytes(params, *device));
     check_launch(cuda::run_bwd(params, workspace.mutable_data_ptr(), *device));
     for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
     return dsoftmax_sum;

@@ -32,7 +32,14 @@ FA_DEVICE void red_add(float* p, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(value) : "memory");
 }
 
-// sm_90. The same for four numbers at p, a multiple of 16, each atomically.
+// The same of whole numbers. Returns what was there before. PTX ISA, "Parallel Synchronization ...: atom".
+FA_DEVICE int32_t fetch_add(int32_t* p, int32_t value) {
+    int32_t before;
+    asm volatile("atom.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+    return before;
+}
+
+// sm_90. As red_add for four numbers at p, a multiple of 16, each atomically.
 FA_DEVICE void red_add_16(float* p, const float (&x)[4]) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                  : "memory");

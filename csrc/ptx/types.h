@@ -90,13 +90,14 @@ template <class Element> FA_DEVICE float unpack_hi(uint32_t pair) {
     return unpack_lo<Element>(pair >> 16);
 }
 
-// Whether either half is an infinity or a NaN: its exponent is all ones, and one more carries into the sign.
-template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
+// Not 0 iff either half is an infinity or a NaN: its exponent is all ones, and one more carries into the sign.
+template <class Element> FA_DEVICE uint32_t nonfinite_bits(uint32_t pair) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     constexpr uint32_t kExponents = std::is_same_v<Element, bf16> ? 0x7f807f80u : 0x7c007c00u;
     constexpr uint32_t kOnes = std::is_same_v<Element, bf16> ? 0x00800080u : 0x04000400u;
-    return (((pair & kExponents) + kOnes) & 0x80008000u) != 0;
+    return ((pair & kExponents) + kOnes) & 0x80008000u;
 }
+template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) { return nonfinite_bits<Element>(pair) != 0; }
 
 }  // namespace ptx
 }  // namespace flash_attn

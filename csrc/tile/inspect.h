@@ -7,35 +7,35 @@
 
 namespace flash_attn {
 
-// One of kThreads threads: calls f(address, chunk) for the 16-byte chunks of its share of the tile that hold anything
-// not finite. Returns whether there were any.
-template <class Element, int kThreads, int kRows, int kCols, class F>
-FA_DEVICE bool for_nonfinite_chunks(SmemTile<kRows, kCols, 64> tile, int thread, F f) {
-    bool found = false;
-#pragma unroll 1  // loads that the compiler batches would not fit into the registers of those who only look
-    for (int byte = thread * 16; byte < tile.kBytes; byte += kThreads * 16) {
-        uint32_t chunk[4];
-        ptx::load_shared_16(chunk, tile.base + byte);
-        bool here = false;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) here |= ptx::any_nonfinite<Element>(chunk[i]);
-        if (here) f(tile.base + byte, chunk);
-        found |= here;
-    }
-    return found;
-}
+// One of kThreads threads: whether its share of the tile, of 16-byte chunks, holds anything that is not finite. Several
+// chunks are under way at a time, as many as fit into the registers of those who only look.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE bool holds_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
-    return for_nonfinite_chunks<Element, kThreads>(tile, thread, [](ptx::SmemPtr, const uint32_t (&)[4]) {});
+    constexpr int kStep = kThreads * 16, kRounds = tile.kBytes / kStep;
+    uint32_t found = 0;
+    const auto look = [&](ptx::SmemPtr at) {
+        uint32_t chunk[4];
+        ptx::load_shared_16(chunk, at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) found |= ptx::nonfinite_bits<Element>(chunk[i]);
+    };
+    ptx::SmemPtr at = tile.base + thread * 16;
+#pragma unroll 2
+    for (int round = 0; round < kRounds; ++round, at = at + kStep) look(at);
+    if (kRounds * kStep + thread * 16 < tile.kBytes) look(at);
+    return found != 0;
 }
 // Replaces it by zero.
 template <class Element, int kThreads, int kRows, int kCols>
-FA_DEVICE bool clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
-    return for_nonfinite_chunks<Element, kThreads>(tile, thread, [](ptx::SmemPtr at, uint32_t (&chunk)[4]) {
+FA_DEVICE void clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
+#pragma unroll 1
+    for (int byte = thread * 16; byte < tile.kBytes; byte += kThreads * 16) {
+        uint32_t chunk[4];
+        ptx::load_shared_16(chunk, tile.base + byte);
 #pragma unroll
         for (int i = 0; i < 4; ++i) chunk[i] = nonfinite_to_zero<Element>(chunk[i]);
-        ptx::store_shared_16(at, chunk);
-    });
+        ptx::store_shared_16(tile.base + byte, chunk);
+    }
 }
 
 // c[r, column] += what is not finite in row k of b, for every k below K with attends(r, k). b: in global memory; its

@@ -33,10 +33,11 @@ template <int kStages_> struct Pipeline {
             ptx::mbarrier_init(empty(stage), releases);
         }
     }
-    // The filling thread: waits until the stage is free, which it is at first, and announces what will come. Returns
-    // the barrier that is to count the bytes.
+    // The filling thread: waits until the stage is free, which it is at first.
+    FA_DEVICE void wait_until_free(Index at) const { ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1); }
+    // The same, and announces what will come. Returns the barrier that is to count the bytes.
     FA_DEVICE ptx::SmemPtr acquire(Index at, int bytes) const {
-        ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1);
+        wait_until_free(at);
         ptx::mbarrier_arrive_expect_tx(full(at.stage), bytes);
         return full(at.stage);
     }

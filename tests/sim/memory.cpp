@@ -1,4 +1,5 @@
 // Shared memory of a block, and accesses to global memory.
+#include <utility>
 #include "runtime.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -137,6 +138,11 @@ static void add_atomically(float* p, float value, void* caller) {
 void red_add(float* p, float value) {
     check_global("red.global", p, 4, 4);
     add_atomically(p, value, __builtin_return_address(0));
+}
+int32_t fetch_add(int32_t* p, int32_t value) {
+    check_global("atom.global", p, 4, 4);
+    note_atomic_add(p);
+    return std::exchange(*p, *p + value);
 }
 void red_add_16(float* p, const float (&x)[4]) {
     check_global("red.global.v4", p, 16, 16);

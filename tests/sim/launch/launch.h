@@ -1,5 +1,6 @@
 // Host model of csrc/launch/launch.h: a launch runs the kernel on the simulator and returns when it has ended.
 #pragma once
+#include <cstring>
 #include "kernels.h"
 #include "sim.h"
 
@@ -32,6 +33,11 @@ template <class... Params, class... Args> const char* launch_dependent(void (*ke
                                                                        int threads, int smem_bytes,
                                                                        const Device& device, Args... args) {
     return launch_kernel(true, kernel, blocks, threads, smem_bytes, device, args...);
+}
+
+inline const char* clear(void* memory, size_t bytes, const Device&) {
+    std::memset(memory, 0, bytes);
+    return nullptr;
 }
 
 }  // namespace flash_attn::cuda

@@ -30,6 +30,7 @@ template <class T> FA_KERNEL(32, 1) load_store_kernel(T* p) {
     ptx::store(p + ptx::thread_idx(), ptx::load(p + ptx::thread_idx()));
 }
 FA_KERNEL(32, 1) red_add_kernel(float* p) { ptx::red_add(p + ptx::thread_idx(), 1.f); }
+FA_KERNEL(32, 1) fetch_add_kernel(int32_t* p) { ptx::fetch_add(p + ptx::thread_idx(), 1); }
 FA_KERNEL(32, 1) bulk_load_kernel(const float* in, int bytes) {
     const ptx::SmemPtr bar = ptx::smem();
     if (ptx::thread_idx() == 0) {
@@ -73,6 +74,10 @@ template <class T> void numbers() {
 void red_add() {
     Exact<float> p(31);
     run(red_add_kernel, 1, 32, 0, p.data);
+}
+void fetch_add() {
+    Exact<int32_t> p(31);
+    run(fetch_add_kernel, 1, 32, 0, p.data);
 }
 void bulk_load() {
     Exact<float> in(60);
@@ -121,6 +126,7 @@ const Mistake bounds[] = {
     {"load_of_4_bytes_outside", Found::kBounds, kHeap, numbers<float>},
     {"load_of_8_bytes_outside", Found::kBounds, kHeap, numbers<int64_t>},
     {"red_add_outside", Found::kBounds, kHeap, red_add},
+    {"fetch_add_outside", Found::kBounds, kHeap, fetch_add},
     {"bulk_load_outside", Found::kBounds, kHeap, bulk_load},
     {"overflow", Found::kBounds, "signed integer overflow", overflow},
     {"wild_address", Found::kSignal, "Segmentation fault", wild_address},

@@ -167,6 +167,25 @@ void test_red_add() {
     expect(sum[0] == expected[0] && sum[1] == expected[1] && sum[2] == expected[2], "red.add.f32, across blocks");
 }
 
+// Every thread of every block takes a number of its own.
+FA_KERNEL(64, 1) fetch_add_kernel(int32_t* taken, int32_t* owners) {
+    const int32_t number = ptx::fetch_add(taken, 3);
+    if (number % 3 == 0 && number < 3 * 7 * 64) ptx::store(owners + number / 3, ptx::block_idx() + 1);
+}
+
+void test_fetch_add() {
+    constexpr int kBlocks = 7;
+    Buffer<int32_t> taken(1), owners(kBlocks * 64);
+    owners.fill(0);
+    taken.fill(0);
+    run(fetch_add_kernel, kBlocks, 64, 0, taken.data, owners.data);
+    int count[kBlocks + 1] = {};
+    for (int i = 0; i < owners.size; ++i) ++count[owners[i]];
+    bool ok = taken[0] == 3 * owners.size;
+    for (int b = 0; b <= kBlocks; ++b) ok &= count[b] == (b ? 64 : 0);
+    expect(ok, "atom.add.s32, across blocks");
+}
+
 // ---------------------------------------------------------------- turns
 // Blocks take turns at plain sums whose value shows the order: x = 3 x + block. out: [64]
 FA_KERNEL(64, 1) turns_kernel(int32_t* counter, int32_t* out, bool backwards, int blocks) {
@@ -225,6 +244,7 @@ void test_memory() {
     test_load_store<int64_t, int64_t>("load and store, bytes");
     test_load_store_16();
     test_red_add();
+    test_fetch_add();
     test_turns(8, false);
     test_turns(3, true);
     test_traffic();

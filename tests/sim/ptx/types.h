@@ -60,11 +60,12 @@ template <class Element> FA_DEVICE float unpack_lo(uint32_t pair) {
 }
 template <class Element> FA_DEVICE float unpack_hi(uint32_t pair) { return unpack_lo<Element>(pair >> 16); }
 
-template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
+template <class Element> FA_DEVICE uint32_t nonfinite_bits(uint32_t pair) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     constexpr uint32_t kExponent = std::is_same_v<Element, bf16> ? 0x7f80u : 0x7c00u;
-    return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
+    return uint32_t((pair & kExponent) == kExponent) << 15 | uint32_t((pair >> 16 & kExponent) == kExponent) << 31;
 }
+template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) { return nonfinite_bits<Element>(pair) != 0; }
 
 }  // namespace ptx
 }  // namespace flash_attn

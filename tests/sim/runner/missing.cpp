@@ -9,7 +9,9 @@ constexpr const char* kMissing = "this build has no kernels for this element typ
 }  // namespace
 
 template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams&, const Device&) { return kMissing; }
-template <class Element, int kHeadDim> const char* run_fwd_sm90(const FwdParams&, const Device&) { return kMissing; }
+template <class Element, int kHeadDim> const char* run_fwd_sm90(const FwdParams&, void*, const Device&) {
+    return kMissing;
+}
 template <class Element, int kHeadDim> const char* run_bwd_sm80(const BwdParams&, void*, const Device&) {
     return kMissing;
 }

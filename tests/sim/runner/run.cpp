@@ -120,7 +120,8 @@ Forward run_forward(const Inputs& x, Schedule schedule, Report& report) {
     set_schedule(schedule);
     take_traffic();
     const FwdParams params{x.problem(), out.view(c.packed), softmax_lse.view(c.packed)};
-    check_error("forward", cuda::run_fwd(params, device_of(c)), report);
+    const Workspace workspace(cuda::fwd_workspace_bytes(params, device_of(c)));
+    check_error("forward", cuda::run_fwd(params, workspace.data(), device_of(c)), report);
     Forward result;
     result.traffic = take_traffic();
     result.hopper = cuda::hopper_takes(params, device_of(c));
