@@ -1,17 +1,22 @@
 // Where the elements of a register tile lie in the matrix of scores, and what is known of each query. Tiles have
 // queries as rows and keys as columns, or the reverse.
 #pragma once
+#include "attn/mask.h"
 #include "ptx/shared.h"
 #include "tile/lane.h"
 
 namespace flash_attn {
 
+// Of queries() and keys(), which a lane's elements are among, there may be a few more.
+//
 // (row0, key0): the query and the key of the tile's corner.
 struct QueryRows {
     int row0, key0;
     FA_DEVICE static int first_column() { return lane_column(); }
     FA_DEVICE int query(int r, int) const { return row0 + lane_row(r); }
     FA_DEVICE int key(int, int column) const { return column + key0; }
+    FA_DEVICE Range queries(int rows, int) const { return {row0, row0 + rows}; }
+    FA_DEVICE Range keys(int, int columns) const { return {key0, key0 + columns}; }
 };
 class KeyRows {
 public:
@@ -19,6 +24,8 @@ public:
     FA_DEVICE static int first_column() { return int(fresh_lane_id() % 4 * 2); }
     FA_DEVICE int query(int, int column) const { return row0 + column; }
     FA_DEVICE int key(int r, int) const { return lane_key_ + r / 2 * 16 + r % 2 * 8; }
+    FA_DEVICE Range queries(int, int columns) const { return {row0, row0 + columns}; }
+    FA_DEVICE Range keys(int rows, int) const { return {lane_key_, lane_key_ + rows}; }
 
     const int row0;
 

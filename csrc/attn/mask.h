@@ -20,7 +20,9 @@ struct WindowMask {
     FA_HOST_DEVICE int diagonal(int row) const { return row + seqlen_k - seqlen_q; }
     FA_HOST_DEVICE int first_key(int row) const { return max(diagonal(row) - left, 0); }
     FA_HOST_DEVICE int last_key(int row) const { return min(diagonal(row) + right, seqlen_k - 1); }
-    FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
+    FA_HOST_DEVICE bool hides_before(int row, int key) const { return key < first_key(row); }
+    FA_HOST_DEVICE bool hides_after(int row, int key) const { return key > last_key(row); }
+    FA_HOST_DEVICE bool keep(int row, int key) const { return !hides_before(row, key) && !hides_after(row, key); }
 
     // Keys that at least one of the rows may see. Rows past the last one change nothing: it sees the last key. An empty
     // range ends at or before 0.
@@ -31,9 +33,12 @@ struct WindowMask {
         const int shift = seqlen_k - seqlen_q;
         return {max(keys.begin - shift - right, 0), min(keys.end - shift + left, seqlen_q)};
     }
+    // The same of any of the rows and any of the keys.
+    FA_HOST_DEVICE bool hides_before(Range rows, Range keys) const { return hides_before(rows.end - 1, keys.begin); }
+    FA_HOST_DEVICE bool hides_after(Range rows, Range keys) const { return hides_after(rows.begin, keys.end - 1); }
     // Every one of the rows sees every one of the keys.
     FA_HOST_DEVICE bool covers(Range rows, Range keys) const {
-        return keys.begin >= first_key(rows.end - 1) && keys.end - 1 <= last_key(rows.begin);
+        return !hides_before(rows, keys) && !hides_after(rows, keys);
     }
 };
 
@@ -42,10 +47,12 @@ struct FullMask {
     static constexpr bool kHidesKeys = false;
     int seqlen_q, seqlen_k;
 
-    FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
+    FA_HOST_DEVICE bool hides_after(int, int key) const { return key >= seqlen_k; }
+    FA_HOST_DEVICE bool keep(int row, int key) const { return !hides_after(row, key); }
     FA_HOST_DEVICE Range keys_of(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range rows_of(Range) const { return {0, seqlen_q}; }
-    FA_HOST_DEVICE bool covers(Range, Range keys) const { return keys.end <= seqlen_k; }
+    FA_HOST_DEVICE bool hides_after(Range, Range keys) const { return keys.end > seqlen_k; }
+    FA_HOST_DEVICE bool covers(Range rows, Range keys) const { return !hides_after(rows, keys); }
 };
 
 FA_HOST_DEVICE bool is_full(const Window& w) { return w.left >= kMaxSeqlen && w.right >= kMaxSeqlen; }

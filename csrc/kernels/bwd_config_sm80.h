@@ -44,7 +44,7 @@ struct BwdConfigSm80 {
     static constexpr int kSmemBytes = 2 * (TileQ::kBytes + TileK::kBytes + TileS::kBytes + Rows::kBytes);
     using TileOut = TileQ;
     static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
-    static constexpr int kFinishThreads = kThreads;
+    static constexpr int kFinishThreads = kThreads, kDqVector = 1;
     static constexpr bool kPadsRows = false, kDpByWgmma = false, kOverlap = false;
 };
 

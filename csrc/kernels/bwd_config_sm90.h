@@ -54,7 +54,7 @@ template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdC
     // Of the kernels before and after the main one. The one after has as many threads as there are consumers.
     using TileOut = WideTile<kBlockM, kHeadDim>;
     static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
-    static constexpr int kFinishThreads = kConsumers * kWarpgroupThreads, kDqParts = 1;
+    static constexpr int kFinishThreads = kConsumers * kWarpgroupThreads, kDqParts = 1, kDqVector = 4;
     static constexpr bool kPadsRows = true, kDpByWgmma = true, kOverlap = true;
     struct GridDq {
         using Acc = AccTile<16, kDqCols>;
@@ -73,12 +73,12 @@ template <class Config> struct BwdSmemSm90 {
     using TileQ = typename Config::TileQ;
     using TileDs = typename Config::TileDs;
     TileK k, v;
-    ptx::SmemPtr kv_full;
+    ptx::SmemPtr k_restored;                  // completes whenever K has come again after the first time
     typename Config::PipelineQ pipe_q;        // with softmax_lse
     typename Config::PipelineDout pipe_dout;  // with dsoftmax_sum
 
     FA_DEVICE explicit BwdSmemSm90(ptx::SmemPtr base)
-        : k{base}, v{k.end()}, kv_full(base + Config::kBarriersOffset), pipe_q{kv_full + ptx::kMbarrierBytes},
+        : k{base}, v{k.end()}, k_restored(base + Config::kBarriersOffset), pipe_q{k_restored + ptx::kMbarrierBytes},
           pipe_dout{pipe_q.end()} {}
     FA_DEVICE TileQ q(int stage) const { return {v.end() + stage * TileQ::kBytes}; }
     FA_DEVICE TileQ dout(int stage) const { return {v.end() + (Config::kStagesQ + stage) * TileQ::kBytes}; }
@@ -109,7 +109,7 @@ template <class Config> struct BwdSmemSm90 {
 
     // One thread. Q and dO are released by the warps that inspect them as well.
     FA_DEVICE void init_barriers(int inspectors) const {
-        ptx::mbarrier_init(kv_full, 1);
+        ptx::mbarrier_init(k_restored, 1);
         pipe_q.init(4 * Config::kConsumers + inspectors);
         pipe_dout.init(4 * Config::kConsumers + inspectors);
         for (int stage = 0; stage < Config::kStagesDout; ++stage) ptx::mbarrier_init(inspected(stage), 1);
@@ -117,7 +117,7 @@ template <class Config> struct BwdSmemSm90 {
     }
 
 private:
-    FA_DEVICE ptx::SmemPtr first_dq_tile() const { return kv_full + round_up(Config::kBarrierBytes, 8); }
+    FA_DEVICE ptx::SmemPtr first_dq_tile() const { return k_restored + round_up(Config::kBarrierBytes, 8); }
 };
 
 // Barriers of a block, beside 0, that of all its threads.

@@ -23,7 +23,6 @@ protected:
 
     // step(i, m) for every tile of queries, of the i-th head.
     template <class Step> FA_DEVICE void for_each_tile(Step step) {
-        if (!tile_.tiles().empty()) ptx::mbarrier_wait(smem_.kv_full, 0);
         for (int i = 0; i < heads_per_key_head(params_.common.pass.problem); ++i)
             for (int m = tile_.tiles().begin; m < tile_.tiles().end; ++m, at_q_.advance(), at_dout_.advance())
                 step(i, m);
@@ -49,10 +48,10 @@ protected:
     FA_DEVICE void restore_keys() const {
         sync_consumers();  // all are done with the finite K
         if (consumer_ == 0 && is_leader()) {
-            ptx::mbarrier_arrive_expect_tx(smem_.kv_full, Config::TileK::kBytes);
-            Tile(params_).key_rows(params_.k).load(smem_.k, smem_.kv_full, tile_.n0);
+            ptx::mbarrier_arrive_expect_tx(smem_.k_restored, Config::TileK::kBytes);
+            Tile(params_).key_rows(params_.k).load(smem_.k, smem_.k_restored, tile_.n0);
         }
-        ptx::mbarrier_wait(smem_.kv_full, times_cleared() % 2);  // phase 0 was the first load
+        ptx::mbarrier_wait(smem_.k_restored, (times_cleared() - 1) % 2);
     }
     // f(tile, m, dO from its first row on, number of its rows, dQ) for all tiles in which something may have been
     // cleared.

@@ -9,6 +9,19 @@
 
 namespace flash_attn {
 
+// As many as lie side by side, scaled.
+template <int kCount> FA_DEVICE void load_sums(float* x, const float* sums, float scale) {
+    static_assert(kCount == 1 || kCount == 4);
+    if constexpr (kCount == 1) {
+        *x = ptx::load(sums) * scale;
+    } else {
+        uint32_t bits[4];
+        ptx::load_16(bits, sums);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = ptx::bits_float(bits[i]) * scale;
+    }
+}
+
 template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_CONSTANT BwdKernelParams params) {
     if constexpr (Config::kOverlap) ptx::grid_wait();
     using Element = typename Config::Element;
@@ -31,8 +44,8 @@ template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_
 #pragma unroll
         for (int i = 0; i < dq.kRowBlocks; ++i)
 #pragma unroll
-            for (int j = 0; j < dq.kPerBlock; ++j)
-                dq.x[i][j] = ptx::load(sums + Config::dq_element(part, i, j)) * scale;
+            for (int j = 0; j < dq.kPerBlock; j += Config::kDqVector)
+                load_sums<Config::kDqVector>(&dq.x[i][j], sums + Config::dq_element(part, i, j), scale);
         const int col0 = Config::dq_col0(part);
         store_rows(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
     }

@@ -124,22 +124,26 @@ private:
         ptx::pass_turn(turn);
     }
 
-    // dK and dV, by way of the memory of K and V.
+    // dV and dK, by way of the memory of V and K. The other consumer may be at its last dQ still, which takes K: dV need
+    // not wait for that.
     FA_DEVICE void store() {
+        store_rows_of(acc_dv_, smem_.v, params_.dv);  // of V each consumer has read its own rows only
         const float scale = params_.common.pass.problem.scalars.scale;
         acc_dk_.for_each([&](int, int, float& x) { x *= scale; });
-        this->sync_consumers();  // all are done with K; of V each has read its own rows only
-        store_matrices(PackedTile<Element, 16, D>(acc_dk_), smem_.k, row0());
-        store_matrices(PackedTile<Element, 16, D>(acc_dv_), smem_.v, row0());
+        this->sync_consumers();  // all are done with K
+        store_rows_of(acc_dk_, smem_.k, params_.dk);
+        if (this->is_leader()) ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+    }
+    // This consumer's rows.
+    FA_DEVICE void store_rows_of(const AccTile<16, D>& acc, typename Config::TileK staged, const TmaTensor& to) const {
+        store_matrices(PackedTile<Element, 16, D>(acc), staged, row0());
         ptx::fence_proxy_async();
-        this->sync_group();  // this consumer's rows are there
+        this->sync_group();  // they are there
         if (!this->is_leader()) return;
         const Tile tile(params_);
         const int first_row = consumer_ * kWarpgroupRows;
-        tile.key_rows(params_.dk).store(smem_.k, first_row, tile.n0 + first_row);
-        tile.key_rows(params_.dv).store(smem_.v, first_row, tile.n0 + first_row);
+        tile.key_rows(to).store(staged, first_row, tile.n0 + first_row);
         ptx::bulk_commit();
-        ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
     }
 
     // The warp's first row of the tile of keys.

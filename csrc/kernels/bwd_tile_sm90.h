@@ -12,6 +12,7 @@ struct BwdKernelParamsSm90 {
     TmaTensor q, k, v, dout;  // boxes of kBlockM, kBlockN, kBlockN and kBlockM rows
     TmaTensor dk, dv;         // of kOutRows
     TileOrder order;
+    int blocks_at_a_time;  // as many as there are multiprocessors
 };
 
 FA_DEVICE int heads_per_key_head(const Problem& p) { return p.num_heads / p.num_heads_k; }
@@ -23,9 +24,9 @@ template <class Config, class Mask> struct BwdTileSm90 {
     Mask mask;
 
     // Computed anew wherever it is needed apart from the main loop: registers are short there.
-    FA_DEVICE explicit BwdTileSm90(const BwdKernelParamsSm90& params) {
+    FA_DEVICE explicit BwdTileSm90(const BwdKernelParamsSm90& params, int block = ptx::opaque(ptx::block_idx())) {
         const Problem& p = params.common.pass.problem;
-        const WorkTile at = params.order.at(ptx::opaque(ptx::block_idx()));
+        const WorkTile at = params.order.at(block);
         const int n = adds_backwards(params) ? at.tile : params.order.grid.num_tiles - 1 - at.tile;
         n0 = n * Config::kBlockN, head_k = at.head, batch = at.batch;
         first_head = head_k * heads_per_key_head(p);
@@ -35,6 +36,10 @@ template <class Config, class Mask> struct BwdTileSm90 {
     // Rows of keys, of K and of what has its shape.
     FA_DEVICE TmaRows key_rows(const TmaTensor& t) const {
         return TmaRows(t, batch, head_k, seq.first_row_k, seq.seqlen_k);
+    }
+    // Rows of the queries of a head.
+    FA_DEVICE TmaRows query_rows(const TmaTensor& t, int head) const {
+        return TmaRows(t, batch, head, seq.first_row_q, seq.seqlen_q);
     }
     FA_DEVICE Range tiles() const { return tiles_of(mask.rows_of(keys()), Config::kBlockM); }
     FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // sequences differ in length

@@ -59,6 +59,7 @@ FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParams
     Pipeline<1>::Index at_tile;
     typename Config::PipelineQ::Index at_q;
     typename Config::Stages::Index at_k, at_v;
+    int out_left = 0;  // parity of the phase that this tile's output completes
     const TileShares& shares = params.shares;
     for (int64_t i = shares.first(); shares.has(i); i = shares.after(i)) {
         const FwdTileSm90<Config, Mask> tile(shares.order.at(static_cast<int>(i)), params.pass.problem);
@@ -78,9 +79,15 @@ FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParams
         const ptx::SmemPtr q_full = smem.pipe_q.acquire(at_q, sees_keys ? Config::TileQ::kBytes : 0);
         if (sees_keys) q.load(smem.q(at_q.stage), q_full, tile.m0);
         at_q.advance();
+        if (!Config::kOutApart) {
+            ptx::mbarrier_wait(smem.out_left(), out_left ^ 1);  // of the tile before; at once for the first
+            out_left ^= 1;
+        }
         for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at_v.advance()) {
-            if (n > tile.tiles.begin) load_k(n - 1);
+            const bool has_next = n > tile.tiles.begin;
+            if (Config::kNextKFirst && has_next) load_k(n - 1);
             v.load(smem.v(at_v.stage), smem.pipe_v.acquire(at_v, Config::TileV::kBytes), n * N);
+            if (!Config::kNextKFirst && has_next) load_k(n - 1);
         }
     }
     smem.queue.announce(at_tile, FwdWorkSm90{});
@@ -152,7 +159,7 @@ public:
             smem_.pipe_q.wait(at_q_);
             if (!tile.tiles.empty())
                 attend(tile, scores, softmax);
-            else if (Config::kOutApart)
+            else
                 release(smem_.pipe_q, at_q_);
             store(tile, scores, softmax);
             at_q_.advance();
@@ -194,7 +201,7 @@ private:
             softmax.rescale(acc_o_);
             weights = Weights(acc_s);
         }
-        if (Config::kOutApart) release(smem_.pipe_q, at_q_);  // all products with Q are done
+        release(smem_.pipe_q, at_q_);  // all products with Q are done
         const bool found = wait_for_values(covered);
         multiply_values(weights);
         ptx::wgmma_wait<0>();
@@ -258,8 +265,13 @@ private:
             if (lane_id() % 4 == 0 && lane_row(r) < valid_rows) ptx::store(softmax_lse + lane_row(r), lse[r]);
 
         const int barrier = FwdBarriersSm90::group(consumer_);
-        ptx::bulk_wait_read<0>();
-        ptx::barrier_sync(barrier, kWarpgroupThreads);  // this warpgroup's last output has left shared memory
+        if (Config::kOutApart) {
+            ptx::bulk_wait_read<0>();
+            ptx::barrier_sync(barrier, kWarpgroupThreads);  // this warpgroup's last output has left shared memory
+        } else {
+            constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
+            ptx::barrier_sync(FwdBarriersSm90::kConsumers, kThreads);  // all are done with V
+        }
         store_matrices(PackedTile<Element, 16, Config::kHeadDimV>(acc_o_), smem_.out, warp_row0_);
         ptx::fence_proxy_async();
         ptx::barrier_sync(barrier, kWarpgroupThreads);  // the output is there
@@ -269,7 +281,7 @@ private:
         ptx::bulk_commit();
         if (Config::kOutApart) return;
         ptx::bulk_wait_read<0>();
-        smem_.pipe_q.release(at_q_);
+        ptx::mbarrier_arrive(smem_.out_left());
     }
 
     template <int kStages> FA_DEVICE static void release(const Pipeline<kStages>& pipe, StageIndex<kStages> at) {

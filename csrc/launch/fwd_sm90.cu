@@ -42,11 +42,25 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
                   device, kernel_params);
 }
 
+// Long sequences are better off with the larger tiles.
+template <class Tiles> bool is_short(const Problem& p) {
+    constexpr int kLongestShort = 2048;
+    return p.seqlens.seqlen_q <= kLongestShort &&
+           estimated_time<typename Tiles::Short>(p) < estimated_time<typename Tiles::Plain>(p);
+}
+
 template <class Tiles> const char* run_with(const FwdParams& params, void* workspace, const Device& device) {
     return with_policies(params.problem, [&](auto mask, auto scores) {
+        using Mask = typename decltype(mask)::type;
         using Scores = typename decltype(scores)::type;
-        using Config = std::conditional_t<Scores::kModified, typename Tiles::Modified, typename Tiles::Plain>;
-        return launch_fwd<Config, typename decltype(mask)::type, Scores>(params, workspace, device);
+        if constexpr (Scores::kModified) {
+            return launch_fwd<typename Tiles::Modified, Mask, Scores>(params, workspace, device);
+        } else {
+            if constexpr (!std::is_same_v<typename Tiles::Short, typename Tiles::Plain>)
+                if (is_short<Tiles>(params.problem))
+                    return launch_fwd<typename Tiles::Short, Mask, Scores>(params, workspace, device);
+            return launch_fwd<typename Tiles::Plain, Mask, Scores>(params, workspace, device);
+        }
     });
 }
 

@@ -63,4 +63,12 @@ template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, SmemPtr smem
             : "memory");
 }
 
+// The box into the level-2 cache, and no further: a hint for what will be loaded soon. PTX ISA,
+// "cp.async.bulk.prefetch.tensor".
+FA_DEVICE void tma_prefetch(const TensorMap& map, const int (&coord)[4]) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(coord[0]),
+                 "r"(coord[1]), "r"(coord[2]), "r"(coord[3])
+                 : "memory");
+}
+
 }  // namespace flash_attn::ptx

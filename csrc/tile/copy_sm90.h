@@ -63,6 +63,11 @@ public:
         for (int i = 0; i < tile.kPanels; ++i)
             ptx::tma_load<kTmaRank>(tile.panel(i).base, map_, bar, {64 * i, row0_ + row, kTmaTurn, step_});
     }
+    // One thread: the same rows on their way to the level-2 cache.
+    template <class Tile> FA_DEVICE void prefetch(int row) const {
+#pragma unroll
+        for (int i = 0; i < Tile::kPanels; ++i) ptx::tma_prefetch(map_, {64 * i, row0_ + row, kTmaTurn, step_});
+    }
     // One thread: starts storing rows tile_row and following, of which the map's box says how many, to those from `row`
     // on. To be committed by the caller.
     template <int kRows, int kCols> FA_DEVICE void store(SmemTile<kRows, kCols, 64> tile, int tile_row, int row) const {

@@ -5,12 +5,46 @@
 
 namespace flash_attn {
 
-// Rows and columns past the valid ones are dropped. dst is the tile's corner and may lie anywhere; where it and its
-// rows start at multiples of four bytes, elements are stored in pairs.
+// The four lanes that share a row each have a pair of every 8 columns, and get all of one of 32: lane i of the i-th 8.
+FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int step = 1; step <= 2; ++step) {
+        const bool upper = lane & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const uint32_t low = pairs[i], high = pairs[i | step];
+            const uint32_t received = ptx::float_bits(ptx::shfl_xor(ptx::bits_float(upper ? low : high), step));
+            pairs[i] = upper ? received : low;
+            pairs[i | step] = upper ? high : received;
+        }
+    }
+}
+
+// Rows and columns past the valid ones are dropped. dst is the tile's corner and may lie anywhere. Elements are stored
+// by eights where it, its rows and the valid columns are multiples of 16 bytes, by twos where they are of four.
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
                                                                          int64_t row_stride, int valid_rows,
                                                                          int valid_cols) {
-    const bool aligned = reinterpret_cast<uintptr_t>(dst) % 4 == 0 && row_stride % 2 == 0;
+    const auto pair_of = [&](int r, int n) {
+        return ptx::pack<Element>(t.x[r / 2][4 * n + r % 2 * 2], t.x[r / 2][4 * n + r % 2 * 2 + 1]);
+    };
+    const auto address = reinterpret_cast<uintptr_t>(dst);
+    if (kCols % 32 == 0 && address % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0) {
+#pragma unroll
+        for (int r = 0; r < t.kLaneRows; ++r)
+#pragma unroll
+            for (int n = 0; n < kCols / 8; n += 4) {
+                uint32_t eight[4] = {pair_of(r, n), pair_of(r, n + 1), pair_of(r, n + 2), pair_of(r, n + 3)};
+                transpose_quad(eight);
+                const int column = 8 * (n + lane_id() % 4);
+                if (lane_row(r) < valid_rows && column < valid_cols)
+                    ptx::store_16(dst + lane_row(r) * row_stride + column, eight);
+            }
+        return;
+    }
+    const bool aligned = address % 4 == 0 && row_stride % 2 == 0;
 #pragma unroll
     for (int r = 0; r < t.kLaneRows; ++r) {
         if (lane_row(r) >= valid_rows) continue;
@@ -18,7 +52,7 @@ template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const A
 #pragma unroll
         for (int n = 0; n < kCols / 8; ++n) {
             const int column = 8 * n + lane_column();
-            const uint32_t pair = ptx::pack<Element>(t.x[r / 2][4 * n + r % 2 * 2], t.x[r / 2][4 * n + r % 2 * 2 + 1]);
+            const uint32_t pair = pair_of(r, n);
             if (aligned && column + 1 < valid_cols) {
                 ptx::store(reinterpret_cast<uint32_t*>(row + column), pair);
                 continue;

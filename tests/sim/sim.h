@@ -115,6 +115,7 @@ struct TensorMap {  // a tensor in global memory seen through boxes; dimension 0
     int swizzle_bytes;  // 0, 32, 64 or 128
 };
 void tma_load(void* smem_dst, const TensorMap& map, uint64_t* bar, const int* coord, int rank);
+void tma_prefetch(const TensorMap& map, const int* coord, int rank);
 void tma_store(const TensorMap& map, const void* smem_src, const int* coord, int rank);
 void bulk_load(void* smem_dst, const void* global_src, int bytes, uint64_t* bar);
 void bulk_reduce_add(float* global_dst, const float* smem_src, int bytes);

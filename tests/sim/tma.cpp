@@ -140,6 +140,10 @@ void write_store(AsyncCopy& copy) {
 void tma_load(void* smem_dst, const TensorMap& map, uint64_t* bar, const int* coord, int rank) {
     issue_box(AsyncCopy::kTmaLoad, smem_dst, map, bar, coord, rank, __builtin_return_address(0));
 }
+// Nothing that anybody could see.
+void tma_prefetch(const TensorMap& map, const int*, int rank) {
+    if (map.rank != rank) fail("TMA prefetch: instruction of rank %d on a tensor map of rank %d", rank, map.rank);
+}
 void tma_store(const TensorMap& map, const void* smem_src, const int* coord, int rank) {
     for (int i = 0; i < rank; ++i)
         if (coord[i] < 0) fail("TMA store: coordinate %d is %d, and must not be negative", i, coord[i]);

@@ -74,6 +74,26 @@ tma_kernel(FA_GRID_CONSTANT ptx::TensorMap in, FA_GRID_CONSTANT ptx::TensorMap o
     }
 }
 
+// Boxes within the tensor, across its end and past it: nothing that a kernel sees.
+FA_KERNEL(32, 1) prefetch_kernel(FA_GRID_CONSTANT ptx::TensorMap in) {
+    if (ptx::thread_idx() != 0) return;
+    ptx::tma_prefetch(in, {0, 0, 0, 1});
+    ptx::tma_prefetch(in, {64, 12, 1, 0});
+    ptx::tma_prefetch(in, {0, 40, 0, 0});
+}
+
+void test_prefetch() {
+    Buffer<uint16_t> in(80 * 20 * 2 * 2);
+    for (int i = 0; i < in.size; ++i) in[i] = static_cast<uint16_t>(i);
+    reset_traffic();
+    const auto map = make_tensor_map<4>(in.data, {80, 20, 2, 2}, {160, 3200, 6400}, {kCols, kRows, 1, 1});
+    run(prefetch_kernel, 1, 32, 0, map);
+    bool ok = true;
+    for (int i = 0; i < in.size; ++i) ok &= in[i] == static_cast<uint16_t>(i);
+    expect(ok, "TMA prefetch");
+    expect_traffic({}, "TMA prefetch, no bytes");
+}
+
 // The box may begin before the tensor where it is loaded, but not where it is stored: an illegal instruction on an
 // H200.
 void test_tma(int col, int row, int plane) {
@@ -239,6 +259,7 @@ void test_sm90() {
     test_elect();
     test_stmatrix<false>();
     test_stmatrix<true>();
+    test_prefetch();
     test_tma(0, 0, 0);
     test_tma(32, 8, 1);
     test_tma(-8, -3, 1);

@@ -16,4 +16,6 @@ template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, const void* 
     sim::tma_store(map, smem_src, coord, kRank);
 }
 
+FA_DEVICE void tma_prefetch(const TensorMap& map, const int (&coord)[4]) { sim::tma_prefetch(map, coord, 4); }
+
 }  // namespace flash_attn::ptx
