@@ -1,5 +1,6 @@
 // Which tile of which head and sequence a block works on.
 #pragma once
+#include "attn/divisor.h"
 #include "attn/mask.h"
 #include "host_device.h"
 #include "params.h"
@@ -32,15 +33,27 @@ FA_HOST_DEVICE TileGrid key_grid(const Problem& p, int block_n) {
 // causal mask they have most to do, and what is begun last should be short.
 struct TileOrder {
     TileGrid grid;
-    int section_heads;  // at least 1
+    int num_sections;
+    Divisor section_tiles, section_heads, last_section_heads, num_heads;
 
     FA_HOST_DEVICE WorkTile at(int i) const {
-        const int section = i / (grid.num_tiles * section_heads), first_head = section * section_heads;
-        const int heads = min(section_heads, grid.num_heads * grid.batch_size - first_head);
-        const int within = i - section * grid.num_tiles * section_heads, row = first_head + within % heads;
-        return {grid.num_tiles - 1 - within / heads, row % grid.num_heads, row / grid.num_heads};
+        const int section = section_tiles.quotient(i), within = section_tiles.remainder(i);
+        const Divisor heads = section + 1 < num_sections ? section_heads : last_section_heads;
+        const int row = section * int(section_heads.divisor) + heads.remainder(within);
+        return {grid.num_tiles - 1 - heads.quotient(within), num_heads.remainder(row), num_heads.quotient(row)};
     }
 };
+
+// section_heads: at least 1, at most all. No more than 2^31 - 1 tiles.
+inline TileOrder make_tile_order(const TileGrid& grid, int section_heads) {
+    const int heads = grid.num_heads * grid.batch_size, sections = ceil_div(heads, section_heads);
+    return {grid,
+            sections,
+            make_divisor(max(grid.num_tiles, 1) * section_heads),
+            make_divisor(section_heads),
+            make_divisor(heads - (sections - 1) * section_heads),
+            make_divisor(grid.num_heads)};
+}
 
 // Queries or keys as tiles of `size`, tile i being [size * i, size * (i + 1)). Where a mask leaves nothing, its ranges
 // end at or before 0, and so do these.

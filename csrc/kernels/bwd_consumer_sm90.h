@@ -23,7 +23,7 @@ protected:
 
     // step(i, m) for every tile of queries, of the i-th head.
     template <class Step> FA_DEVICE void for_each_tile(Step step) {
-        for (int i = 0; i < heads_per_key_head(params_.common.pass.problem); ++i)
+        for (int i = 0; i < params_.heads_per_key_head; ++i)
             for (int m = tile_.tiles().begin; m < tile_.tiles().end; ++m, at_q_.advance(), at_dout_.advance())
                 step(i, m);
     }
@@ -63,7 +63,7 @@ protected:
         const Sequence& seq = tile.seq;
         const int64_t first_tile = first_dq_tile(p, M, tile.batch, seq.first_row_q);
 #pragma unroll 1
-        for (int i = 0; i < heads_per_key_head(p); ++i)
+        for (int i = 0; i < params_.heads_per_key_head; ++i)
 #pragma unroll 1
             for (int m = tile.tiles().begin; m < tile.tiles().end; ++m) {
                 if (tile.covered(m)) continue;

@@ -47,7 +47,7 @@ template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_
             for (int j = 0; j < dq.kPerBlock; j += Config::kDqVector)
                 load_sums<Config::kDqVector>(&dq.x[i][j], sums + Config::dq_element(part, i, j), scale);
         const int col0 = Config::dq_col0(part);
-        store_rows(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
+        store_rows_by_eights(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
     }
 }
 

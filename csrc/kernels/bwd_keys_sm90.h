@@ -124,8 +124,8 @@ private:
         ptx::pass_turn(turn);
     }
 
-    // dV and dK, by way of the memory of V and K. The other consumer may be at its last dQ still, which takes K: dV need
-    // not wait for that.
+    // dV and dK, by way of the memory of V and K. The other consumer may be at its last dQ still, which takes K: dV
+    // need not wait for that.
     FA_DEVICE void store() {
         store_rows_of(acc_dv_, smem_.v, params_.dv);  // of V each consumer has read its own rows only
         const float scale = params_.common.pass.problem.scalars.scale;

@@ -24,8 +24,8 @@ template <class Config, class Mask> FA_DEVICE void prefetch_next_block(const Bwd
     tile.query_rows(params.dout, tile.first_head).template prefetch<TileQ>(m0);
 }
 
-// One thread: Q and dO of every tile of queries. K comes with the first Q, and V with the first dO, in the order in which
-// they are multiplied.
+// One thread: Q and dO of every tile of queries. K comes with the first Q, and V with the first dO, in the order in
+// which they are multiplied.
 template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
                                                               const BwdKernelParamsSm90& params,
                                                               const BwdTileSm90<Config, Mask>& tile) {
@@ -37,7 +37,7 @@ template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<
     typename Config::PipelineDout::Index at_dout;
     bool is_first = true;
 #pragma unroll 1
-    for (int i = 0; i < heads_per_key_head(p); ++i) {
+    for (int i = 0; i < params.heads_per_key_head; ++i) {
         const int head = tile.first_head + i;
         const TmaRows q = tile.query_rows(params.q, head), dout = tile.query_rows(params.dout, head);
 #pragma unroll 1  // this thread has 24 registers
@@ -79,7 +79,7 @@ FA_DEVICE void inspect_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelPar
     typename Config::PipelineQ::Index at_q;
     typename Config::PipelineDout::Index at_dout;
     bool k_searched = false, k_nonfinite = false;
-    for (int i = 0; i < heads_per_key_head(params.common.pass.problem); ++i)
+    for (int i = 0; i < params.heads_per_key_head; ++i)
         for (int m = tile.tiles().begin; m < tile.tiles().end; ++m, at_q.advance(), at_dout.advance()) {
             const bool covered = tile.covered(m);
             bool found = false;

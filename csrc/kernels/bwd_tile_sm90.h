@@ -12,10 +12,9 @@ struct BwdKernelParamsSm90 {
     TmaTensor q, k, v, dout;  // boxes of kBlockM, kBlockN, kBlockN and kBlockM rows
     TmaTensor dk, dv;         // of kOutRows
     TileOrder order;
+    int heads_per_key_head;
     int blocks_at_a_time;  // as many as there are multiprocessors
 };
-
-FA_DEVICE int heads_per_key_head(const Problem& p) { return p.num_heads / p.num_heads_k; }
 
 // The tile of keys of a block, and which tiles of queries see it, for each of the heads that share it.
 template <class Config, class Mask> struct BwdTileSm90 {
@@ -29,7 +28,7 @@ template <class Config, class Mask> struct BwdTileSm90 {
         const WorkTile at = params.order.at(block);
         const int n = adds_backwards(params) ? at.tile : params.order.grid.num_tiles - 1 - at.tile;
         n0 = n * Config::kBlockN, head_k = at.head, batch = at.batch;
-        first_head = head_k * heads_per_key_head(p);
+        first_head = head_k * params.heads_per_key_head;
         seq = sequence_at(p.seqlens, p.paged_kv, batch);
         mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
     }

@@ -51,8 +51,8 @@ template <class Config, class Mask> struct FwdTileSm90 : FwdWorkSm90 {
     }
 };
 
-// One thread: announces tiles, and loads for each the first K, for which there is room before there is for Q, then Q, then V and the other K
-// of the tiles that it sees, K one tile ahead, which is how they are used.
+// One thread: announces tiles, and loads for each the first K, for which there is room before there is for Q, then Q,
+// then V and the other K of the tiles that it sees, K one tile ahead, which is how they are used.
 template <class Config, class Mask>
 FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params) {
     constexpr int N = Config::kBlockN;

@@ -1,6 +1,6 @@
-// Which tiles a block works on. Blocks stay until there are no tiles left. The thread that loads takes one after another
-// when it has asked for all that the last one needs, and announces it to the warps that compute and inspect. Not
-// earlier: a tile that is taken while much is left to do would wait, and other blocks run out of work.
+// Which tiles a block works on. Blocks stay until there are no tiles left. The thread that loads takes one after
+// another when it has asked for all that the last one needs, and announces it to the warps that compute and inspect.
+// Not earlier: a tile that is taken while much is left to do would wait, and other blocks run out of work.
 #pragma once
 #include <type_traits>
 #include "attn/scheduler.h"

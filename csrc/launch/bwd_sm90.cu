@@ -37,7 +37,9 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
     // Q and dO, and dQ in fp32.
     const int64_t row_bytes = (p.head_dim + p.head_dim_v) * TmaStrides::kElementBytes + p.head_dim * int64_t(4);
     const int64_t head_bytes = p.num_heads / p.num_heads_k * int64_t(p.seqlens.seqlen_q) * row_bytes;
-    kernel_params.order = {key_tiles, section_heads(p, key_tiles, device, head_bytes, 1)};
+    if (const char* error = check_tiles(key_tiles.num_blocks())) return error;
+    kernel_params.order = make_tile_order(key_tiles, section_heads(p, key_tiles, device, head_bytes, 1));
+    kernel_params.heads_per_key_head = p.num_heads / p.num_heads_k;
     kernel_params.blocks_at_a_time = device.multiprocessors;
     const char* error = make_tensors<Config>(kernel_params, params);
     if (!error)

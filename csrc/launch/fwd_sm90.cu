@@ -12,13 +12,14 @@ namespace {
 
 // As many blocks as run at a time divide the tiles. Where all take as long, or there are no more tiles than blocks, the
 // division is fixed; otherwise whoever is done takes the next. taken: counts those.
-const char* divide_tiles(TileShares& shares, const TileOrder& order, const Problem& p, int32_t* taken,
+const char* divide_tiles(TileShares& shares, const TileGrid& grid, int section_heads, const Problem& p, int32_t* taken,
                          const Device& device) {
-    const int64_t tiles = order.grid.num_blocks();
-    if (tiles > std::numeric_limits<int32_t>::max()) return "the problem has more than 2^31 - 1 tiles";
+    const int64_t tiles = grid.num_blocks();
+    if (const char* error = check_tiles(tiles)) return error;
     const bool alike = is_full(p.window) && !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
     const bool fixed = alike || tiles <= device.multiprocessors;
-    shares = {order, static_cast<int>(min<int64_t>(tiles, device.multiprocessors)), fixed ? nullptr : taken};
+    shares = {make_tile_order(grid, section_heads), static_cast<int>(min<int64_t>(tiles, device.multiprocessors)),
+              fixed ? nullptr : taken};
     return fixed ? nullptr : clear(taken, sizeof *taken, device);
 }
 
@@ -29,14 +30,14 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
     kernel_params.pass = params;
     const int64_t head_bytes = int64_t(p.seqlens.seqlen_k) * (p.head_dim + p.head_dim_v) * TmaStrides::kElementBytes;
     const TileGrid grid = query_grid(p, Config::kBlockM);
-    const TileOrder order{grid, section_heads(p, grid, device, head_bytes, p.num_heads / p.num_heads_k)};
+    const int section = section_heads(p, grid, device, head_bytes, p.num_heads / p.num_heads_k);
     const TensorSize q = query_size(p, p.head_dim), k = key_size(p, p.head_dim), v = key_size(p, p.head_dim_v);
     const TensorSize out = query_size(p, p.head_dim_v);
     const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, Config::kBlockM);
     if (!error) error = make_tma_tensor("k", kernel_params.k, p.k, k, Config::kBlockN);
     if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
     if (!error) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
-    if (!error) error = divide_tiles(kernel_params.shares, order, p, static_cast<int32_t*>(workspace), device);
+    if (!error) error = divide_tiles(kernel_params.shares, grid, section, p, static_cast<int32_t*>(workspace), device);
     if (error) return error;
     return launch(fwd_sm90<Config, Mask, Scores>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
                   device, kernel_params);

@@ -1,6 +1,7 @@
 // Which problems the kernels for compute capability 9.0 take. The others are served by those for 8.0 and later.
 #pragma once
 #include <bit>
+#include <limits>
 #include "attn/scheduler.h"
 #include "host_device.h"
 #include "kernels.h"
@@ -35,6 +36,10 @@ inline bool hopper_takes(const BwdParams& params, const Device& device) {
     return hopper_takes(p, device) && TmaStrides(params.dout, query_size(p, p.head_dim_v)).fit() &&
            TmaStrides(params.dk, key_size(p, p.head_dim)).fit() &&
            TmaStrides(params.dv, key_size(p, p.head_dim_v)).fit();
+}
+
+inline const char* check_tiles(int64_t tiles) {
+    return tiles > std::numeric_limits<int32_t>::max() ? "the problem has more than 2^31 - 1 tiles" : nullptr;
 }
 
 // How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go

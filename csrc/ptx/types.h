@@ -90,14 +90,24 @@ template <class Element> FA_DEVICE float unpack_hi(uint32_t pair) {
     return unpack_lo<Element>(pair >> 16);
 }
 
-// Not 0 iff either half is an infinity or a NaN: its exponent is all ones, and one more carries into the sign.
-template <class Element> FA_DEVICE uint32_t nonfinite_bits(uint32_t pair) {
+// Whether either half is an infinity or a NaN: its exponent is all ones, and one more carries into the sign.
+template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     constexpr uint32_t kExponents = std::is_same_v<Element, bf16> ? 0x7f807f80u : 0x7c007c00u;
     constexpr uint32_t kOnes = std::is_same_v<Element, bf16> ? 0x00800080u : 0x04000400u;
-    return ((pair & kExponents) + kOnes) & 0x80008000u;
+    return (((pair & kExponents) + kOnes) & 0x80008000u) != 0;
 }
-template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) { return nonfinite_bits<Element>(pair) != 0; }
+
+// marks, in which a half becomes NaN, and stays so, when that of the pair is an infinity or a NaN: with one instruction
+// zero times the pair, plus marks. They begin as 0. PTX ISA, "Half Precision Floating Point Instructions: fma".
+template <class Element> FA_DEVICE uint32_t mark_nonfinite(uint32_t marks, uint32_t pair) {
+    static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
+    if constexpr (std::is_same_v<Element, bf16>)
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0));
+    return marks;
+}
 
 }  // namespace ptx
 }  // namespace flash_attn

@@ -12,18 +12,18 @@ namespace flash_attn {
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE bool holds_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
     constexpr int kStep = kThreads * 16, kRounds = tile.kBytes / kStep;
-    uint32_t found = 0;
+    uint32_t marks[2] = {};
     const auto look = [&](ptx::SmemPtr at) {
         uint32_t chunk[4];
         ptx::load_shared_16(chunk, at);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) found |= ptx::nonfinite_bits<Element>(chunk[i]);
+        for (int i = 0; i < 4; ++i) marks[i % 2] = ptx::mark_nonfinite<Element>(marks[i % 2], chunk[i]);
     };
     ptx::SmemPtr at = tile.base + thread * 16;
-#pragma unroll 2
+#pragma unroll 4
     for (int round = 0; round < kRounds; ++round, at = at + kStep) look(at);
     if (kRounds * kStep + thread * 16 < tile.kBytes) look(at);
-    return found != 0;
+    return ptx::any_nonfinite<Element>(marks[0]) || ptx::any_nonfinite<Element>(marks[1]);
 }
 // Replaces it by zero.
 template <class Element, int kThreads, int kRows, int kCols>

@@ -1,9 +1,34 @@
 // Rows of a register tile to global memory, as 16-bit elements.
 #pragma once
 #include "ptx/global.h"
+#include "ptx/sync.h"
 #include "tile/acc_tile.h"
 
 namespace flash_attn {
+
+// Rows and columns past the valid ones are dropped. dst is the tile's corner and may lie anywhere; where it and its
+// rows start at multiples of four bytes, elements are stored in pairs.
+template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
+                                                                         int64_t row_stride, int valid_rows,
+                                                                         int valid_cols) {
+    const bool aligned = reinterpret_cast<uintptr_t>(dst) % 4 == 0 && row_stride % 2 == 0;
+#pragma unroll
+    for (int r = 0; r < t.kLaneRows; ++r) {
+        if (lane_row(r) >= valid_rows) continue;
+        Element* const row = dst + lane_row(r) * row_stride;
+#pragma unroll
+        for (int n = 0; n < kCols / 8; ++n) {
+            const int column = 8 * n + lane_column();
+            const uint32_t pair = ptx::pack<Element>(t.x[r / 2][4 * n + r % 2 * 2], t.x[r / 2][4 * n + r % 2 * 2 + 1]);
+            if (aligned && column + 1 < valid_cols) {
+                ptx::store(reinterpret_cast<uint32_t*>(row + column), pair);
+                continue;
+            }
+            if (column < valid_cols) ptx::store(row + column, Element{uint16_t(pair)});
+            if (column + 1 < valid_cols) ptx::store(row + column + 1, Element{uint16_t(pair >> 16)});
+        }
+    }
+}
 
 // The four lanes that share a row each have a pair of every 8 columns, and get all of one of 32: lane i of the i-th 8.
 FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
@@ -22,45 +47,28 @@ FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
     }
 }
 
-// Rows and columns past the valid ones are dropped. dst is the tile's corner and may lie anywhere. Elements are stored
-// by eights where it, its rows and the valid columns are multiples of 16 bytes, by twos where they are of four.
-template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
-                                                                         int64_t row_stride, int valid_rows,
-                                                                         int valid_cols) {
-    const auto pair_of = [&](int r, int n) {
-        return ptx::pack<Element>(t.x[r / 2][4 * n + r % 2 * 2], t.x[r / 2][4 * n + r % 2 * 2 + 1]);
-    };
-    const auto address = reinterpret_cast<uintptr_t>(dst);
-    if (kCols % 32 == 0 && address % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0) {
+// As store_rows(), by eights where dst, its rows and the valid columns are multiples of 16 bytes. For kernels that have
+// registers to spare.
+template <class Element, int kRows, int kCols> FA_DEVICE void store_rows_by_eights(const AccTile<kRows, kCols>& t,
+                                                                                   Element* dst, int64_t row_stride,
+                                                                                   int valid_rows, int valid_cols) {
+    const bool aligned = reinterpret_cast<uintptr_t>(dst) % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0;
+    if (kCols % 32 != 0 || !aligned) return store_rows(t, dst, row_stride, valid_rows, valid_cols);
 #pragma unroll
-        for (int r = 0; r < t.kLaneRows; ++r)
+    for (int r = 0; r < t.kLaneRows; ++r)
 #pragma unroll
-            for (int n = 0; n < kCols / 8; n += 4) {
-                uint32_t eight[4] = {pair_of(r, n), pair_of(r, n + 1), pair_of(r, n + 2), pair_of(r, n + 3)};
-                transpose_quad(eight);
-                const int column = 8 * (n + lane_id() % 4);
-                if (lane_row(r) < valid_rows && column < valid_cols)
-                    ptx::store_16(dst + lane_row(r) * row_stride + column, eight);
+        for (int n = 0; n + 4 <= kCols / 8; n += 4) {
+            uint32_t eight[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* const x = &t.x[r / 2][4 * (n + i) + r % 2 * 2];
+                eight[i] = ptx::pack<Element>(x[0], x[1]);
             }
-        return;
-    }
-    const bool aligned = address % 4 == 0 && row_stride % 2 == 0;
-#pragma unroll
-    for (int r = 0; r < t.kLaneRows; ++r) {
-        if (lane_row(r) >= valid_rows) continue;
-        Element* const row = dst + lane_row(r) * row_stride;
-#pragma unroll
-        for (int n = 0; n < kCols / 8; ++n) {
-            const int column = 8 * n + lane_column();
-            const uint32_t pair = pair_of(r, n);
-            if (aligned && column + 1 < valid_cols) {
-                ptx::store(reinterpret_cast<uint32_t*>(row + column), pair);
-                continue;
-            }
-            if (column < valid_cols) ptx::store(row + column, Element{uint16_t(pair)});
-            if (column + 1 < valid_cols) ptx::store(row + column + 1, Element{uint16_t(pair >> 16)});
+            transpose_quad(eight);
+            const int column = 8 * (n + lane_id() % 4);
+            if (lane_row(r) < valid_rows && column < valid_cols)
+                ptx::store_16(dst + lane_row(r) * row_stride + column, eight);
         }
-    }
 }
 
 }  // namespace flash_attn

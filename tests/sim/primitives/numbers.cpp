@@ -1,7 +1,9 @@
 // Conversions between fp32 and pairs of 16-bit elements, and the approximate functions.
 #include <cmath>
 #include <initializer_list>
+#include <vector>
 
+#include "attn/divisor.h"
 #include "primitives.h"
 #include "ptx/global.h"
 #include "ptx/math.h"
@@ -53,11 +55,16 @@ template <class Element> uint16_t rounded(float x) {
 }
 
 template <class Element> FA_KERNEL(kThreads, 1) unpack_kernel(float* lo, float* hi, int32_t* nonfinite) {
+    constexpr uint32_t kExtremes = 0x00010000u | (std::is_same_v<Element, bf16> ? 0xff7fu : 0xfbffu);
     const int i = ptx::block_idx() * kThreads + ptx::thread_idx();
     const uint32_t pair = static_cast<uint32_t>(i) | static_cast<uint32_t>(65535 - i) << 16;
     ptx::store(lo + i, ptx::unpack_lo<Element>(pair));
     ptx::store(hi + 65535 - i, ptx::unpack_hi<Element>(pair));
-    ptx::store(nonfinite + i, ptx::any_nonfinite<Element>(pair) ? 1 : 0);
+    // A finite pair after it, with the smallest and the greatest number, leaves the marks as they are.
+    const uint32_t marks = ptx::mark_nonfinite<Element>(0, pair), kept = ptx::mark_nonfinite<Element>(marks, kExtremes);
+    const bool marked = ptx::any_nonfinite<Element>(marks) && ptx::any_nonfinite<Element>(kept);
+    const bool clear = !ptx::any_nonfinite<Element>(marks) && !ptx::any_nonfinite<Element>(kept);
+    ptx::store(nonfinite + i, (ptx::any_nonfinite<Element>(pair) ? 1 : 0) | (marked ? 2 : clear ? 0 : 4));
 }
 
 template <class Element> void test_unpack() {
@@ -71,12 +78,12 @@ template <class Element> void test_unpack() {
         for (float got : {lo[i], hi[i]})
             values &=
                 std::isnan(x) ? std::isnan(got) : got == static_cast<float>(x) && std::signbit(got) == std::signbit(x);
-        flags &= nonfinite[i] == !(std::isfinite(x) && std::isfinite(y));
+        flags &= nonfinite[i] == (std::isfinite(x) && std::isfinite(y) ? 0 : 3);
     }
     char what[60];
     std::snprintf(what, sizeof what, "unpack, %s, every value", type_name<Element>());
     expect(values, what);
-    std::snprintf(what, sizeof what, "any_nonfinite, %s", type_name<Element>());
+    std::snprintf(what, sizeof what, "any_nonfinite and mark_nonfinite, %s", type_name<Element>());
     expect(flags, what);
 }
 
@@ -177,9 +184,31 @@ template <Function kFunction> void test_function(const char* what, float first, 
     expect(wrong == 0, what);
 }
 
+// Quotients by what numbers of tiles and heads may be.
+FA_KERNEL(32, 1) divide_kernel(const int32_t* numbers, Divisor divisor, int count, int32_t* quotients) {
+    for (int i = ptx::thread_idx(); i < count; i += 32) ptx::store(quotients + i, divisor.quotient(numbers[i]));
+}
+
+void test_division() {
+    const int divisors[] = {1, 2, 3, 5, 7, 12, 64, 641, 8190, 65536, 65537, 1 << 30, (1 << 30) + 1, INT32_MAX};
+    for (const int d : divisors) {
+        std::vector<int32_t> numbers = {0, 1, INT32_MAX - 1, INT32_MAX};
+        for (int64_t k = 1; k * d <= INT32_MAX && numbers.size() < 4000; k = k * 3 / 2 + 1)
+            for (int64_t n = k * d - 1; n <= k * d + 1 && n <= INT32_MAX; ++n) numbers.push_back(int32_t(n));
+        const int count = static_cast<int>(numbers.size());
+        Buffer<int32_t> in(count), out(count);
+        for (int i = 0; i < count; ++i) in[i] = numbers[size_t(i)];
+        run(divide_kernel, 1, 32, 0, in.data, make_divisor(d), count, out.data);
+        bool ok = true;
+        for (int i = 0; i < count; ++i) ok &= out[i] == in[i] / d;
+        expect(ok, "division by", d);
+    }
+}
+
 }  // namespace
 
 void test_numbers() {
+    test_division();
     test_unpack<bf16>();
     test_unpack<fp16>();
     test_pack<bf16>();

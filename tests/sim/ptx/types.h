@@ -60,12 +60,17 @@ template <class Element> FA_DEVICE float unpack_lo(uint32_t pair) {
 }
 template <class Element> FA_DEVICE float unpack_hi(uint32_t pair) { return unpack_lo<Element>(pair >> 16); }
 
-template <class Element> FA_DEVICE uint32_t nonfinite_bits(uint32_t pair) {
+template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     constexpr uint32_t kExponent = std::is_same_v<Element, bf16> ? 0x7f80u : 0x7c00u;
-    return uint32_t((pair & kExponent) == kExponent) << 15 | uint32_t((pair >> 16 & kExponent) == kExponent) << 31;
+    return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
 }
-template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) { return nonfinite_bits<Element>(pair) != 0; }
+
+template <class Element> FA_DEVICE uint32_t mark_nonfinite(uint32_t marks, uint32_t pair) {
+    for (const uint32_t half : {0xffffu, 0xffff0000u})
+        if (any_nonfinite<Element>(pair & half)) marks |= 0x7fff7fffu & half;
+    return marks;
+}
 
 }  // namespace ptx
 }  // namespace flash_attn
