@@ -6,8 +6,8 @@
 
 namespace flash_attn {
 
-// FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain is for scores that are only scaled, Short
-// too, where estimated_time() says that tiles of fewer queries are quicker, and Modified for softcap, ALiBi and dropout,
+// FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain is for scores that are only scaled; Short
+// too, where estimated_time() says that tiles of fewer queries are quicker; Modified is for softcap, ALiBi and dropout,
 // which need registers of their own.
 template <class Element, int kHeadDim, int kHeadDimV> struct FwdTilesSm90;
 template <class Element> struct FwdTilesSm90<Element, 64, 64> {

@@ -9,7 +9,7 @@ import re
 
 from .source import Findings, Source
 
-POLICY_NAMES = ("dropout", "mask", "paged_kv", "scalars", "scheduler", "score", "seqlen")
+POLICY_NAMES = ("divisor", "dropout", "mask", "paged_kv", "scalars", "scheduler", "score", "seqlen")
 POLICIES = tuple(f"attn/{name}.h" for name in POLICY_NAMES)
 GPU_LAYERS = ("ptx", "tile", "attn", "kernels", "launch")
 EVERYWHERE = {"params"}
