@@ -70,6 +70,7 @@ template <class Config> void print_bwd_sm90() {
 
 template <class Tiles> void print_fwd_tiles_sm90() {
     print_fwd_sm90<typename Tiles::Plain>();
+    print_fwd_sm90<typename Tiles::Short>();
     print_fwd_sm90<typename Tiles::Modified>();
 }
 

@@ -9,21 +9,28 @@
 
 namespace flash_attn {
 
-// What the mask hides gets the score -infinity.
+// What is_hidden(query, key) is true of gets the score -infinity.
+template <int kRows, int kCols, class At, class IsHidden>
+FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidden) {
+    const auto hide = [&](int r, int column, float& x) {
+        if (is_hidden(at.query(r, column), at.key(r, column))) x = -ptx::infinity();
+    };
+    s.for_each(hide, at.first_column());
+}
+// What the mask hides.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    const auto hide_if = [&](auto is_hidden) {
-        const auto hide = [&](int r, int column, float& x) {
-            if (is_hidden(at.query(r, column), at.key(r, column))) x = -ptx::infinity();
-        };
-        s.for_each(hide, at.first_column());
-    };
-    // Most tiles meet one edge of the mask only.
+    hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
+}
+// The same with half of the comparisons for most tiles, which meet one edge of the mask only. Takes a few registers.
+template <int kRows, int kCols, class Mask, class At>
+FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-    if (mask.hides_after(queries, keys)) hide_if([&](int query, int key) { return mask.hides_after(query, key); });
+    if (mask.hides_after(queries, keys))
+        hide_if(s, at, [&](int query, int key) { return mask.hides_after(query, key); });
     if constexpr (Mask::kHidesKeys)
         if (mask.hides_before(queries, keys))
-            hide_if([&](int query, int key) { return mask.hides_before(query, key); });
+            hide_if(s, at, [&](int query, int key) { return mask.hides_before(query, key); });
 }
 
 // Over the four lanes that share a row.

@@ -60,7 +60,7 @@ private:
         const Numbers lse_log2 = numbers(smem_.lse_log2(at_q_.stage), row0);
         const Numbers dsoftmax_sum = numbers(smem_.dsoftmax_sum(at_dout_.stage), row0);
         scores.apply(acc_s, at);
-        if (!covered) apply_mask(acc_s, tile_.mask, at);
+        if (!covered) apply_mask_by_edge(acc_s, tile_.mask, at);
         recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
         if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
         smem_.pipe_dout.wait(at_dout_);  // waited for above already: only ends the basic block, as in fwd_sm90.h

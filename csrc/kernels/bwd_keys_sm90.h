@@ -50,7 +50,7 @@ private:
         pin_tile(acc_s);
         const ColumnNumbers lse_log2(smem_.lse_log2(stage)), dsoftmax_sum(lse_log2, smem_.kDsoftmaxSumOffset);
         scores.apply(acc_s, at);
-        if (!covered) apply_mask(acc_s, tile_.mask, at);
+        if (!covered) apply_mask_by_edge(acc_s, tile_.mask, at);
         recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
         if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
         ptx::wgmma_wait<0>();

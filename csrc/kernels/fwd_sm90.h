@@ -223,7 +223,7 @@ private:
                          int n, bool covered) const {
         const QueryRows at{tile.m0 + warp_row0_, n * N};
         scores.apply(acc_s, at);
-        if (!covered) apply_mask(acc_s, tile.mask, at);
+        if (!covered) apply_mask_by_edge(acc_s, tile.mask, at);
         softmax.raise_max(acc_s, scores.scale_log2);
         softmax.weigh(acc_s, scores.scale_log2);
         if constexpr (Scores::kModified) scores.drop(acc_s, at);

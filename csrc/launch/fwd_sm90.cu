@@ -43,13 +43,6 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
                   device, kernel_params);
 }
 
-// Long sequences are better off with the larger tiles.
-template <class Tiles> bool is_short(const Problem& p) {
-    constexpr int kLongestShort = 2048;
-    return p.seqlens.seqlen_q <= kLongestShort &&
-           estimated_time<typename Tiles::Short>(p) < estimated_time<typename Tiles::Plain>(p);
-}
-
 template <class Tiles> const char* run_with(const FwdParams& params, void* workspace, const Device& device) {
     return with_policies(params.problem, [&](auto mask, auto scores) {
         using Mask = typename decltype(mask)::type;
@@ -57,10 +50,9 @@ template <class Tiles> const char* run_with(const FwdParams& params, void* works
         if constexpr (Scores::kModified) {
             return launch_fwd<typename Tiles::Modified, Mask, Scores>(params, workspace, device);
         } else {
-            if constexpr (!std::is_same_v<typename Tiles::Short, typename Tiles::Plain>)
-                if (is_short<Tiles>(params.problem))
-                    return launch_fwd<typename Tiles::Short, Mask, Scores>(params, workspace, device);
-            return launch_fwd<typename Tiles::Plain, Mask, Scores>(params, workspace, device);
+            return prefers_short<Tiles>(params.problem)
+                       ? launch_fwd<typename Tiles::Short, Mask, Scores>(params, workspace, device)
+                       : launch_fwd<typename Tiles::Plain, Mask, Scores>(params, workspace, device);
         }
     });
 }

@@ -1,5 +1,6 @@
 // Tile shapes for compute capability 9.0, by head_dim.
 #pragma once
+#include <type_traits>
 #include "attn/scheduler.h"
 #include "kernels/bwd_config_sm90.h"
 #include "kernels/fwd_config_sm90.h"
@@ -7,7 +8,7 @@
 namespace flash_attn {
 
 // FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain is for scores that are only scaled; Short
-// too, where estimated_time() says that tiles of fewer queries are quicker; Modified is for softcap, ALiBi and dropout,
+// too, where prefers_short() says that tiles of fewer queries are quicker; Modified is for softcap, ALiBi and dropout,
 // which need registers of their own.
 template <class Element, int kHeadDim, int kHeadDimV> struct FwdTilesSm90;
 template <class Element> struct FwdTilesSm90<Element, 64, 64> {
@@ -54,6 +55,17 @@ template <class Config> double estimated_time(const Problem& p) {
         time += kTileTime + kKeysTime * max(tiles.end - tiles.begin, 0);
     }
     return time;
+}
+
+// Whether Short is quicker than Plain. Long sequences are always better off with the larger tiles.
+template <class Tiles> bool prefers_short(const Problem& p) {
+    using Short = typename Tiles::Short;
+    using Plain = typename Tiles::Plain;
+    constexpr int kLongestShort = 2048;
+    if constexpr (std::is_same_v<Short, Plain>)
+        return false;
+    else
+        return p.seqlens.seqlen_q <= kLongestShort && estimated_time<Short>(p) < estimated_time<Plain>(p);
 }
 
 // BwdConfigSm90<Element, head_dim, queries, keys>.

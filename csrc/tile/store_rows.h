@@ -52,23 +52,26 @@ FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows_by_eights(const AccTile<kRows, kCols>& t,
                                                                                    Element* dst, int64_t row_stride,
                                                                                    int valid_rows, int valid_cols) {
-    const bool aligned = reinterpret_cast<uintptr_t>(dst) % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0;
-    if (kCols % 32 != 0 || !aligned) return store_rows(t, dst, row_stride, valid_rows, valid_cols);
+    const auto address = reinterpret_cast<uintptr_t>(dst);
+    const bool aligned = address % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0;
+    if (!aligned || kCols % 32 != 0) return store_rows(t, dst, row_stride, valid_rows, valid_cols);
+    if constexpr (kCols % 32 == 0) {
 #pragma unroll
-    for (int r = 0; r < t.kLaneRows; ++r)
+        for (int r = 0; r < t.kLaneRows; ++r)
 #pragma unroll
-        for (int n = 0; n + 4 <= kCols / 8; n += 4) {
-            uint32_t eight[4];
+            for (int n = 0; n < kCols / 8; n += 4) {
+                uint32_t eight[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float* const x = &t.x[r / 2][4 * (n + i) + r % 2 * 2];
-                eight[i] = ptx::pack<Element>(x[0], x[1]);
+                for (int i = 0; i < 4; ++i) {
+                    const float* const x = &t.x[r / 2][4 * (n + i) + r % 2 * 2];
+                    eight[i] = ptx::pack<Element>(x[0], x[1]);
+                }
+                transpose_quad(eight);
+                const int column = 8 * (n + lane_id() % 4);
+                if (lane_row(r) < valid_rows && column < valid_cols)
+                    ptx::store_16(dst + lane_row(r) * row_stride + column, eight);
             }
-            transpose_quad(eight);
-            const int column = 8 * (n + lane_id() % 4);
-            if (lane_row(r) < valid_rows && column < valid_cols)
-                ptx::store_16(dst + lane_row(r) * row_stride + column, eight);
-        }
+    }
 }
 
 }  // namespace flash_attn

@@ -25,10 +25,14 @@ template <class Tiles> TileShape shape_of(const Case& c) {
 template <class Tiles> TileShape hopper_shape_of(const Case& c) {
     return modifies_scores(c) ? shape<typename Tiles::Modified>() : shape<typename Tiles::Plain>();
 }
-template <int kHeadDim> TileShape hopper_shape(const Case& c) {
+template <class Tiles> TileShape hopper_fwd_shape_of(const Inputs& x) {
+    const bool is_short = !modifies_scores(x.c) && prefers_short<Tiles>(x.problem());
+    return is_short ? shape<typename Tiles::Short>() : hopper_shape_of<Tiles>(x.c);
+}
+template <int kHeadDim> TileShape hopper_fwd_shape(const Inputs& x) {
     if constexpr (kHeadDim == 192)
-        if (c.head_dim_v <= 128) return hopper_shape_of<FwdTilesSm90<bf16, 192, 128>>(c);
-    return hopper_shape_of<FwdTilesSm90<bf16, kHeadDim, kHeadDim>>(c);
+        if (x.c.head_dim_v <= 128) return hopper_fwd_shape_of<FwdTilesSm90<bf16, 192, 128>>(x);
+    return hopper_fwd_shape_of<FwdTilesSm90<bf16, kHeadDim, kHeadDim>>(x);
 }
 
 // The tiles of the first head_dim that is large enough.
@@ -59,7 +63,7 @@ template <class F> void for_each_tile(int length, int size, F f) {
 Traffic forward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
     const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
-        return hopper ? hopper_shape<kHeadDim>(c) : shape_of<FwdTilesSm80<bf16, kHeadDim>>(c);
+        return hopper ? hopper_fwd_shape<kHeadDim>(x) : shape_of<FwdTilesSm80<bf16, kHeadDim>>(c);
     });
     Traffic bytes;
     for (const Sequence& s : sequences(c))
