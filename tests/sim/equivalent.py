@@ -11,17 +11,12 @@ SLOW_PATH = (
     "finite tiles take the path of those that are not: nothing is added, nothing is cleared; where an infinity is seen "
     "by every query, it is added by this path instead of the product"
 )
+CLEARED_IN_VAIN = "what is finite is written back as it was"
 NEVER_FULL = (
     "no side of a window is wider than kMaxSeqlen, so that none is called full: WindowMask, with more to compute, "
     "comes to the same as FullMask"
 )
 NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
-ANY_ORDER = "tiles of a round are given to blocks in another order: each is still worked on once"
-ROUNDS = (
-    "true: `i % 2 == 0`",
-    "false: `i % 2 == 0`",
-    "`==` becomes `!=`: `i * num_blocks + (i % 2 == 0 ? block : num_blocks`",
-)
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
 NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
@@ -38,8 +33,9 @@ ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
     (SOFTMAX, "false: `fix[r] == row_max[r]`", 0): NOT_FUSED,
-    (FWD_HOPPER, "true: `Config::kOutApart`", 0): "where the output takes the place of Q, a tile without keys has a "
-    "block of its own, and nobody waits for the room that Q had",
+    (FWD_HOPPER, "false: `Config::kOutApart`", 1): "where the output has a place of its own, nobody waits for it to "
+    "leave",
+    (FWD_HOPPER, "true: `found`", 0): CLEARED_IN_VAIN,
     (FWD_HOPPER, "removed: `next_v.advance()`", 0): ENDS_A_BLOCK,
     (FWD_HOPPER, "removed: `smem_.pipe_v.wait(next_v)`", 0): ENDS_A_BLOCK,
     (COLUMNS, "removed: `smem_.pipe_dout.wait(at_dout_)`", 1): ENDS_A_BLOCK,
@@ -54,9 +50,9 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (FWD_HOPPER, "`tile.seq.seqlen_k - n * N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): ADDED_AGAIN,
     (COLUMNS, "true: `this->is_leader()`", 0): EVERYONE_WAITS,
     (COLUMNS, "false: `!params_.common.pass.deterministic`", 1): NOBODY_READS,
-    (MASK, "`>=` becomes `>`: `return keys.begin >= first_key(rows.end - 1)`", 0): MASKED_IN_VAIN,
-    (MASK, "`<=` becomes `<`: `nd - 1) && keys.end - 1 <= last_key(rows.begin);`", 0): MASKED_IN_VAIN,
-    (MASK, "`<=` becomes `<`: `const { return keys.end <= seqlen_k; } }; FA_HOST`", 0): MASKED_IN_VAIN,
+    (MASK, "`>` becomes `>=`: `const { return keys.end > seqlen_k; } FA_HOST`", 0): MASKED_IN_VAIN,
+    (SOFTMAX, "true: `mask.hides_after(queries, keys)`", 0): MASKED_IN_VAIN,
+    (SOFTMAX, "true: `mask.hides_before(queries, keys)`", 0): MASKED_IN_VAIN,
     (MASK, "`>=` becomes `>`: `dow& w) { return w.left >= kMaxSeqlen && w.right >`", 0): NEVER_FULL,
     (MASK, "`>=` becomes `>`: `= kMaxSeqlen && w.right >= kMaxSeqlen; } // The m`", 0): NEVER_FULL,
     ("attn/rows.h", "false: `!p.paged_kv.block_table`", 0): "kv_row_offset() finds rows without a table as well",
@@ -83,9 +79,8 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (CONSUMER, "`N` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): NOT_READ,
     (CONSUMER, "`tile.seq.seqlen_k - tile.n0` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): ADDED_AGAIN,
     (CONSUMER, "true: `acc_dq.x[0][j] != 0.f`", 0): "zeros are added",
-    **{("attn/scheduler.h", what, 0): ANY_ORDER for what in ROUNDS},
+    ("kernels/tile_queue_sm90.h", "false: `taken`", 0): "the division of tiles is fixed then: each is worked on once",
     ("tile/copy_sm80.h", "`kThreadRows` instead of `min(kThreadRows, kRows)`", 0): "where the two differ, kPassRows "
     "does not divide kRows, and the static_assert below it fails",
-    ("tile/inspect.h", "true: `here`", 0): "what is finite is written back as it was",
     ("tile/store_rows.h", "false: `aligned && column + 1 < valid_cols`", 0): "pairs are stored one element at a time",
 }

@@ -17,8 +17,9 @@ from rules.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
-# These have exhaustive tests of their own, tests/test_mask.py and tests/test_dropout.py, on every backend.
-TESTED_ELSEWHERE = {"attn/dropout.h", "attn/paged_kv.h", "attn/score.h", "attn/seqlen.h"}
+# These have exhaustive tests of their own: tests/test_mask.py and tests/test_dropout.py, on every backend, and the
+# division among the primitives.
+TESTED_ELSEWHERE = {"attn/divisor.h", "attn/dropout.h", "attn/paged_kv.h", "attn/score.h", "attn/seqlen.h"}
 
 
 @dataclass(frozen=True)
