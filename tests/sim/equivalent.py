@@ -17,6 +17,11 @@ NEVER_FULL = (
     "comes to the same as FullMask"
 )
 NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
+HINT = "a hint for the cache changes no result"
+HINT_OF_NOTHING = (
+    "a hint for the cache changes no result; of a tile past the last it reads lengths past the last, which the address "
+    "sanitizer notices"
+)
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
 NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
@@ -41,6 +46,19 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (COLUMNS, "removed: `smem_.pipe_dout.wait(at_dout_)`", 1): ENDS_A_BLOCK,
     ("kernels/bwd_preprocess.h", "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (BWD_HOPPER, "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
+    (BWD_HOPPER, "true: `next >= params.order.grid.num_blocks()`", 0): HINT,
+    (BWD_HOPPER, "false: `next >= params.order.grid.num_blocks()`", 0): HINT_OF_NOTHING,
+    (BWD_HOPPER, "`>=` becomes `>`: `at_a_time; if (next >= params.order.grid.num_b`", 0): HINT_OF_NOTHING,
+    (BWD_HOPPER, "true: `tile.is_outside() \\|\\| tile.tiles().empty()`", 0): HINT,
+    (BWD_HOPPER, "false: `tile.is_outside() \\|\\| tile.tiles().empty()`", 0): HINT,
+    (BWD_HOPPER, "true: `!Config::kOwnsColumns`", 0): HINT,
+    (BWD_HOPPER, "false: `!Config::kOwnsColumns`", 0): HINT,
+    (BWD_HOPPER, "removed: `prefetch_next_block<Config, Mask>(params)`", 0): HINT,
+    (
+        BWD_HOPPER,
+        "`<` becomes `<=`: `t = Config::kStagesDout < Config::kStagesQ \\|\\| is_`",
+        0,
+    ): "Q is asked for before dO then, as where dO has fewer stages",
     (COLUMNS, "true: `!covered`", 0): MASKED_IN_VAIN,
     (KEYS, "true: `!covered`", 0): MASKED_IN_VAIN,
     (KEYS, "`==` becomes `!=`: `st bool adds_dq = stage == consumer_; if (`", 0): "the consumers change places",
