@@ -18,10 +18,6 @@ NEVER_FULL = (
 )
 NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
 HINT = "a hint for the cache changes no result"
-HINT_OF_NOTHING = (
-    "a hint for the cache changes no result; of a tile past the last it reads lengths past the last, which the address "
-    "sanitizer notices"
-)
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
 NOBODY_READS = "counters of turns are read only where sums are made in turn"
 EVERYONE_WAITS = "others wait for the turn too, or instead: the barrier that follows makes all threads wait for it"
@@ -47,8 +43,6 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     ("kernels/bwd_preprocess.h", "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (BWD_HOPPER, "removed: `ptx::grid_launch_dependents()`", 0): EARLIER,
     (BWD_HOPPER, "true: `next >= params.order.grid.num_blocks()`", 0): HINT,
-    (BWD_HOPPER, "false: `next >= params.order.grid.num_blocks()`", 0): HINT_OF_NOTHING,
-    (BWD_HOPPER, "`>=` becomes `>`: `at_a_time; if (next >= params.order.grid.num_b`", 0): HINT_OF_NOTHING,
     (BWD_HOPPER, "true: `tile.is_outside() \\|\\| tile.tiles().empty()`", 0): HINT,
     (BWD_HOPPER, "false: `tile.is_outside() \\|\\| tile.tiles().empty()`", 0): HINT,
     (BWD_HOPPER, "true: `!Config::kOwnsColumns`", 0): HINT,
