@@ -59,13 +59,13 @@ inline TileOrder make_tile_order(const TileGrid& grid, int section_heads) {
 // end at or before 0, and so do these.
 FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }
 
-// Tiles of block_m queries in the workspace of dQ: of all sequences, for one head. Sequences of packed tensors start at
-// tile row / kBlockM + batch, which leaves room for the last, partial tile of each, whatever the lengths are.
-FA_HOST_DEVICE int64_t num_dq_tiles(const Problem& p, int block_m) {
+// Tiles of block_m queries in a workspace: of all sequences, for one head. Sequences of packed tensors start at tile
+// row / block_m + batch, which leaves room for the last, partial tile of each, whatever the lengths are.
+FA_HOST_DEVICE int64_t num_query_tiles(const Problem& p, int block_m) {
     if (p.seqlens.cu_seqlens_q) return p.seqlens.total_q / block_m + p.batch_size + 1;
     return int64_t(ceil_div(p.seqlens.seqlen_q, block_m)) * p.batch_size;
 }
-FA_HOST_DEVICE int64_t first_dq_tile(const Problem& p, int block_m, int batch, int64_t first_row_q) {
+FA_HOST_DEVICE int64_t first_query_tile(const Problem& p, int block_m, int batch, int64_t first_row_q) {
     if (p.seqlens.cu_seqlens_q) return first_row_q / block_m + batch;
     return int64_t(ceil_div(p.seqlens.seqlen_q, block_m)) * batch;
 }

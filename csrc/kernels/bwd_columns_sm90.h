@@ -67,7 +67,7 @@ private:
         ptx::wgmma_wait<0>();
         pin_tile(acc_dp);
         score_gradient<Mask::kHidesKeys>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
-        const bool cleared = this->inspect_and_clear(covered);
+        const bool cleared = Mask::kHidesKeys && !covered && this->inspect_and_clear();
 
         const auto weights = smem_.ds(0), ds = smem_.ds(1);
         this->sync_consumers();  // all are done with the last P and dS
@@ -86,7 +86,7 @@ private:
         ptx::wgmma_wait<kPanels>();  // the first panel of dQ is done, dK goes on
         pin_tile(acc_dq);
         const DqAccum& accum = params_.common.accum;
-        const int64_t dq_tile = smem_.load_first_dq_tile() + m;  // counted from the first head
+        const int64_t dq_tile = smem_.load_first_query_tile() + m;  // counted from the first head
         wait_for_turn(i, dq_tile, m);
         float* const sums = dq_sums<Config>(accum, i, dq_tile) + consumer_ * Config::kDqBlockElements;
         add_dq(acc_dq, sums, 0);

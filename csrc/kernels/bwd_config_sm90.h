@@ -95,15 +95,15 @@ template <class Config> struct BwdSmemSm90 {
     FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStagesDout) + stage * 4; }
 
     // How often anything that is not finite was cleared for a consumer.
-    FA_DEVICE ptx::SmemPtr times_cleared(int consumer) const { return first_dq_tile() + (8 + 4 * consumer); }
+    FA_DEVICE ptx::SmemPtr times_cleared(int consumer) const { return first_query_tile() + (8 + 4 * consumer); }
     // Number of the first tile in the workspace, of the first head, which is needed too rarely to keep it in registers.
-    FA_DEVICE void store_first_dq_tile(int64_t tile) const {
-        ptx::store_shared(first_dq_tile(), static_cast<uint32_t>(tile));
-        ptx::store_shared(first_dq_tile() + 4, static_cast<uint32_t>(tile >> 32));
+    FA_DEVICE void store_first_query_tile(int64_t tile) const {
+        ptx::store_shared(first_query_tile(), static_cast<uint32_t>(tile));
+        ptx::store_shared(first_query_tile() + 4, static_cast<uint32_t>(tile >> 32));
     }
-    FA_DEVICE int64_t load_first_dq_tile() const {
+    FA_DEVICE int64_t load_first_query_tile() const {
         uint32_t words[2];
-        ptx::load_shared_8(words, first_dq_tile());
+        ptx::load_shared_8(words, first_query_tile());
         return static_cast<int64_t>(words[1]) << 32 | words[0];
     }
 
@@ -117,7 +117,7 @@ template <class Config> struct BwdSmemSm90 {
     }
 
 private:
-    FA_DEVICE ptx::SmemPtr first_dq_tile() const { return k_restored + round_up(Config::kBarrierBytes, 8); }
+    FA_DEVICE ptx::SmemPtr first_query_tile() const { return k_restored + round_up(Config::kBarrierBytes, 8); }
 };
 
 // Barriers of a block, beside 0, that of all its threads.

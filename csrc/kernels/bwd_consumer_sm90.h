@@ -28,9 +28,9 @@ protected:
                 step(i, m);
     }
 
-    // Whether anything in K, Q or dO of this tile of queries is not finite, and has been cleared.
-    FA_DEVICE bool inspect_and_clear(bool covered) const {
-        if (!Mask::kHidesKeys || covered) return false;
+    // Where the mask hides something: whether anything in K, Q or dO of this tile of queries is not finite, and has
+    // been cleared.
+    FA_DEVICE bool inspect_and_clear() const {
         ptx::mbarrier_wait(smem_.inspected(at_dout().stage), at_dout().parity);
         if (ptx::load_shared(smem_.found(at_dout().stage)) == 0) return false;
         const int thread = int(fresh_thread_idx()) - kWarpgroupThreads;
@@ -61,7 +61,7 @@ protected:
         const Problem& p = pass.problem;
         const Tile tile(params_);
         const Sequence& seq = tile.seq;
-        const int64_t first_tile = first_dq_tile(p, M, tile.batch, seq.first_row_q);
+        const int64_t first_tile = first_query_tile(p, M, tile.batch, seq.first_row_q);
 #pragma unroll 1
         for (int i = 0; i < params_.heads_per_key_head; ++i)
 #pragma unroll 1

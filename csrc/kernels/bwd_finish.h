@@ -34,7 +34,7 @@ template <class Config> FA_KERNEL(Config::kFinishThreads, 1) bwd_finish(FA_GRID_
     const int row0 = m * M + GridDq::row0();
     if (m * M >= seq.seqlen_q) return;
 
-    const int64_t tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
+    const int64_t tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
     const float* const sums = dq_sums<Config>(params.accum, head, tile) + Config::dq_thread();
     const float scale = p.scalars.scale;
     Element* const rows = row_of<Element>(pass.dq, batch, head, seq.first_row_q + row0);

@@ -23,7 +23,12 @@ public:
     FA_DEVICE void run() {
         acc_dk_.clear();
         acc_dv_.clear();
-        this->for_each_tile([&](int i, int m) { step(i, m); });
+        this->for_each_tile([&](int i, int m) {
+            if (Mask::kHidesKeys && !tile_.covered(m))
+                step<true>(i, m);
+            else
+                step<false>(i, m);
+        });
         this->for_each_cleared([&](const Tile& tile, int m, const Element* dout, int rows) {
             const auto attends = [&](int r, int k) {
                 return tile.mask.keep(m * M + k, tile.n0 + row0() + lane_row(r));
@@ -35,11 +40,11 @@ public:
     }
 
 private:
-    // One tile of queries of the i-th head.
-    FA_DEVICE void step(int i, int m) {
+    // One tile of queries of the i-th head. kHides: the mask hides some of its pairs. Most tiles are spared what that
+    // takes.
+    template <bool kHides> FA_DEVICE void step(int i, int m) {
         const Scores scores(params_.common.pass.problem, tile_.batch, tile_.first_head + i, tile_.seq);
         const KeyRows at(m * M, tile_.n0 + row0());
-        const bool covered = tile_.covered(m);
         const int stage = at_q_.stage;
         AccTile<16, M> acc_s, acc_dp;
         smem_.pipe_q.wait(at_q_);
@@ -50,13 +55,13 @@ private:
         pin_tile(acc_s);
         const ColumnNumbers lse_log2(smem_.lse_log2(stage)), dsoftmax_sum(lse_log2, smem_.kDsoftmaxSumOffset);
         scores.apply(acc_s, at);
-        if (!covered) apply_mask_by_edge(acc_s, tile_.mask, at);
-        recompute_weights<Mask::kHidesKeys>(acc_s, lse_log2, scores.scale_log2);
+        if (kHides || (!Mask::kHidesKeys && !tile_.covered(m))) apply_mask_by_edge(acc_s, tile_.mask, at);
+        recompute_weights<kHides>(acc_s, lse_log2, scores.scale_log2);
         if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
         ptx::wgmma_wait<0>();
         pin_tile(acc_dp);
-        score_gradient<Mask::kHidesKeys>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
-        const bool cleared = this->inspect_and_clear(covered);
+        score_gradient<kHides>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
+        const bool cleared = kHides && this->inspect_and_clear();
 
         const Packed weights(acc_s), ds(acc_dp);
         wgmma_ab<Element>(acc_dv_, weights, smem_.dout(stage));
@@ -74,7 +79,7 @@ private:
         this->release(smem_.pipe_q, at_q_);
         if (adds_dq) add_dq(i, m);
         ptx::converge();
-        if (Mask::kHidesKeys && cleared) this->restore_keys();
+        if (kHides && cleared) this->restore_keys();
     }
 
     // The barrier that says that dS is complete. Stages have one each: who arrives for one tile may be waiting for the
@@ -111,7 +116,7 @@ private:
         if (!this->is_leader()) return;
         const DqAccum& accum = params_.common.accum;
         const bool in_turn = params_.common.pass.deterministic;
-        const int64_t dq_tile = smem_.load_first_dq_tile() + m;  // counted from the first head
+        const int64_t dq_tile = smem_.load_first_query_tile() + m;  // counted from the first head
         int32_t* const turn = dq_turns<Config>(accum, i, dq_tile);
         if (in_turn) {
             ptx::wait_for_turn(turn, Tile(params_).turn(params_, m));

@@ -71,7 +71,7 @@ bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
     const int m0 = m * M;
     if (m0 >= seq.seqlen_q) return;
 
-    const int64_t tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
+    const int64_t tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
     clear_dq_tile<Config>(params.accum, head, tile);
     const typename Config::TileOut sOut{ptx::smem()}, sDout{sOut.end()};
     const int64_t row0 = seq.first_row_q + m0;

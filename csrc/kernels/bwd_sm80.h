@@ -128,7 +128,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         ptx::sync_threads();  // all warps are done with Q
         if (next_head < end_head) load_q(next_head, next_m);
 
-        const int64_t dq_tile = first_dq_tile(p, M, batch, seq.first_row_q) + m;
+        const int64_t dq_tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
         float* const sums = dq_sums<Config>(params.accum, head, dq_tile) + Config::dq_thread();
         // In a fixed order, tiles of keys add theirs in ascending order. Those that precede this one belong to blocks
         // with smaller indices, which start earlier, so that waiting ends.

@@ -32,7 +32,7 @@ template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<
     constexpr int M = Config::kBlockM, kStageBytes = Config::TileQ::kBytes + Config::kRowBytes;
     const Problem& p = params.common.pass.problem;
     const DqAccum& accum = params.common.accum;
-    const int64_t first_tile = first_dq_tile(p, M, tile.batch, tile.seq.first_row_q);
+    const int64_t first_tile = first_query_tile(p, M, tile.batch, tile.seq.first_row_q);
     typename Config::PipelineQ::Index at_q;
     typename Config::PipelineDout::Index at_dout;
     bool is_first = true;
@@ -113,9 +113,9 @@ bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
     if (!tile.is_outside() && ptx::thread_idx() == 0) {
         smem.init_barriers(Mask::kHidesKeys ? kInspectors : 0);
         const int64_t first =
-            first_dq_tile(params.common.pass.problem, Config::kBlockM, tile.batch, tile.seq.first_row_q);
+            first_query_tile(params.common.pass.problem, Config::kBlockM, tile.batch, tile.seq.first_row_q);
         for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(smem.times_cleared(i), 0);
-        smem.store_first_dq_tile(tile.first_head * params.common.accum.num_tiles + first);
+        smem.store_first_query_tile(tile.first_head * params.common.accum.num_tiles + first);
     }
     ptx::grid_wait();  // the workspace is ready
     if (tile.is_outside()) return;

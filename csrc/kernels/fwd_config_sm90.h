@@ -1,5 +1,6 @@
 // Tile shapes of the forward pass for compute capability 9.0, and where things lie in shared memory.
 #pragma once
+#include "kernels/fwd_repeats_sm90.h"
 #include "kernels/roles_sm90.h"
 #include "kernels/tile_queue_sm90.h"
 #include "tile/copy_sm90.h"
@@ -22,68 +23,79 @@ struct FwdConfigSm90 {
     // (benchmarks/results/nvidia-h200, experiment 11).
     static constexpr bool kNextKFirst = kTakesTurns;
 
-    using TileQ = WideTile<kBlockM, kHeadDim>;
+    // Queries and output of one consumer.
+    using TileQ = WideTile<kWarpgroupRows, kHeadDim>;
     using TileK = WideTile<kBlockN, kHeadDim>;
     using TileV = WideTile<kBlockN, kHeadDimV>;
-    using TileOut = WideTile<kBlockM, kHeadDimV>;
+    using TileOut = WideTile<kWarpgroupRows, kHeadDimV>;
     using Stages = Pipeline<kStages>;
-    // Of the stages' V: a barrier that says it has been inspected, and a word that says what was found.
-    static constexpr int kInspectionBytes = kStages * (ptx::kMbarrierBytes + 4);
-    static constexpr int kOtherBytes = TileQueueSm90::kBytes + Pipeline<2>::kBytes + 2 * Stages::kBytes +
-                                       round_up(ptx::kMbarrierBytes + kInspectionBytes, 16);
-    static constexpr int kLeastBytes = TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + kOtherBytes;
+    static constexpr int kOutBytes = kConsumers * TileOut::kBytes;
+    // Barriers: the queue's and the pipelines' and two more; words: one per consumer.
+    static constexpr int kOtherBytes = TileQueueSm90::kBytes + Pipeline<2 * kConsumers>::kBytes + 2 * Stages::kBytes +
+                                       round_up(2 * ptx::kMbarrierBytes + 4 * kConsumers, 16);
+    static constexpr int kLeastBytes =
+        kConsumers * TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + kOtherBytes;
     // Where there is room, the output has a place of its own; otherwise it takes that of V, which is the last that the
-    // next tile needs. With more room the next Q is loaded while this one is still in use.
-    static constexpr bool kOutApart = kLeastBytes + TileOut::kBytes <= kSm90SmemBytes;
-    static constexpr int kStagesQ = kLeastBytes + TileOut::kBytes + TileQ::kBytes <= kSm90SmemBytes ? 2 : 1;
-    using PipelineQ = Pipeline<kStagesQ>;
-    static constexpr int kKeysOffset = kStagesQ * TileQ::kBytes, kValuesOffset = kKeysOffset + kStages * TileK::kBytes;
+    // next tile needs.
+    static constexpr bool kOutApart = kLeastBytes + kOutBytes <= kSm90SmemBytes;
+    // A ring of tiles of queries: each consumer takes every kConsumers-th. With more room the next ones are loaded
+    // while these are still in use.
+    static constexpr bool kRoomForNextQ = kLeastBytes + kOutBytes + kConsumers * TileQ::kBytes <= kSm90SmemBytes;
+    static constexpr int kSlotsQ = kRoomForNextQ ? 2 * kConsumers : kConsumers;
+    using PipelineQ = Pipeline<kSlotsQ>;
+    static constexpr int kKeysOffset = kSlotsQ * TileQ::kBytes, kValuesOffset = kKeysOffset + kStages * TileK::kBytes;
     static constexpr int kOutOffset = kValuesOffset + (kOutApart ? kStages * TileV::kBytes : 0);
-    static constexpr int kSmemBytes = kLeastBytes + (kStagesQ - 1) * TileQ::kBytes + (kOutApart ? TileOut::kBytes : 0);
-    static_assert(kSmemBytes <= kSm90SmemBytes && (kOutApart || TileOut::kBytes <= kStages * TileV::kBytes));
+    static constexpr int kSmemBytes =
+        kLeastBytes + (kSlotsQ - kConsumers) * TileQ::kBytes + (kOutApart ? kOutBytes : 0);
+    static_assert(kSmemBytes <= kSm90SmemBytes && (kOutApart || kOutBytes <= kStages * TileV::kBytes));
 };
 
 template <class Config> struct FwdSmemSm90 {
     using TileK = typename Config::TileK;
     using TileV = typename Config::TileV;
     using TileQ = typename Config::TileQ;
+    using TileOut = typename Config::TileOut;
     TileQ first_q;
-    typename Config::TileOut out;
     TileQueueSm90 queue;
     typename Config::PipelineQ pipe_q;
     typename Config::Stages pipe_k, pipe_v;
 
     FA_DEVICE explicit FwdSmemSm90(ptx::SmemPtr base)
-        : first_q{base}, out{base + Config::kOutOffset}, queue{base + (Config::kSmemBytes - Config::kOtherBytes)},
-          pipe_q{queue.end()}, pipe_k{pipe_q.end()}, pipe_v{pipe_k.end()} {}
-    FA_DEVICE TileQ q(int stage) const { return {first_q.base + stage * TileQ::kBytes}; }
+        : first_q{base}, queue{base + (Config::kSmemBytes - Config::kOtherBytes)}, pipe_q{queue.end()},
+          pipe_k{pipe_q.end()}, pipe_v{pipe_k.end()} {}
+    FA_DEVICE TileQ q(int slot) const { return {first_q.base + slot * TileQ::kBytes}; }
+    FA_DEVICE TileOut out(int consumer) const {
+        return {first_q.base + (Config::kOutOffset + consumer * TileOut::kBytes)};
+    }
     FA_DEVICE TileK k(int stage) const { return {first_q.base + (Config::kKeysOffset + stage * TileK::kBytes)}; }
     FA_DEVICE TileV v(int stage) const { return {first_q.base + (Config::kValuesOffset + stage * TileV::kBytes)}; }
     // Completes when a tile's output has left the memory of V.
     FA_DEVICE ptx::SmemPtr out_left() const { return pipe_v.end(); }
-    FA_DEVICE ptx::SmemPtr inspected(int stage) const { return out_left() + (1 + stage) * ptx::kMbarrierBytes; }
-    FA_DEVICE ptx::SmemPtr found(int stage) const { return inspected(Config::kStages) + stage * 4; }
+    // Completes when all tiles are done that are computed for the first time.
+    FA_DEVICE ptx::SmemPtr first_done() const { return out_left() + ptx::kMbarrierBytes; }
+    // Where a consumer's list of tiles to be repeated begins (FwdRepeats).
+    FA_DEVICE ptx::SmemPtr repeats(int consumer) const { return first_done() + ptx::kMbarrierBytes + 4 * consumer; }
 
-    // One thread. V is released by the warps that inspect it as well.
-    FA_DEVICE void init_barriers(int inspectors) const {
+    // One thread.
+    FA_DEVICE void init() const {
         constexpr int kWarps = 4 * Config::kConsumers;
-        queue.init(kWarps + inspectors);
-        pipe_q.init(kWarps);
+        queue.init(kWarps);
+        pipe_q.init(4);
         pipe_k.init(kWarps);
-        pipe_v.init(kWarps + inspectors);
-        for (int stage = 0; stage < Config::kStages; ++stage) ptx::mbarrier_init(inspected(stage), 1);
+        pipe_v.init(kWarps);
         ptx::mbarrier_init(out_left(), Config::kConsumers);
+        ptx::mbarrier_init(first_done(), Config::kConsumers);
         ptx::fence_mbarrier_init();
+        for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(repeats(i), uint32_t(FwdRepeats::kNone));
     }
 };
 
-// Barriers 1 to 8 of a block; 0 is that of all its threads.
+// Barriers 1 to 7 of a block; 0 is that of all its threads.
 struct FwdBarriersSm90 {
     // It is the consumer's turn to issue products.
     FA_DEVICE static constexpr int turn(int consumer) { return 1 + consumer; }
     FA_DEVICE static constexpr int group(int consumer) { return 4 + consumer; }  // among the threads of a consumer
-    static constexpr int kInspectors = 7;                                        // among those who inspect V
-    static constexpr int kConsumers = 8;                                         // among all consumers
+    static constexpr int kConsumers = 7;                                         // among all consumers
 };
 
 }  // namespace flash_attn

@@ -20,102 +20,129 @@ namespace flash_attn {
 
 struct FwdKernelParamsSm90 {
     FwdParams pass;
-    TmaTensor q, k, v, out;  // boxes of kBlockM, kBlockN, kBlockN and 64 rows
+    TmaTensor q, k, v, out;  // boxes of 64, kBlockN, kBlockN and 64 rows
     TileShares shares;
+    FwdRepeats repeats;
 };
 
-// What is announced of a tile of queries (TileQueueSm90).
+// What is announced of a tile of queries (TileQueueSm90): kEnd comes after the last, kPause after the last that is
+// computed for the first time.
+enum class FwdWorkKind : int { kEnd, kTile, kRepeat, kPause };
 struct FwdWorkSm90 {
     Sequence seq;
     Range tiles;  // of keys that it sees
     int m0, head, batch;
-    int is_tile;
+    int index;  // in the order in which tiles are begun
+    FwdWorkKind kind;
+
+    FA_DEVICE bool is_end() const { return kind == FwdWorkKind::kEnd; }
 };
 
 // A tile of queries.
 template <class Config, class Mask> struct FwdTileSm90 : FwdWorkSm90 {
+    static constexpr int N = Config::kBlockN;
     Mask mask;
 
     FA_DEVICE FwdTileSm90(const FwdWorkSm90& work, const Problem& p)
         : FwdWorkSm90(work), mask(make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window)) {}
-    FA_DEVICE FwdTileSm90(const WorkTile& at, const Problem& p)
-        : FwdTileSm90(
-              {sequence_at(p.seqlens, p.paged_kv, at.batch), {}, at.tile * Config::kBlockM, at.head, at.batch, 1}, p) {
-        tiles = tiles_of(mask.keys_of(rows()), Config::kBlockN);
+    FA_DEVICE FwdTileSm90(int index, const WorkTile& at, FwdWorkKind kind, const Problem& p)
+        : FwdTileSm90({sequence_at(p.seqlens, p.paged_kv, at.batch),
+                       {},
+                       at.tile * Config::kBlockM,
+                       at.head,
+                       at.batch,
+                       index,
+                       kind},
+                      p) {
+        tiles = tiles_of(mask.keys_of(rows()), N);
     }
     FA_DEVICE Range rows() const { return {m0, m0 + Config::kBlockM}; }
     FA_DEVICE int head_k(const Problem& p) const { return head / (p.num_heads / p.num_heads_k); }
     FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // sequences differ in length
-    FA_DEVICE bool covered(int n) const {
-        return mask.covers(rows(), {n * Config::kBlockN, (n + 1) * Config::kBlockN});
-    }
+    FA_DEVICE bool is_repeat() const { return Mask::kHidesKeys && kind == FwdWorkKind::kRepeat; }
+    FA_DEVICE bool covered(int n) const { return mask.covers(rows(), {n * N, (n + 1) * N}); }
+    FA_DEVICE bool covered() const { return mask.covers(rows(), {tiles.begin * N, tiles.end * N}); }
 };
 
-// One thread: announces tiles, and loads for each the first K, for which there is room before there is for Q, then Q,
-// then V and the other K of the tiles that it sees, K one tile ahead, which is how they are used.
-template <class Config, class Mask>
-FA_DEVICE void load_tiles(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params) {
-    constexpr int N = Config::kBlockN;
-    Pipeline<1>::Index at_tile;
-    typename Config::PipelineQ::Index at_q;
-    typename Config::Stages::Index at_k, at_v;
-    int out_left = 0;  // parity of the phase that this tile's output completes
-    const TileShares& shares = params.shares;
-    for (int64_t i = shares.first(); shares.has(i); i = shares.after(i)) {
-        const FwdTileSm90<Config, Mask> tile(shares.order.at(static_cast<int>(i)), params.pass.problem);
-        if (tile.is_outside()) continue;
-        smem.queue.template announce<FwdWorkSm90>(at_tile, tile);
+// One thread: announces tiles, and loads what they need.
+template <class Config, class Mask> class FwdLoaderSm90 {
+    using Tile = FwdTileSm90<Config, Mask>;
+    static constexpr int N = Config::kBlockN;
+
+public:
+    FA_DEVICE FwdLoaderSm90(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params)
+        : smem_(smem), params_(params) {}
+
+    FA_DEVICE void run() {
+        const TileShares& shares = params_.shares;
+        for (int64_t i = shares.first(); shares.has(i); i = shares.after(i))
+            load(static_cast<int>(i), FwdWorkKind::kTile);
+        if constexpr (Mask::kHidesKeys) repeat();
+        announce(FwdWorkKind::kEnd);
+    }
+
+private:
+    FA_DEVICE void announce(FwdWorkKind kind) {
+        FwdWorkSm90 work{};
+        work.kind = kind;
+        smem_.queue.announce(at_tile_, work);
+    }
+    // After all tiles, those that turned out to need a search of V.
+    FA_DEVICE void repeat() {
+        announce(FwdWorkKind::kPause);
+        ptx::mbarrier_wait(smem_.first_done(), 0);
+        const auto take = [&](int32_t limit) {
+            return params_.repeats.take(smem_.repeats(0), Config::kConsumers, limit);
+        };
+        for (int32_t i = take(FwdRepeats::kLimit); i != FwdRepeats::kNone; i = take(i)) load(i, FwdWorkKind::kRepeat);
+    }
+    // The first K, for which there is room before there is for Q, then Q, then V and the other K of the tiles that are
+    // seen, K one tile ahead, which is how they are used.
+    FA_DEVICE void load(int index, FwdWorkKind kind) {
+        const Tile tile(index, params_.shares.order.at(index), kind, params_.pass.problem);
+        if (tile.is_outside()) return;
+        smem_.queue.template announce<FwdWorkSm90>(at_tile_, tile);
         const Sequence& seq = tile.seq;
-        const int head_k = tile.head_k(params.pass.problem);
-        const TmaRows q(params.q, tile.batch, tile.head, seq.first_row_q, seq.seqlen_q);
-        const TmaRows k(params.k, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
-        const TmaRows v(params.v, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
+        const int head_k = tile.head_k(params_.pass.problem);
+        const TmaRows q(params_.q, tile.batch, tile.head, seq.first_row_q, seq.seqlen_q);
+        const TmaRows k(params_.k, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
+        const TmaRows v(params_.v, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
         const bool sees_keys = !tile.tiles.empty();
         const auto load_k = [&](int n) {
-            k.load(smem.k(at_k.stage), smem.pipe_k.acquire(at_k, Config::TileK::kBytes), n * N);
-            at_k.advance();
+            k.load(smem_.k(at_k_.stage), smem_.pipe_k.acquire(at_k_, Config::TileK::kBytes), n * N);
+            at_k_.advance();
         };
         if (sees_keys) load_k(tile.tiles.end - 1);
-        const ptx::SmemPtr q_full = smem.pipe_q.acquire(at_q, sees_keys ? Config::TileQ::kBytes : 0);
-        if (sees_keys) q.load(smem.q(at_q.stage), q_full, tile.m0);
-        at_q.advance();
-        if (!Config::kOutApart) {
-            ptx::mbarrier_wait(smem.out_left(), out_left ^ 1);  // of the tile before; at once for the first
-            out_left ^= 1;
+        // Without keys a tile is done once Q is there, and two phases look like none.
+        if (!sees_keys) wait_until_out_left();
+#pragma unroll
+        for (int i = 0; i < Config::kConsumers; ++i, at_q_.advance()) {
+            const ptx::SmemPtr full = smem_.pipe_q.acquire(at_q_, sees_keys ? Config::TileQ::kBytes : 0);
+            if (sees_keys) q.load(smem_.q(at_q_.stage), full, tile.m0 + i * kWarpgroupRows);
         }
-        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at_v.advance()) {
+        if (sees_keys) wait_until_out_left();
+        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at_v_.advance()) {
             const bool has_next = n > tile.tiles.begin;
             if (Config::kNextKFirst && has_next) load_k(n - 1);
-            v.load(smem.v(at_v.stage), smem.pipe_v.acquire(at_v, Config::TileV::kBytes), n * N);
+            v.load(smem_.v(at_v_.stage), smem_.pipe_v.acquire(at_v_, Config::TileV::kBytes), n * N);
             if (!Config::kNextKFirst && has_next) load_k(n - 1);
         }
     }
-    smem.queue.announce(at_tile, FwdWorkSm90{});
-}
 
-// The other warps of the same warpgroup: clear what is not finite in V where the mask hides something, and say so.
-template <class Config, class Mask>
-FA_DEVICE void inspect_values(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params) {
-    constexpr int kThreads = kInspectors * kWarpThreads;
-    const int thread = ptx::thread_idx() - kWarpThreads;
-    typename Config::Stages::Index at;
-    smem.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
-        const FwdTileSm90<Config, Mask> tile(work, params.pass.problem);
-        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at.advance()) {
-            smem.pipe_v.wait(at);
-            if (!tile.covered(n)) {
-                using Element = typename Config::Element;
-                bool found = holds_nonfinite_share<Element, kThreads>(smem.v(at.stage), thread);
-                if (found) clear_nonfinite_share<Element, kThreads>(smem.v(at.stage), thread);
-                ptx::fence_proxy_async();  // V is to be read by wgmma, and overwritten by TMA
-                found = ptx::barrier_sync_or(FwdBarriersSm90::kInspectors, kThreads, found);
-                if (thread == 0) ptx::store_shared(smem.found(at.stage), found);
-            }
-            if (thread == 0) ptx::mbarrier_arrive(smem.inspected(at.stage));
-            if (lane_id() == 0) smem.pipe_v.release(at);
-        }
-    });
-}
+    // The output of the tile before has left the memory of V; at once for the first.
+    FA_DEVICE void wait_until_out_left() {
+        if (Config::kOutApart) return;
+        ptx::mbarrier_wait(smem_.out_left(), out_left_ ^ 1);
+        out_left_ ^= 1;
+    }
+
+    const FwdSmemSm90<Config>& smem_;
+    const FwdKernelParamsSm90& params_;
+    Pipeline<1>::Index at_tile_;
+    typename Config::PipelineQ::Index at_q_;
+    typename Config::Stages::Index at_k_, at_v_;
+    int out_left_ = 0;  // parity of the phase that this tile's output completes
+};
 
 // Whose turn it is to issue products. The last consumer lets the first one begin.
 template <class Config> class TurnsSm90 {
@@ -148,70 +175,79 @@ template <class Config, class Mask, class Scores> class FwdConsumerSm90 {
 public:
     FA_DEVICE FwdConsumerSm90(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params)
         : smem_(smem), params_(params), consumer_(warpgroup_id() - 1), warp_row0_(ptx::uniform(warp_id() - 4) * 16),
-          turns_(consumer_) {}
+          turns_(consumer_) {
+        for (int i = 0; i < consumer_; ++i) at_q_.advance();
+    }
 
     FA_DEVICE void run() {
         smem_.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
+            if (Mask::kHidesKeys && work.kind == FwdWorkKind::kPause) {
+                finish_first();
+                return;
+            }
             const Tile tile(work, params_.pass.problem);
             const Scores scores(params_.pass.problem, tile.batch, tile.head, tile.seq);
             acc_o_.clear();
             OnlineSoftmax<2> softmax;
             smem_.pipe_q.wait(at_q_);
-            if (!tile.tiles.empty())
-                attend(tile, scores, softmax);
-            else
+            if (tile.tiles.empty()) {
                 release(smem_.pipe_q, at_q_);
+            } else if (tile.is_repeat()) {
+                attend<true>(tile, scores, softmax);
+            } else {
+                attend<false>(tile, scores, softmax);
+            }
             store(tile, scores, softmax);
-            at_q_.advance();
+#pragma unroll
+            for (int i = 0; i < Config::kConsumers; ++i) at_q_.advance();
         });
         turns_.finish();
         ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
     }
 
 private:
-    FA_DEVICE void attend(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
+    // A tile that is repeated has a loop of its own: every branch in the other would be felt.
+    template <bool kRepeats> FA_DEVICE void attend(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
         int n = tile.tiles.end - 1;
         smem_.pipe_k.wait(at_k_);
         AccTile<16, N> acc_s;
         multiply_keys(acc_s);
         ptx::wgmma_wait<0>();
         keys_done(acc_s);
-        bool covered = tile.covered(n);
-        weigh(acc_s, tile, scores, softmax, n, covered);
+        weigh(acc_s, tile, scores, softmax, n);
         Weights weights(acc_s);
         for (--n; n >= tile.tiles.begin; --n) {
+            const bool cleared = kRepeats && clear_values(tile, n + 1);
             smem_.pipe_k.wait(at_k_);
             turns_.take();
             multiply_keys(acc_s);
-            const bool found = wait_for_values(covered);
+            smem_.pipe_v.wait(at_v_);
             multiply_values(weights);
             turns_.pass();
             ptx::wgmma_wait<1>();  // the scores are there, the product with V goes on
             keys_done(acc_s);
-            const bool previous_covered = covered;
-            covered = tile.covered(n);
-            weigh(acc_s, tile, scores, softmax, n, covered);
+            weigh(acc_s, tile, scores, softmax, n);
             // V of this tile, a little early: this ends the basic block, in which ptxas would hoist the wait for the
             // product above the softmax, and nothing would run beside it.
             auto next_v = at_v_;
             next_v.advance();
             smem_.pipe_v.wait(next_v);
             ptx::wgmma_wait<0>();
-            values_done(tile, n + 1, !previous_covered && found);
+            values_done(tile, n + 1, cleared);
             softmax.rescale(acc_o_);
             weights = Weights(acc_s);
         }
         release(smem_.pipe_q, at_q_);  // all products with Q are done
-        const bool found = wait_for_values(covered);
+        const bool cleared = kRepeats && clear_values(tile, n + 1);
+        smem_.pipe_v.wait(at_v_);
         multiply_values(weights);
         ptx::wgmma_wait<0>();
-        values_done(tile, n + 1, !covered && found);
+        values_done(tile, n + 1, cleared);
     }
 
     // S = Q K^T
     FA_DEVICE void multiply_keys(AccTile<16, N>& acc_s) {
-        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q(at_q_.stage), consumer_ * kWarpgroupRows,
-                                             smem_.k(at_k_.stage), 0);
+        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q(at_q_.stage), 0, smem_.k(at_k_.stage), 0);
     }
     FA_DEVICE void keys_done(AccTile<16, N>& acc_s) {
         pin_tile(acc_s);
@@ -220,26 +256,32 @@ private:
     }
     // Scores become weights.
     FA_DEVICE void weigh(AccTile<16, N>& acc_s, const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax,
-                         int n, bool covered) const {
+                         int n) const {
         const QueryRows at{tile.m0 + warp_row0_, n * N};
         scores.apply(acc_s, at);
-        if (!covered) apply_mask_by_edge(acc_s, tile.mask, at);
+        if (!tile.covered(n)) apply_mask_by_edge(acc_s, tile.mask, at);
         softmax.raise_max(acc_s, scores.scale_log2);
         softmax.weigh(acc_s, scores.scale_log2);
         if constexpr (Scores::kModified) scores.drop(acc_s, at);
     }
-    // Returns whether there was anything in V that is not finite, and has been cleared.
-    FA_DEVICE bool wait_for_values(bool covered) const {
+    // All consumers, before the products of a tile that is repeated: what is not finite in V becomes zero. Returns
+    // whether there was any.
+    FA_DEVICE bool clear_values(const Tile& tile, int n) const {
+        if (tile.covered(n)) return false;
+        constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
+        const int thread = ptx::thread_idx() - kWarpgroupThreads;
         smem_.pipe_v.wait(at_v_);
-        if (!Mask::kHidesKeys || covered) return false;
-        ptx::mbarrier_wait(smem_.inspected(at_v_.stage), at_v_.parity);
-        return ptx::load_shared(smem_.found(at_v_.stage)) != 0;
+        const auto v = smem_.v(at_v_.stage);
+        const bool found = holds_nonfinite_share<Element, kThreads>(v, thread);
+        if (found) clear_nonfinite_share<Element, kThreads>(v, thread);
+        ptx::fence_proxy_async();  // V is to be read by wgmma, and overwritten by TMA
+        return ptx::barrier_sync_or(FwdBarriersSm90::kConsumers, kThreads, found);
     }
     // O += P V
     FA_DEVICE void multiply_values(const Weights& weights) { wgmma_ab<Element>(acc_o_, weights, smem_.v(at_v_.stage)); }
-    FA_DEVICE void values_done(const Tile& tile, int n, bool found) {
+    FA_DEVICE void values_done(const Tile& tile, int n, bool cleared) {
         pin_tile(acc_o_);
-        if (Mask::kHidesKeys && found) add_nonfinite_values(tile, n);
+        if (cleared) add_nonfinite_values(tile, n);
         release(smem_.pipe_v, at_v_);
         at_v_.advance();
     }
@@ -272,16 +314,42 @@ private:
             constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
             ptx::barrier_sync(FwdBarriersSm90::kConsumers, kThreads);  // all are done with V
         }
-        store_matrices(PackedTile<Element, 16, Config::kHeadDimV>(acc_o_), smem_.out, warp_row0_);
+        const PackedTile<Element, 16, Config::kHeadDimV> out(acc_o_);
+        const auto tile_out = smem_.out(consumer_);
+        store_matrices(out, tile_out, warp_row0_ % kWarpgroupRows);
         ptx::fence_proxy_async();
-        ptx::barrier_sync(barrier, kWarpgroupThreads);  // the output is there
+        const bool found = output_is_there(barrier, tile, out);
         if (!is_leader()) return;
         const TmaRows rows(params_.out, tile.batch, tile.head, tile.seq.first_row_q, tile.seq.seqlen_q);
-        rows.store(smem_.out, consumer_ * kWarpgroupRows, tile.m0 + consumer_ * kWarpgroupRows);
+        const int m0 = tile.m0 + consumer_ * kWarpgroupRows;
+        rows.store(tile_out, 0, m0);
         ptx::bulk_commit();
+        if (found && m0 < tile.seq.seqlen_q && !tile.covered()) put_repeat(tile, m0);
         if (Config::kOutApart) return;
         ptx::bulk_wait_read<0>();
         ptx::mbarrier_arrive(smem_.out_left());
+    }
+    // All threads of the warpgroup meet here. Returns whether anything in it is not finite, and may be so because of
+    // what a row does not see.
+    FA_DEVICE bool output_is_there(int barrier, const Tile& tile,
+                                   const PackedTile<Element, 16, Config::kHeadDimV>& out) const {
+        if constexpr (Mask::kHidesKeys)
+            return ptx::barrier_sync_or(barrier, kWarpgroupThreads, !tile.is_repeat() && holds_nonfinite(out));
+        ptx::barrier_sync(barrier, kWarpgroupThreads);
+        return false;
+    }
+    // The thread that stores: the rows from m0 on are to be computed again.
+    FA_DEVICE void put_repeat(const Tile& tile, int m0) const {
+        const ptx::SmemPtr head = smem_.repeats(consumer_);
+        const int32_t place = FwdRepeats::place(params_.pass.problem, tile.batch, tile.head, tile.seq.first_row_q, m0);
+        params_.repeats.put(place, {tile.index, static_cast<int32_t>(ptx::load_shared(head))});
+        ptx::store_shared(head, uint32_t(place));
+    }
+    // All tiles are done but those to be repeated, which are stored to the same place.
+    FA_DEVICE void finish_first() const {
+        if (!is_leader()) return;
+        if (static_cast<int32_t>(ptx::load_shared(smem_.repeats(consumer_))) != FwdRepeats::kNone) ptx::bulk_wait<0>();
+        ptx::mbarrier_arrive(smem_.first_done());
     }
 
     template <int kStages> FA_DEVICE static void release(const Pipeline<kStages>& pipe, StageIndex<kStages> at) {
@@ -302,11 +370,10 @@ private:
 template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
 fwd_sm90(FA_GRID_CONSTANT FwdKernelParamsSm90 params) {
     const FwdSmemSm90<Config> smem(ptx::smem());
-    if (ptx::thread_idx() == 0) smem.init_barriers(Mask::kHidesKeys ? kInspectors : 0);
+    if (ptx::thread_idx() == 0) smem.init();
     ptx::sync_threads();  // barriers are initialised
-    run_roles<Config::kConsumers, Mask::kHidesKeys>([&] { load_tiles<Config, Mask>(smem, params); },
-                                                    [&] { inspect_values<Config, Mask>(smem, params); },
-                                                    [&] { FwdConsumerSm90<Config, Mask, Scores>(smem, params).run(); });
+    run_roles<Config::kConsumers, false>([&] { FwdLoaderSm90<Config, Mask>(smem, params).run(); }, [] {},
+                                         [&] { FwdConsumerSm90<Config, Mask, Scores>(smem, params).run(); });
 }
 
 }  // namespace flash_attn

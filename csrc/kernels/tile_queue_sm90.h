@@ -1,5 +1,5 @@
 // Which tiles a block works on. Blocks stay until there are no tiles left. The thread that loads takes one after
-// another when it has asked for all that the last one needs, and announces it to the warps that compute and inspect.
+// another when it has asked for all that the last one needs, and announces it to the warps that compute.
 // Not earlier: a tile that is taken while much is left to do would wait, and other blocks run out of work.
 #pragma once
 #include <type_traits>
@@ -21,9 +21,9 @@ struct TileShares {
 };
 
 // A tile as it is announced, with all that has been computed of it, and two barriers: one completes when it is there,
-// the other when every warp has read it. Tile: with is_tile, which is 0 of what comes after the last one.
+// the other when every warp has read it. Tile: with is_end(), which is true of what comes after the last one.
 struct TileQueueSm90 {
-    static constexpr int kChunks = 3, kWords = 4 * kChunks, kBytes = 16 * kChunks + Pipeline<1>::kBytes;
+    static constexpr int kChunks = 4, kWords = 4 * kChunks, kBytes = 16 * kChunks + Pipeline<1>::kBytes;
     ptx::SmemPtr base;  // a multiple of 16
 
     FA_DEVICE ptx::SmemPtr end() const { return base + kBytes; }
@@ -44,7 +44,7 @@ struct TileQueueSm90 {
     // A warp that was counted: f(tile) for every one.
     template <class Tile, class F> FA_DEVICE void for_each(F f) const {
         Pipeline<1>::Index at;
-        for (Tile tile = read<Tile>(at); tile.is_tile; tile = read<Tile>(at)) f(tile);
+        for (Tile tile = read<Tile>(at); !tile.is_end(); tile = read<Tile>(at)) f(tile);
     }
 
 private:

@@ -33,11 +33,14 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
     const int section = section_heads(p, grid, device, head_bytes, p.num_heads / p.num_heads_k);
     const TensorSize q = query_size(p, p.head_dim), k = key_size(p, p.head_dim), v = key_size(p, p.head_dim_v);
     const TensorSize out = query_size(p, p.head_dim_v);
-    const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, Config::kBlockM);
+    const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, kWarpgroupRows);
     if (!error) error = make_tma_tensor("k", kernel_params.k, p.k, k, Config::kBlockN);
     if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
     if (!error) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
+    if (!error) error = check_tiles(fwd_repeat_places(p));
     if (!error) error = divide_tiles(kernel_params.shares, grid, section, p, static_cast<int32_t*>(workspace), device);
+    static_assert(sizeof(FwdRepeat) == kFwdRepeatBytes);
+    kernel_params.repeats.places = reinterpret_cast<FwdRepeat*>(static_cast<char*>(workspace) + kFwdCounterBytes);
     if (error) return error;
     return launch(fwd_sm90<Config, Mask, Scores>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
                   device, kernel_params);

@@ -55,6 +55,13 @@ inline int section_heads(const Problem& p, const TileGrid& grid, const Device& d
     return int(std::bit_floor(key_heads)) * heads_per_key_head;
 }
 
+// The workspace of the forward pass: how many tiles have been taken and, where a mask hides something, a place for
+// every 64 queries of a head (FwdRepeats).
+constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8;
+inline int64_t fwd_repeat_places(const Problem& p) {
+    return is_full(p.window) ? 0 : p.num_heads * num_query_tiles(p, 64);
+}
+
 // The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.
 constexpr WorkspaceShape hopper_workspace(int head_dim, bool modified) {
     const int block_m = head_dim <= 64 && !modified ? 128 : 64;

@@ -61,7 +61,7 @@ const char* run_attn_probs(const ProbsParams& params, const Device& device) {
 
 int64_t fwd_workspace_bytes([[maybe_unused]] const FwdParams& params, [[maybe_unused]] const Device& device) {
 #ifdef FLASH_ATTN_HOPPER
-    if (hopper_takes(params, device)) return sizeof(int32_t);  // counts tiles that blocks have taken
+    if (hopper_takes(params, device)) return kFwdCounterBytes + kFwdRepeatBytes * fwd_repeat_places(params.problem);
 #endif
     return 0;
 }

@@ -25,7 +25,7 @@ struct WorkspaceOffsets {
     int64_t tiles, turns, lse_log2, dsoftmax_sum, end;
 
     WorkspaceOffsets(const Problem& p, const WorkspaceShape& shape)
-        : tiles(num_dq_tiles(p, shape.block_m) * p.num_heads), turns(tiles * shape.tile_elements * kNumberBytes),
+        : tiles(num_query_tiles(p, shape.block_m) * p.num_heads), turns(tiles * shape.tile_elements * kNumberBytes),
           lse_log2(turns + round_up(tiles * shape.turns * kNumberBytes, kAlignment)),
           dsoftmax_sum(lse_log2 + rows_bytes(shape)), end(dsoftmax_sum + rows_bytes(shape)) {}
 

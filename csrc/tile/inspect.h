@@ -39,7 +39,8 @@ FA_DEVICE void clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread
 }
 
 // c[r, column] += what is not finite in row k of b, for every k below K with attends(r, k). b: in global memory; its
-// rows and columns past the valid ones hold nothing. Slow, and hardly ever run.
+// rows and columns past the valid ones hold nothing. Slow, and hardly ever run. What is NaN stays so: where all is, as
+// in a training that has diverged, there is nothing left to do.
 template <class Element, int kRows, int kCols, class Attends>
 FA_DEVICE void add_nonfinite_rows(AccTile<kRows, kCols>& c, const Element* b, int64_t row_stride, int valid_rows,
                                   int valid_cols, Attends attends) {
@@ -50,6 +51,9 @@ FA_DEVICE void add_nonfinite_rows(AccTile<kRows, kCols>& c, const Element* b, in
         for (int r = 0; r < c.kLaneRows; ++r) attending[r] = attends(r, k);
         const Element* const row = ptx::opaque(b + k * row_stride);
         const int columns = ptx::opaque(valid_cols);
+        bool changes = false;
+        c.for_each([&](int r, int column, float& x) { changes |= attending[r] && column < columns && x == x; });
+        if (!changes) continue;
         c.for_each([&](int r, int column, float& x) {
             if (!attending[r] || column >= columns) return;
             const uint32_t bits = ptx::load(row + column).bits;

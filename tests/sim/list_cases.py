@@ -188,6 +188,13 @@ def wide_nonfinite(head_dim: int) -> Case:
     return dataclasses.replace(SMALL, head_dim=head_dim, head_dim_v=head_dim, window_size=(20, 3))
 
 
+def hidden_nonfinite(dim: int, dtype: str = "bfloat16") -> list[Row]:
+    """NaN and infinity in V that some rows of some tiles see."""
+    case = Case((300, 0, 150, 400), (300, 9, 200, 130), dtype, 4, 2, dim, dim, packed=True)
+    masks = [{"causal": True}, {"window_size": (40, 30), "softcap": 2.0, "alibi": "batch"}]
+    return [(dataclasses.replace(case, **mask), Sim("hidden")) for mask in masks]
+
+
 def threshold_case() -> Case:
     """Eight random numbers equal the threshold of dropout, 8900 of 65536, so that they are kept but hardly."""
     return Case((128,), (256,), "bfloat16", dropout_p=8900 / 65536)
@@ -214,7 +221,8 @@ def long_rows() -> list[Row]:
 def other_checks() -> list[Row]:
     """What a comparison with the reference does not show; each check is explained in runner/check.h."""
     rows = [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets(), *long_rows()]
-    return [*rows, (threshold_case(), Sim())]
+    hidden = [row for dtype in DTYPES for dim in (64, 96, 128, 192, 256) for row in hidden_nonfinite(dim, dtype)]
+    return [*rows, *hidden, (threshold_case(), Sim())]
 
 
 def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS[-5:])) -> list[Row]:
@@ -236,6 +244,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
     }
     nonfinite = [row for row in special_numbers() if row[1].check == "nonfinite"]
     others = [row for row in (*paged_table()[::4], *nonfinite[1:3]) if row[0].dtype == DTYPES[0]]
+    others += [row for dim in (64, 256) for row in hidden_nonfinite(dim)]
     long = [
         (Case((400,), (700,), "bfloat16", head_dim=dim, head_dim_v=dim, window_size=(300, -1)), Sim())
         for dim in (64, 128)
@@ -311,6 +320,7 @@ def mutant_table() -> list[Row]:
         (Case((300,), (300,), "bfloat16", 2, 2, 256, 256), Sim(deterministic=True)),
         # Rows that end where their tensor ends, and before the tile does.
         *((wide_nonfinite(dim), Sim("nonfinite")) for dim in (8, 136)),
+        *(row for dim in (64, 256) for row in hidden_nonfinite(dim)),
         # Sections of two heads in the forward pass, of which the last has one.
         (Case((200,), (90,), "bfloat16", 3, 3, causal=True), Sim()),
     ]

@@ -68,7 +68,7 @@ template <class Config> void forward(int seqlen) {
 template <class Config> void backward(int seqlen) {
     const BwdParams pass{problem(seqlen), tensor(seqlen), tensor(seqlen), rows(seqlen), RowView{},
                          tensor(seqlen),  tensor(seqlen), tensor(seqlen), rows(seqlen), false};
-    const int64_t tiles = num_dq_tiles(pass.problem, Config::kBlockM);
+    const int64_t tiles = num_query_tiles(pass.problem, Config::kBlockM);
     const DqAccum accum{static_cast<float*>(zeros(tiles * Config::kDqTileElements * 4)),
                         static_cast<int32_t*>(zeros(tiles * 4)), tiles};
     const BwdKernelParams params{pass, accum};

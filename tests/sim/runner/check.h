@@ -23,6 +23,8 @@ void check_batch(const Case& c, const Plan& plan, Report& report);
 void check_hostile(const Case& c, const Plan& plan, Report& report);
 // "nonfinite": a NaN or infinity shows where something attends to it, and everything else has the bits of a clean run.
 void check_nonfinite(const Case& c, const Plan& plan, Report& report);
+// "hidden": the same for a few places in V of every head and sequence, many tiles of which have to do with one.
+void check_hidden(const Case& c, const Plan& plan, Report& report);
 // "marked": rows whose softmax_lse is infinite have gradients of zero and add none to keys, whatever the mask says.
 void check_marked(const Case& c, const Plan& plan, Report& report);
 

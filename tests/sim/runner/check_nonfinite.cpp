@@ -1,4 +1,4 @@
-// NaN and infinities at single places: they show where something attends to them, and there alone.
+// NaN and infinities: they show where something attends to them, and there alone.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -163,6 +163,30 @@ void check_nonfinite(const Case& c, const Plan& plan, Report& report) {
                                  infinite_scores, report);
             }
         }
+    }
+}
+
+void check_hidden(const Case& c, const Plan& plan, Report& report) {
+    const Inputs clean(c);
+    Values values = clean.values;
+    Forward expected = run_forward(clean, plan.schedules[0], report);
+    for (const Sequence& s : sequences(c))
+        for (const int key : {s.seqlen_k / 2, s.seqlen_k - 1})
+            for (int head = 0; key >= 0 && head < c.num_heads_k; ++head) {
+                const int element = (key + head) % c.head_dim_v;
+                values.v.at(s.compact_k + key, head)[element] =
+                    head % 2 ? std::numeric_limits<double>::infinity() : NAN;
+                for (int h = 0; h < c.num_heads; ++h)
+                    for (int i = 0; h / (c.num_heads / c.num_heads_k) == head && i < s.seqlen_q; ++i)
+                        if (visible(c, s, i, key)) expected.out.at(s.compact_q + i, h)[element] = NAN;
+            }
+    const Inputs x(c, values);
+    for (const Schedule schedule : plan.schedules) {
+        Forward got = run_forward(x, schedule, report);
+        for (double& value : got.out.x)
+            if (std::isinf(value)) value = NAN;
+        compare_bitwise("out beside NaN in V", got.out, expected.out, report);
+        compare_bitwise("softmax_lse beside NaN in V", got.softmax_lse, expected.softmax_lse, report);
     }
 }
 

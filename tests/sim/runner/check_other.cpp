@@ -82,7 +82,9 @@ void check_hostile(const Case& c, const Plan& plan, Report& report) {
         for (int target = 0; target < 7; ++target) {
             if (target == 4 && !c.paged()) continue;
             if (target == 6 && variant > 0) continue;
-            const Inputs x(c, clean.values);
+            Values values = clean.values;
+            if (target == 6) std::fill(values.v.x.begin(), values.v.x.end(), NAN);
+            const Inputs x(c, values);
             Report any_answer;
             if (target == 0) corrupt(x.cu_seqlens_q, batch_size + 1, 1, 2, variant);
             if (target == 1) corrupt(x.cu_seqlens_k, batch_size + 1, 0, 2, variant);
@@ -93,7 +95,7 @@ void check_hostile(const Case& c, const Plan& plan, Report& report) {
                 corrupt(x.cu_seqlens_q, batch_size + 1, 0, 1, variant);
                 corrupt(x.cu_seqlens_k, batch_size + 1, 1, 1, variant);
             }
-            if (target == 6) {  // every other sequence starts at 0 again: several share tiles of dQ, and turns at them
+            if (target == 6) {  // every other sequence starts at 0 again: several share tiles, turns at them, and lists
                 corrupt(x.cu_seqlens_q, batch_size + 1, 1, 2, 1);
                 corrupt(x.cu_seqlens_q, batch_size + 1, 2, 2, 2);
             }
