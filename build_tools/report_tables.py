@@ -16,8 +16,9 @@ PLAIN, PLAIN_WINDOW = "FullMask PlainScores", "WindowMask PlainScores"
 INTRODUCTION = """# Static report of the CUDA kernels
 
 What compiler and machine code say, without a GPU: written by `make report`, and compared in continuous integration by
-`make report ARGS=--check`, which fails on any spilled register, on any instruction in double precision, and where a
-register of wgmma is touched between its issue and the wait for it (`build_tools/wgmma_hazards.py`).
+`make report ARGS=--check`, which fails on any spilled register, on any instruction in double precision, where a
+register of wgmma is touched between its issue and the wait for it (`build_tools/wgmma_hazards.py`), and where less than
+70% of the exponentials of a loop are computed while a product is under way.
 `static_report.json` beside this has every number.
 """
 
@@ -65,6 +66,14 @@ unit decides. Tensor and exp2: these two do not overlap, all else does. One by o
 the tile costs by hand, without loops, addresses and masks: tensor, exp2, issue, shared memory.
 """
 
+OVERLAP = """## Softmax beside products
+
+Of the exponentials (MUFU.EX2) in a loop with products of wgmma, the share that is computed while a product is under
+way, in the loop of a kernel where it is least, and for the type of elements that has less. Plain scores, full mask and
+window; then the same with softcap, ALiBi or dropout. The backward pass up to head_dim 128 with plain scores computes
+them between products: the other way was slower on an H200 (experiment 1 in `benchmarks/results/nvidia-h200`).
+"""
+
 # Cycles per tile for (kernel, head_dim, head_dim_v, queries, keys): tensor, exp2, issue, shared memory.
 BY_HAND = {
     ("fwd_sm90", 64, 64, 192, 128): "1536, 1536, 960, 1216",
@@ -92,6 +101,7 @@ def costs_table(report: Report) -> str:
         ("kernels, counted once per architecture", costs["kernels"]),
         ("bytes of registers spilled", sum(each.spill_bytes for each in report.kernels)),
         ("wgmma instructions, of both types, and how many of their registers are touched too early", products),
+        ("smallest share of EX2 between the waits of wgmma", overlap_text(report.least_overlap())),
         ("kernels with instructions in double precision", len({line.partition(": ")[0] for line in report.doubles})),
         ("object files", f"{costs['object_bytes'] / 1e6:.1f} MB"),
         ("largest process", f"{costs['peak_bytes'] / 1e6:.0f} MB"),
@@ -99,6 +109,11 @@ def costs_table(report: Report) -> str:
         ("the same, relative to calibration.cu", f"{costs['relative_time']:.0f}"),
     ]
     return table(["", ""], rows)
+
+
+def overlap_text(share: float | None) -> str:
+    """A share of exponentials."""
+    return "-" if share is None else f"{share:.0%}"
 
 
 def title(kernel: Kernel) -> str:
@@ -199,6 +214,20 @@ def hopper_table(loops: Sequence[dict[str, Any]]) -> str:
     return table([*head, "at most", "tensor and exp2", "one by one", "by hand"], rows)
 
 
+def overlap_table(overlaps: Sequence[tuple[Kernel, float]]) -> str:
+    """One row per kernel and shape of tiles."""
+    variants = [
+        f"{mask} {scores}" for scores in ("PlainScores", "ModifiedScores") for mask in ("FullMask", "WindowMask")
+    ]
+    least: dict[str, dict[str, float]] = {}
+    for kernel, share in overlaps:
+        row = least.setdefault(title(kernel), {})
+        row[kernel.variant] = min(share, row.get(kernel.variant, 1.0))
+    rows = [[name, *(overlap_text(row.get(variant)) for variant in variants)] for name, row in least.items()]
+    head = ["full", "window", "modified, full", "modified, window"]
+    return table(["kernel, head_dim: queries x keys", *head], rows)
+
+
 def markdown(report: Report) -> str:
     """The whole document."""
     plain = [each for each in report.loops if each["kernel"].variant == PLAIN]
@@ -214,5 +243,7 @@ def markdown(report: Report) -> str:
         cycles_table([each for each in plain if not uses_wgmma(each)]),
         HOPPER,
         hopper_table(hopper),
+        OVERLAP,
+        overlap_table(report.overlaps),
     ]
     return "\n".join(parts)

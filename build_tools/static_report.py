@@ -5,8 +5,9 @@
     python -m build_tools.static_report fwd_sm90_bf16_64 bwd_sm90_bf16_64    # prints what it says of these alone
 
 --check fails if a kernel spills registers on any architecture, if the compiler warns, if registers of wgmma are touched
-while it is under way (wgmma_hazards.py), if a kernel computes in double precision, which is slow on most GPUs, if a
-kernel does not fit onto a multiprocessor, or if the number of kernels, the size of the object files, the memory that
+while it is under way (wgmma_hazards.py), if the softmax of a kernel for Hopper does not run beside a product where it
+should, if a kernel computes in double precision, which is slow on most GPUs, if a kernel does not fit onto a
+multiprocessor, or if the number of kernels, the size of the object files, the memory that
 compiling takes or the time, relative to that of calibration.cu, have grown by a quarter over what the committed report
 says. Where it is the time, all is compiled a second time, to see
 whether the machine was merely busy.
@@ -50,6 +51,8 @@ ENTRY = re.compile(
     r"\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*Used (?P<registers>\d+) registers"
 )
+# What share of a loop's exponentials is computed while a product of wgmma is under way.
+LEAST_OVERLAP = 0.7
 POLICY = re.compile(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Scores))E")
 
 
@@ -92,6 +95,20 @@ class Kernel:
     spill_bytes: int
     stack_bytes: int
     symbol: str
+
+    @property
+    def should_overlap(self) -> bool:
+        """Whether its softmax is to run beside a product of the same warps.
+
+        Not where it was measured to be slower: the backward pass up to head_dim 128, plain scores, on an H200
+        (benchmarks/results/nvidia-h200, experiment 1).
+        """
+        return not (self.kernel == "bwd_sm90" and self.head_dim <= 128 and self.variant.endswith("PlainScores"))
+
+    @property
+    def name(self) -> str:
+        """In sentences."""
+        return f"{self.kernel} {self.element} head_dim {self.head_dim} {self.block_m}x{self.block_n} {self.variant}"
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -211,6 +228,13 @@ def main_loops(functions: list[sass.Function], kernels: list[Kernel], known: lis
     return found
 
 
+def overlaps_of(functions: list[sass.Function], kernels: list[Kernel]) -> list[tuple[Kernel, float]]:
+    """The kernels of an object file with products and exponentials in a loop, and their share of overlap."""
+    by_symbol = {(each.symbol, each.architecture): each for each in kernels}
+    shares = [(by_symbol[each.name, each.architecture], wgmma_hazards.overlap(each)) for each in functions]
+    return [(kernel, share) for kernel, share in shares if share is not None]
+
+
 def average_pass(function: sass.Function, launch: Launch) -> dict[str, float]:
     """What a warp executes in one pass of the main loop, or in the mean of two between which it alternates."""
     passes = [function.usual_pass(launch.parts)]
@@ -240,7 +264,12 @@ class Report:
     warnings: list[str]
     wgmma_products: int  # instructions
     hazards: list[str]  # registers of theirs that are touched too early
+    overlaps: list[tuple[Kernel, float]]  # wgmma_hazards.overlap, of every kernel that has such a loop
     doubles: list[str]  # instructions in double precision
+
+    def least_overlap(self) -> float | None:
+        """Of the kernels that should; None: there are none."""
+        return min((share for kernel, share in self.overlaps if kernel.should_overlap), default=None)
 
     def as_json(self) -> str:
         """One line per kernel and loop."""
@@ -285,7 +314,7 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
         print("compiling took long; once more, to see whether the machine was busy", flush=True)
         compiled = compile_costs.compile_again(home, compiled)
     known = launches(folder)
-    kernels, loops, warnings, products, hazards, doubles = [], [], [], 0, [], []
+    kernels, loops, warnings, products, hazards, overlaps, doubles = [], [], [], 0, [], [], []
     for each, log in zip(wanted, compiled.logs, strict=True):
         own = kernels_of(each, log["output"], known)
         kernels += own
@@ -296,12 +325,14 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
         loops += main_loops(functions, own, known) if is_first else []
         products += sum(instruction.name == "HGMMA" for f in functions for instruction in f.instructions)
         hazards += [f"{each.name} {f.name}: {line}" for f in functions for line in wgmma_hazards.find(f)]
+        overlaps += overlaps_of(functions, own)
         doubles += [f"{each.name} {f.name}: {opcode}" for f in functions for opcode in sass.in_double_precision(f)]
     kernels.sort(key=lambda each: each.place)
     loops.sort(key=lambda each: each["kernel"].place)
     compiler = f"nvcc {cuda_objects.cuda_version(cuda_objects.nvcc_of(home))}"
     costs = {"kernels": len(kernels), **compiled.costs()}
-    return Report(compiler, costs, kernels, loops, warnings, products, hazards, doubles)
+    overlaps.sort(key=lambda each: each[0].place)
+    return Report(compiler, costs, kernels, loops, warnings, products, hazards, overlaps, doubles)
 
 
 def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
@@ -310,11 +341,15 @@ def problems(report: Report, committed: dict[str, Any] | None) -> list[str]:
     found += [f"wgmma: {line}" for line in report.hazards]
     found += [f"double precision: {line}" for line in report.doubles]
     for each in report.kernels:
-        name = f"{each.kernel} {each.element} head_dim {each.head_dim} {each.block_m}x{each.block_n} {each.variant}"
         if each.spill_bytes:
-            found.append(f"{name} spills {each.spill_bytes} bytes on {each.architecture}")
+            found.append(f"{each.name} spills {each.spill_bytes} bytes on {each.architecture}")
         if not any(each.blocks().values()):
-            found.append(f"{name} fits onto no multiprocessor of {each.architecture}")
+            found.append(f"{each.name} fits onto no multiprocessor of {each.architecture}")
+    for each, share in report.overlaps:
+        if each.should_overlap and share < LEAST_OVERLAP:
+            found.append(
+                f"{each.name} computes {share:.0%} of its exponentials beside products, not {LEAST_OVERLAP:.0%}"
+            )
     if committed is None:
         return found
     return found + compile_costs.growth(report.costs, committed["costs"])

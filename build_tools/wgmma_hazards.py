@@ -1,9 +1,12 @@
-"""Registers of wgmma that machine code touches too early.
+"""Registers of wgmma that machine code touches too early, and how much of the softmax runs beside products.
 
 wgmma is asynchronous: from its issue until a wait for its group, its accumulators may be neither read nor written, and
 the registers of its A operand not written (PTX ISA, "wgmma.fence", "wgmma.wait_group"). Kernels say so in PTX, and
 ptxas has to keep to it when it allocates registers and moves instructions. Versions before 13.3 are known not to do so
 always, and no simulator sees it. So the machine code is followed along every way that control may take.
+
+FlashAttention-3 (2024, section 3.2) computes the softmax of one tile while the product of the one before is under way.
+ptxas may undo it, by moving the wait for the product up: that changes no result, and is seen in the machine code alone.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from build_tools.sass import Function, Instruction
+from build_tools.sass import Function, Instruction, Loop
 
 REGISTER = re.compile(r"(?<![\w.])R(\d+)")
 PRODUCT = re.compile(r"R(\d+), (?:R(\d+)(?:\.reuse)?, )?gdesc\[")
@@ -111,27 +114,68 @@ def merge(into: State, other: State) -> bool:
     return changed
 
 
-def find(function: Function) -> Iterator[str]:
-    """A sentence for every instruction that touches a register too early, and for products that nothing leads to."""
-    if not function.has_wgmma:
-        return
+def in_flight(function: Function) -> dict[int, State]:
+    """What is in flight where a block begins, of every block that some way leads to."""
     before: dict[int, State] = {0: ({}, {})}
-    waiting, found = [0], {}
+    waiting = [0]
     while waiting:
         index = waiting.pop()
         accumulators, operands = (dict(kind) for kind in before[index])
         for each in function.blocks[index].instructions:
-            if early := step(each, accumulators, operands):
-                found[each.address] = f"{each.opcode} {each.operands} at {each.address:#x}: R{min(early)} is in flight"
+            step(each, accumulators, operands)
         for following in function.blocks[index].successors:
             if following not in before:
                 before[following] = (dict(accumulators), dict(operands))
             elif not merge(before[following], (accumulators, operands)):
                 continue
             waiting.append(following)
+    return before
+
+
+def find(function: Function) -> Iterator[str]:
+    """A sentence for every instruction that touches a register too early, and for products that nothing leads to."""
+    if not function.has_wgmma:
+        return
+    before = in_flight(function)
     for index, block in enumerate(function.blocks):
+        accumulators, operands = (dict(kind) for kind in before.get(index, ({}, {})))
         for each in block.instructions:
-            if each.name == "HGMMA" and index not in before:
-                found[each.address] = f"{each.opcode} at {each.address:#x}: no way that leads here was found"
-    for _, sentence in sorted(found.items()):
-        yield sentence
+            if index not in before:
+                if each.name == "HGMMA":
+                    yield f"{each.opcode} at {each.address:#x}: no way that leads here was found"
+            elif early := step(each, accumulators, operands):
+                yield f"{each.opcode} {each.operands} at {each.address:#x}: R{min(early)} is in flight"
+
+
+def overlap(function: Function) -> float | None:
+    """Which share of a loop's exponentials is computed while a product is under way.
+
+    Of the innermost loops that hold both, the one with the least share; None: there is no such loop.
+    """
+    loops = [
+        each for each in function.loops if function.count(each.blocks, ("HGMMA",)) and exponentials(function, each)
+    ]
+    loops = [each for each in loops if not any(other.blocks < each.blocks for other in loops)]
+    if not loops:
+        return None
+    before = in_flight(function)
+    shares = []
+    for loop in loops:
+        beside = 0
+        for index in loop.blocks & before.keys():
+            accumulators, operands = (dict(kind) for kind in before[index])
+            for each in function.blocks[index].instructions:
+                beside += is_exponential(each) and bool(accumulators)
+                step(each, accumulators, operands)
+        shares.append(beside / exponentials(function, loop))
+    return min(shares)
+
+
+def is_exponential(instruction: Instruction) -> bool:
+    """2 to the power of a number."""
+    return instruction.opcode.startswith("MUFU.EX2")
+
+
+def exponentials(function: Function, loop: Loop) -> int:
+    """How many a loop holds."""
+    return sum(is_exponential(each) for index in loop.blocks for each in function.blocks[index].instructions)

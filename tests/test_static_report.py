@@ -300,14 +300,15 @@ def test_warnings():
     assert measured.RESOURCE_USAGE.match("ptxas info    : Compile time = 1.2 ms")
 
 
-def report_of(costs, warnings=(), hazards=(), doubles=(), **changes):
+def report_of(costs, warnings=(), hazards=(), doubles=(), overlap=None, **changes):
     fields = {
         "kernel": "fwd_sm80", "source": "fwd_sm80", "element": "bf16", "head_dim": 64, "head_dim_v": 64,
         "block_m": 128, "block_n": 64, "variant": "FullMask", "architecture": "sm_80", "threads": 128,
         "smem_bytes": 1024, "registers": 200, "spill_bytes": 0, "stack_bytes": 0, "symbol": "k",
     }  # fmt: skip
     kernels = [Kernel(**{**fields, **changes})]
-    return Report("nvcc 13.0", costs, kernels, [], list(warnings), 0, list(hazards), list(doubles))
+    overlaps = [] if overlap is None else [(kernels[0], overlap)]
+    return Report("nvcc 13.0", costs, kernels, [], list(warnings), 0, list(hazards), overlaps, list(doubles))
 
 
 def test_double_precision_is_found():
@@ -333,6 +334,14 @@ def test_problems():
     assert problems(report_of(COSTS, warnings=["odd"]), committed) == ["the compiler warns: odd"]
     assert problems(report_of(COSTS, hazards=["R3"]), committed) == ["wgmma: R3"]
     assert problems(report_of(COSTS, doubles=["DMUL"]), committed) == ["double precision: DMUL"]
+    assert problems(report_of(COSTS, overlap=0.7), committed) == []
+    assert problems(report_of(COSTS, overlap=0.69), committed) == [
+        "fwd_sm80 bf16 head_dim 64 128x64 FullMask computes 69% of its exponentials beside products, not 70%"
+    ]
+    spared = {"kernel": "bwd_sm90", "variant": "FullMask PlainScores"}
+    assert problems(report_of(COSTS, overlap=0.1, **spared), committed) == []
+    for changes in ({"head_dim": 192}, {"variant": "FullMask ModifiedScores"}, {"kernel": "fwd_sm90"}):
+        assert len(problems(report_of(COSTS, overlap=0.1, **spared | changes), committed)) == 1
     assert problems(report_of({**COSTS, "kernels": 1000}, warnings=["odd"]), None) == ["the compiler warns: odd"]
     for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
         (found,) = problems(report_of({**COSTS, key: 1.3 * COSTS[key]}), committed)
@@ -345,6 +354,18 @@ def test_report_files():
     assert json.loads(report.as_json())["kernels"][0]["blocks"] == {"8.0": 2, "8.6": 2, "8.9": 2}
     text = static_report.report_tables.markdown(report)
     assert "| fwd_sm80 64: 128 x 64, 128 threads | 1024 | 200 | 0 | 2 | 2 | 2 |" in text
+
+
+def test_table_of_overlaps():
+    report = report_of(COSTS, overlap=0.75, kernel="fwd_sm90", source="fwd_sm90", variant="WindowMask PlainScores")
+    (kernel,) = report.kernels
+    report.overlaps.append((replace(kernel, element="fp16"), 0.8))
+    report.overlaps.append((replace(kernel, variant="FullMask ModifiedScores"), 1.0))
+    report.overlaps.append((replace(kernel, kernel="bwd_sm90", source="bwd_sm90", variant="FullMask PlainScores"), 0.1))
+    text = static_report.report_tables.markdown(report)
+    assert "| smallest share of EX2 between the waits of wgmma | 75% |" in text
+    assert "| fwd_sm90 64: 128 x 64, 128 threads | - | 75% | 100% | - |" in text
+    assert "| bwd_sm90 64: 128 x 64, 128 threads | 10% | - | - | - |" in text
 
 
 def test_tables_of_hopper():

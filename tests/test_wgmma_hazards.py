@@ -1,4 +1,4 @@
-"""Registers of wgmma that machine code touches too early: build_tools/wgmma_hazards.py."""
+"""Registers of wgmma that machine code touches too early, and softmax beside products: build_tools/wgmma_hazards.py."""
 
 import sys
 from pathlib import Path
@@ -27,8 +27,8 @@ EXIT
 """
 
 
-def hazards(*changes: tuple[str, str]) -> list[str]:
-    """Of the code with some lines replaced."""
+def function_of(*changes: tuple[str, str]) -> sass.Function:
+    """The code with some lines replaced."""
     lines = CODE.strip().splitlines()
     for old, new in changes:
         assert old in lines
@@ -46,7 +46,11 @@ def hazards(*changes: tuple[str, str]) -> list[str]:
             line = line.replace(f"BRA {label}", f"BRA {address:#x}")
         text.append(f"/*{16 * number:04x}*/ {line} ;")
     (function,) = sass.parse(text)
-    return list(wgmma_hazards.find(function))
+    return function
+
+
+def hazards(*changes: tuple[str, str]) -> list[str]:
+    return list(wgmma_hazards.find(function_of(*changes)))
 
 
 def test_waits_before_every_access():
@@ -117,3 +121,27 @@ def test_products_that_nothing_leads_to():
 def test_what_is_not_understood_is_an_error(new):
     with pytest.raises(ValueError, match="not understood"):
         hazards((LAST_WAIT, new))
+
+
+EX2 = "MUFU.EX2 R3, R3"
+
+
+@pytest.mark.parametrize(
+    ("beside", "after", "share"),
+    [(4, 0, 1.0), (3, 1, 0.75), (0, 2, 0.0)],
+)
+def test_exponentials_beside_products(beside, after, share):
+    changes = [(SCALE, "\n".join([SCALE, *[EX2] * beside])), (RESCALE, "\n".join([RESCALE, *[EX2] * after]))]
+    assert wgmma_hazards.overlap(function_of(*changes)) == share
+    # Outside of the loop they do not count.
+    assert wgmma_hazards.overlap(function_of(*changes, ("CS2R R40, SRZ", f"CS2R R40, SRZ\n{EX2}"))) == share
+
+
+def test_exponentials_before_the_first_product_of_a_loop_are_beside_that_of_the_turn_before():
+    arrive = "WARPGROUP.ARRIVE"
+    assert wgmma_hazards.overlap(function_of((arrive, f"{EX2}\n{arrive}"))) == 0.0
+    assert wgmma_hazards.overlap(function_of((arrive, f"{EX2}\n{arrive}"), (LAST_WAIT, FIRST_WAIT))) == 1.0
+
+
+def test_no_overlap_without_exponentials():
+    assert wgmma_hazards.overlap(function_of()) is None
