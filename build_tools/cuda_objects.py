@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_tools import cuda_archs
+from build_tools import cuda_archs, prebuilt
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "launch"
@@ -175,9 +175,27 @@ def jobs() -> int:
     return int(text)
 
 
+def facts(nvcc: str, wanted: Sequence[Object]) -> dict[str, str]:
+    """All that these object files depend on. Where the sources lie does not matter."""
+    flags = [flag for flag in common_flags(nvcc) if not flag.startswith("-I")]
+    own = {each.name: shlex.join([*flags, *each.flags()]) for each in wanted}
+    folders = {SOURCES.parent if each.source.parent == SOURCES else each.source.parent for each in wanted}
+    sources = {folder.name: prebuilt.fingerprint(folder) for folder in sorted(folders)}
+    return {**sources, "nvcc": cuda_version(nvcc), **own}
+
+
 def build(home: Path, wanted: Sequence[Object], folder: Path = FOLDER) -> list[Path]:
     """Compiles what is not up to date; returns the object files. Raises ToolError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = [each.path(folder) for each in wanted]
+    compiled_from = facts(nvcc_of(home), wanted)
+    different = prebuilt.difference(folder, compiled_from, files)
+    if not different:
+        print(f"the object files in {folder} are those of this code", flush=True)
+        return files
+    if any(file.exists() for file in files):
+        print(f"compiling kernels: {different}", flush=True)
+    prebuilt.forget(folder)
     text = ninja_text(nvcc_of(home), wanted, folder)
     path = folder / "build.ninja"
     if not path.exists() or path.read_text() != text:
@@ -186,7 +204,8 @@ def build(home: Path, wanted: Sequence[Object], folder: Path = FOLDER) -> list[P
     environment = {**os.environ, PYTHON_VARIABLE: sys.executable}
     if subprocess.run(command, env=environment, check=False).returncode != 0:
         raise ToolError("compiling the CUDA kernels failed; the compiler's message is above")
-    return [each.path(folder) for each in wanted]
+    prebuilt.note(folder, compiled_from)
+    return files
 
 
 def _ninja_command() -> list[str]:

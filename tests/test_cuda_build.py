@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -348,6 +349,42 @@ def test_only_what_changed_is_compiled_again(tmp_path, capfd):
     assert log["peak_bytes"] > 0
     assert "Used 24 registers" in log["output"]
     assert {"-DFA_HEAD_DIM=64", "-std=c++20", "--compress-mode=size"} < set(log["command"])
+
+
+def test_object_files_from_elsewhere_are_taken_as_they_are(tmp_path, capfd):
+    """Their times, and where they lie, say nothing; what they were compiled from does."""
+    first = Toolkit(tmp_path / "here")
+    assert len(first.build()) == 2
+    there = Toolkit(tmp_path / "there")
+    shutil.copytree(first.built, there.built)
+    for path in there.built.glob("*.o"):
+        os.utime(path, (0, 0))
+    assert there.build() == []
+    assert "are those of this code" in capfd.readouterr().out
+    assert there.build("8.6") == ["one_sm80_bf16_64.o", "two_sm80_bf16_64.o"]
+    said = capfd.readouterr().out
+    assert re.search(r"one_sm80_bf16_64 has changed: .*code=sm_80.* before, .*code=sm_86.* now", said), said
+    (there.sources / "common.h").write_text("other text")
+    assert len(there.build("8.6")) == 2
+    assert "compiling kernels: sources has changed: " in capfd.readouterr().out
+    nvcc = there.home / "bin" / "nvcc"
+    nvcc.write_text(FAKE_NVCC.replace("13.0", "13.1"))
+    assert len(there.build("8.6")) == 2
+    assert "nvcc has changed: 13.0 before, 13.1 now" in capfd.readouterr().out
+    (there.built / "one_sm80_bf16_64.o").unlink()
+    assert there.build("8.6") == ["one_sm80_bf16_64.o"]
+    assert "one_sm80_bf16_64.o is missing" in capfd.readouterr().out
+
+
+def test_a_build_that_ends_halfway_is_not_taken_for_what_was_before(tmp_path):
+    toolkit = Toolkit(tmp_path)
+    toolkit.build()
+    (toolkit.sources / "two_sm80.cu").write_text("broken")
+    with pytest.raises(cuda_objects.ToolError):
+        toolkit.build()
+    (toolkit.sources / "two_sm80.cu").write_text("text")
+    assert not (toolkit.built / "compiled_from.json").exists()
+    assert toolkit.build() == ["two_sm80_bf16_64.o"]
 
 
 def test_an_error_of_the_compiler_ends_the_build(tmp_path, capfd):
