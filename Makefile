@@ -57,7 +57,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo bench race mutants report gpu-test gpu-bench lint format clean distclean
+.PHONY: help venv build test demo bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -89,6 +89,16 @@ gpu-bench: ## measure the CUDA kernels on this machine's GPU against every atten
 	$(GPU_PY) -m build_tools.preflight gpu-bench; \
 	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
 	$(GPU_PATH) JOBS=1 $(GPU_PY) -m build_tools.supervise gpu-bench $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
+
+gpu-first: ## a first look at a GPU within LIMIT seconds (560), the most telling first; REHEARSE=1 without a GPU
+	@$(call step,gpu-first); export START=$$(date +%s); \
+	[ -n '$(REHEARSE)' ] || $(GPU_PY) -m build_tools.preflight gpu-first; \
+	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
+	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first $(if $(REHEARSE),--rehearse)
+
+gpu-pack: ## compile for make gpu-first on another machine: build/gpu-first.tgz, to be unpacked in its tree
+	@$(call step,gpu-pack); \
+	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first --pack
 
 race: ## the CUDA kernels on the simulator, under ThreadSanitizer
 	@$(call step,race); \

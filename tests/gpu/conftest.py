@@ -24,7 +24,7 @@ ROOT = HERE.parent.parent
 # The modules that make inputs: in all of them, for the device.
 MODULES = ("check", "test_backward", "test_dropout", "test_layouts", "test_metamorphic", "test_nan")
 # What is told first, and what comes last, because it takes long or may do harm.
-FIRST = ("test_primitives",)
+FIRST = ("test_primitives", "test_first")
 LAST = (
     "test_many_sequences",
     "test_many_packed_sequences",
@@ -65,7 +65,9 @@ def is_for_kernels(item) -> bool:
 def rank(item) -> int:
     """Of two tests that of lower rank comes first."""
     name = item.originalname
-    return -1 if name in FIRST else 1 + LAST.index(name) if name in LAST else 0
+    if name in FIRST:
+        return FIRST.index(name) - len(FIRST)
+    return 1 + LAST.index(name) if name in LAST else 0
 
 
 def pytest_collection_modifyitems(config, items):
