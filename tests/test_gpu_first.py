@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,10 +33,14 @@ def python(code: str, *arguments: str, **more) -> Step:
 
 @pytest.mark.parametrize(
     ("code", "outcome"),
-    [("print(1)", PASSED), ("exit(1)", FAILED), ("exit(2)", UNFINISHED), ("import os; os.abort()", FAILED)],
+    [("print(1)", PASSED), ("exit(1)", FAILED), ("exit(2)", FAILED), ("import os; os.abort()", FAILED)],
 )
 def test_what_becomes_of_a_step(code, outcome, tmp_path):
     assert gpu_first.run(python(code), tmp_path, 20).outcome == outcome
+
+
+def test_tests_that_run_out_of_time_have_not_failed(tmp_path):
+    assert gpu_first.run(python("exit(2)", "pytest"), tmp_path, 20).outcome == UNFINISHED
 
 
 def test_a_step_that_hangs_is_killed_with_all_that_it_has_started(tmp_path):
@@ -95,8 +100,8 @@ def rehearse(folder: Path, limit: int) -> subprocess.CompletedProcess:
 def test_rehearsal(tmp_path):
     """Every step says something, and all of them together keep to the time."""
     started = time.monotonic()
-    done = rehearse(tmp_path, 45)
-    assert time.monotonic() - started < 45 + 10, done.stdout
+    done = rehearse(tmp_path, 30)
+    assert time.monotonic() - started < 30 + 10, done.stdout
     names = [step.name for step in gpu_first.steps(tmp_path, "cpu")]
     assert len(names) == 14
     lines = [json.loads(line) for line in (tmp_path / "gpu-first.jsonl").read_text().splitlines()]
@@ -116,3 +121,12 @@ def test_object_files_that_are_packed_are_found_again(tmp_path, monkeypatch):
     gpu_first.prebuilt.note(tmp_path, facts)
     gpu_first.compile_primitives()
     assert binary.read_text() == "binary"
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cuda", 18), ("cpu", 2)])
+def test_the_telling_rows_are_among_those_of_the_benchmark(device, rows, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from harness import gpu
+
+    cases = gpu.gpu_cases() if device == "cuda" else map(gpu.quick, gpu.gpu_cases())
+    assert sum(bool(re.search(gpu_first.TELLING[device], case.name)) for case in cases) >= rows
