@@ -1,7 +1,7 @@
 // NaN and infinity in V, for the forward pass. Zero times NaN is NaN, so rows to which the mask hides such a value
-// would not be spared by its weight of 0. To search all of V costs 2 to 7%, so only the output is looked at: where that
-// is not finite and the mask hides something, the tile is remembered, and when a block has no others left, it computes
-// those once more, with V searched and cleared (tile/inspect.h).
+// would not be spared by its weight of 0. To search all of V took 2 to 7% on an H200, so the output is looked at: where
+// it is not finite and the mask hides something, the tile is remembered, and when a block has no others left, it
+// computes those once more, with V searched and cleared (tile/inspect.h).
 #pragma once
 #include "attn/scheduler.h"
 #include "ptx/global.h"
