@@ -1,4 +1,4 @@
-"""The object files of the kernels: which there are, when one is compiled anew, errors of the compiler: cuda_objects.py."""
+"""Object files of the kernels: which there are, when one is compiled anew, errors of the compiler."""
 
 import json
 import os
