@@ -17,8 +17,9 @@ struct FwdRepeat {
     int32_t next;   // place of the next entry, kNone after the last
 };
 struct FwdRepeats {
-    static constexpr int32_t kNone = -1, kLimit = 0x7fffffff;  // above all indices
+    static constexpr int32_t kNone = -1;
     FwdRepeat* places;
+    int32_t num_places;
 
     // Of the rows from m0 on.
     FA_DEVICE static int32_t place(const Problem& p, int batch, int head, int64_t first_row_q, int m0) {
@@ -29,30 +30,26 @@ struct FwdRepeats {
         ptx::store(&places[place].index, repeat.index);
         ptx::store(&places[place].next, repeat.next);
     }
-    FA_DEVICE FwdRepeat get(int32_t place) const {
-        return {ptx::load(&places[place].index), ptx::load(&places[place].next)};
-    }
     // Takes the tile of the greatest index below `limit` from all lists; kNone: there are no more. heads: in shared
-    // memory, a word for every list. With lengths that lie, two sequences may share a place, and a list may lead back
-    // to where it has been: that is its end.
+    // memory, a word for every list.
     FA_DEVICE int32_t take(ptx::SmemPtr heads, int lists, int32_t limit) const {
         int32_t greatest = kNone;
+        for (int i = 0; i < lists; ++i) greatest = max(greatest, get(heads + 4 * i, limit).index);
         for (int i = 0; i < lists; ++i) {
-            const auto head = static_cast<int32_t>(ptx::load_shared(heads + 4 * i));
-            if (head == kNone) continue;
-            const FwdRepeat first = get(head);
-            if (first.index < limit)
-                greatest = max(greatest, first.index);
-            else
-                ptx::store_shared(heads + 4 * i, uint32_t(kNone));
-        }
-        for (int i = 0; i < lists; ++i) {
-            const auto head = static_cast<int32_t>(ptx::load_shared(heads + 4 * i));
-            if (head == kNone) continue;
-            const FwdRepeat first = get(head);
+            const FwdRepeat first = get(heads + 4 * i, limit);
             if (first.index == greatest) ptx::store_shared(heads + 4 * i, uint32_t(first.next));
         }
         return greatest;
+    }
+
+private:
+    // The first entry of a list; index kNone: there is none. With lengths that lie, two sequences may share a place.
+    // What is found there may be of another block, half of it, or lead back to where the list has been: that is its end.
+    FA_DEVICE FwdRepeat get(ptx::SmemPtr head, int32_t limit) const {
+        const auto place = static_cast<int32_t>(ptx::load_shared(head));
+        if (place < 0 || place >= num_places) return {kNone, kNone};
+        const FwdRepeat first{ptx::load(&places[place].index), ptx::load(&places[place].next)};
+        return first.index >= 0 && first.index < limit ? first : FwdRepeat{kNone, kNone};
     }
 };
 

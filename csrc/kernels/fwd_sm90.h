@@ -94,7 +94,8 @@ private:
         const auto take = [&](int32_t limit) {
             return params_.repeats.take(smem_.repeats(0), Config::kConsumers, limit);
         };
-        for (int32_t i = take(FwdRepeats::kLimit); i != FwdRepeats::kNone; i = take(i)) load(i, FwdWorkKind::kRepeat);
+        const auto tiles = static_cast<int32_t>(params_.shares.order.grid.num_blocks());
+        for (int32_t i = take(tiles); i != FwdRepeats::kNone; i = take(i)) load(i, FwdWorkKind::kRepeat);
     }
     // The first K, for which there is room before there is for Q, then Q, then V and the other K of the tiles that are
     // seen, K one tile ahead, which is how they are used.
@@ -182,7 +183,7 @@ public:
     FA_DEVICE void run() {
         smem_.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
             if (Mask::kHidesKeys && work.kind == FwdWorkKind::kPause) {
-                finish_first();
+                if (is_leader()) ptx::mbarrier_arrive(smem_.first_done());  // and has put all it has to repeat
                 return;
             }
             const Tile tile(work, params_.pass.problem);
@@ -322,6 +323,7 @@ private:
         if (!is_leader()) return;
         const TmaRows rows(params_.out, tile.batch, tile.head, tile.seq.first_row_q, tile.seq.seqlen_q);
         const int m0 = tile.m0 + consumer_ * kWarpgroupRows;
+        if (tile.is_repeat()) ptx::bulk_wait<0>();  // the first output of the tile has been written
         rows.store(tile_out, 0, m0);
         ptx::bulk_commit();
         if (found && m0 < tile.seq.seqlen_q && !tile.covered()) put_repeat(tile, m0);
@@ -345,13 +347,6 @@ private:
         params_.repeats.put(place, {tile.index, static_cast<int32_t>(ptx::load_shared(head))});
         ptx::store_shared(head, uint32_t(place));
     }
-    // All tiles are done but those to be repeated, which are stored to the same place.
-    FA_DEVICE void finish_first() const {
-        if (!is_leader()) return;
-        if (static_cast<int32_t>(ptx::load_shared(smem_.repeats(consumer_))) != FwdRepeats::kNone) ptx::bulk_wait<0>();
-        ptx::mbarrier_arrive(smem_.first_done());
-    }
-
     template <int kStages> FA_DEVICE static void release(const Pipeline<kStages>& pipe, StageIndex<kStages> at) {
         if (lane_id() == 0) pipe.release(at);
     }

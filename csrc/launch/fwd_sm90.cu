@@ -23,6 +23,13 @@ const char* divide_tiles(TileShares& shares, const TileGrid& grid, int section_h
     return fixed ? nullptr : clear(taken, sizeof *taken, device);
 }
 
+// Behind the counter of tiles.
+FwdRepeats place_repeats(const Problem& p, void* workspace) {
+    static_assert(sizeof(FwdRepeat) == kFwdRepeatBytes && kFwdRepeatRows == kWarpgroupRows);
+    char* const places = static_cast<char*>(workspace) + kFwdCounterBytes;
+    return {reinterpret_cast<FwdRepeat*>(places), static_cast<int32_t>(fwd_repeat_places(p))};
+}
+
 template <class Config, class Mask, class Scores>
 const char* launch_fwd(const FwdParams& params, void* workspace, const Device& device) {
     const Problem& p = params.problem;
@@ -39,8 +46,7 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
     if (!error) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
     if (!error) error = check_tiles(fwd_repeat_places(p));
     if (!error) error = divide_tiles(kernel_params.shares, grid, section, p, static_cast<int32_t*>(workspace), device);
-    static_assert(sizeof(FwdRepeat) == kFwdRepeatBytes);
-    kernel_params.repeats.places = reinterpret_cast<FwdRepeat*>(static_cast<char*>(workspace) + kFwdCounterBytes);
+    kernel_params.repeats = place_repeats(p, workspace);
     if (error) return error;
     return launch(fwd_sm90<Config, Mask, Scores>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
                   device, kernel_params);

@@ -57,9 +57,9 @@ inline int section_heads(const Problem& p, const TileGrid& grid, const Device& d
 
 // The workspace of the forward pass: how many tiles have been taken and, where a mask hides something, a place for
 // every 64 queries of a head (FwdRepeats).
-constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8;
+constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8, kFwdRepeatRows = 64;
 inline int64_t fwd_repeat_places(const Problem& p) {
-    return is_full(p.window) ? 0 : p.num_heads * num_query_tiles(p, 64);
+    return is_full(p.window) ? 0 : p.num_heads * num_query_tiles(p, kFwdRepeatRows);
 }
 
 // The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.

@@ -8,7 +8,7 @@
 namespace flash_attn {
 
 // FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain is for scores that are only scaled; Short
-// too, where prefers_short() says that smaller tiles are quicker; Modified is for softcap, ALiBi and dropout,
+// too, where prefers_short() says that tiles of fewer queries are quicker; Modified is for softcap, ALiBi and dropout,
 // which need registers of their own.
 template <class Element, int kHeadDim, int kHeadDimV> struct FwdTilesSm90;
 template <class Element> struct FwdTilesSm90<Element, 64, 64> {
@@ -38,26 +38,21 @@ template <class Element> struct FwdTilesSm90<Element, 192, 192> {
 };
 template <class Element> struct FwdTilesSm90<Element, 256, 256> {
     using Plain = FwdConfigSm90<Element, 256, 256, 128, 80, 2>;
-    using Short = FwdConfigSm90<Element, 256, 256, 128, 64, 2>;
-    using Modified = Short;
+    using Short = Plain;
+    using Modified = FwdConfigSm90<Element, 256, 256, 128, 64, 2>;
 };
 
-// Microseconds on an H200 (benchmarks/results/nvidia-h200, experiments 12 and 23) for a tile of queries, and for every
-// tile of keys that it sees.
-struct TileTime { double queries, keys; };
-template <class Config> constexpr TileTime tile_time() {
-    if constexpr (Config::kHeadDim == 64)
-        return Config::kBlockM == 192 ? TileTime{1.96, 1.51} : TileTime{1.74, 1.15};
-    else
-        return Config::kBlockN == 80 ? TileTime{7.11, 1.61} : TileTime{6.95, 1.37};
-}
+// Microseconds on an H200 (benchmarks/results/nvidia-h200, experiment 12) for a tile of queries of head_dim 64, and for
+// every tile of keys that it sees.
 template <class Config> double estimated_time(const Problem& p) {
-    constexpr TileTime kTime = tile_time<Config>();
+    static_assert(Config::kHeadDim == 64 && Config::kBlockN == 128);
+    static_assert(Config::kBlockM == 128 || Config::kBlockM == 192);
+    constexpr double kTileTime = Config::kBlockM == 192 ? 1.96 : 1.74, kKeysTime = Config::kBlockM == 192 ? 1.51 : 1.15;
     const auto mask = make_mask<WindowMask>(p.seqlens.seqlen_q, p.seqlens.seqlen_k, p.window);
     double time = 0;
     for (int m0 = 0; m0 < p.seqlens.seqlen_q; m0 += Config::kBlockM) {
         const Range tiles = tiles_of(mask.keys_of({m0, m0 + Config::kBlockM}), Config::kBlockN);
-        time += kTime.queries + kTime.keys * max(tiles.end - tiles.begin, 0);
+        time += kTileTime + kKeysTime * max(tiles.end - tiles.begin, 0);
     }
     return time;
 }
@@ -67,6 +62,8 @@ template <class Tiles> bool prefers_short(const Problem& p) {
     using Short = typename Tiles::Short;
     using Plain = typename Tiles::Plain;
     constexpr int kLongestShort = 2048;
+    // Sums run over the same tiles of keys, or the bits of a sequence would depend on what else is in its batch.
+    static_assert(Short::kBlockN == Plain::kBlockN);
     if constexpr (std::is_same_v<Short, Plain>)
         return false;
     else

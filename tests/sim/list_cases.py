@@ -151,6 +151,11 @@ def batch_checks() -> list[Row]:
         dataclasses.replace(UNEVEN, dtype=dtype, **mask, **score, alibi="batch" if score else "")
         for dtype, mask, score in itertools.product(DTYPES, FEW_MASKS, SCORES[:3:2])
     ]
+    # The one of 256 columns, and long ones among those that have tiles of another shape when they are alone.
+    cases += [
+        dataclasses.replace(UNEVEN, head_dim=dim, head_dim_v=dim, seqlens_q=lengths, seqlens_k=lengths, causal=True)
+        for dim, lengths in ((256, (300, 20, 400)), (64, (300, 20, 1000)))
+    ]
     return [(case, Sim("batch")) for case in cases]
 
 
