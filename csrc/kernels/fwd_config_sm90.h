@@ -30,9 +30,9 @@ struct FwdConfigSm90 {
     using TileOut = WideTile<kWarpgroupRows, kHeadDimV>;
     using Stages = Pipeline<kStages>;
     static constexpr int kOutBytes = kConsumers * TileOut::kBytes;
-    // Barriers: the queue's and the pipelines' and two more; words: one per consumer.
+    // Barriers: the queue's and the pipelines' and two more; and a word.
     static constexpr int kOtherBytes = TileQueueSm90::kBytes + Pipeline<2 * kConsumers>::kBytes + 2 * Stages::kBytes +
-                                       round_up(2 * ptx::kMbarrierBytes + 4 * kConsumers, 16);
+                                       round_up(2 * ptx::kMbarrierBytes + 4, 16);
     static constexpr int kLeastBytes =
         kConsumers * TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + kOtherBytes;
     // Where there is room, the output has a place of its own; otherwise it takes that of V, which is the last that the
@@ -71,10 +71,10 @@ template <class Config> struct FwdSmemSm90 {
     FA_DEVICE TileV v(int stage) const { return {first_q.base + (Config::kValuesOffset + stage * TileV::kBytes)}; }
     // Completes when a tile's output has left the memory of V.
     FA_DEVICE ptx::SmemPtr out_left() const { return pipe_v.end(); }
-    // Completes when all tiles are done that are computed for the first time.
-    FA_DEVICE ptx::SmemPtr first_done() const { return out_left() + ptx::kMbarrierBytes; }
-    // Where a consumer's list of tiles to be repeated begins (FwdRepeats).
-    FA_DEVICE ptx::SmemPtr repeats(int consumer) const { return first_done() + ptx::kMbarrierBytes + 4 * consumer; }
+    // Completes when all tiles are in the list that have to be computed again.
+    FA_DEVICE ptx::SmemPtr repeats_known() const { return out_left() + ptx::kMbarrierBytes; }
+    // Where the list begins (FwdRepeats).
+    FA_DEVICE ptx::SmemPtr repeats() const { return repeats_known() + ptx::kMbarrierBytes; }
 
     // One thread.
     FA_DEVICE void init() const {
@@ -84,9 +84,9 @@ template <class Config> struct FwdSmemSm90 {
         pipe_k.init(kWarps);
         pipe_v.init(kWarps);
         ptx::mbarrier_init(out_left(), Config::kConsumers);
-        ptx::mbarrier_init(first_done(), Config::kConsumers);
+        ptx::mbarrier_init(repeats_known(), 1);
         ptx::fence_mbarrier_init();
-        for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(repeats(i), uint32_t(FwdRepeats::kNone));
+        ptx::store_shared(repeats(), uint32_t(FwdRepeats::kNone));
     }
 };
 

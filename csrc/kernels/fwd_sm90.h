@@ -90,12 +90,13 @@ private:
     // After all tiles, those that turned out to need a search of V.
     FA_DEVICE void repeat() {
         announce(FwdWorkKind::kPause);
-        ptx::mbarrier_wait(smem_.first_done(), 0);
-        const auto take = [&](int32_t limit) {
-            return params_.repeats.take(smem_.repeats(0), Config::kConsumers, limit);
-        };
-        const auto tiles = static_cast<int32_t>(params_.shares.order.grid.num_blocks());
-        for (int32_t i = take(tiles); i != FwdRepeats::kNone; i = take(i)) load(i, FwdWorkKind::kRepeat);
+        ptx::mbarrier_wait(smem_.repeats_known(), 0);
+        int32_t index = static_cast<int32_t>(params_.shares.order.grid.num_blocks());
+        for (;;) {
+            index = params_.repeats.take(smem_.repeats(), index);
+            if (index == FwdRepeats::kNone) return;
+            load(index, FwdWorkKind::kRepeat);
+        }
     }
     // The first K, for which there is room before there is for Q, then Q, then V and the other K of the tiles that are
     // seen, K one tile ahead, which is how they are used.
@@ -183,7 +184,7 @@ public:
     FA_DEVICE void run() {
         smem_.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
             if (Mask::kHidesKeys && work.kind == FwdWorkKind::kPause) {
-                if (is_leader()) ptx::mbarrier_arrive(smem_.first_done());  // and has put all it has to repeat
+                if (looks() && is_leader()) ptx::mbarrier_arrive(smem_.repeats_known());
                 return;
             }
             const Tile tile(work, params_.pass.problem);
@@ -319,34 +320,26 @@ private:
         const auto tile_out = smem_.out(consumer_);
         store_matrices(out, tile_out, warp_row0_ % kWarpgroupRows);
         ptx::fence_proxy_async();
-        const bool found = output_is_there(barrier, tile, out);
+        const bool found = looks() && !tile.is_repeat() && row_holds_nonfinite(out);
+        ptx::barrier_sync(barrier, kWarpgroupThreads);  // the output is there
         if (!is_leader()) return;
         const TmaRows rows(params_.out, tile.batch, tile.head, tile.seq.first_row_q, tile.seq.seqlen_q);
-        const int m0 = tile.m0 + consumer_ * kWarpgroupRows;
         if (tile.is_repeat()) ptx::bulk_wait<0>();  // the first output of the tile has been written
-        rows.store(tile_out, 0, m0);
+        rows.store(tile_out, 0, tile.m0 + consumer_ * kWarpgroupRows);
         ptx::bulk_commit();
-        if (found && m0 < tile.seq.seqlen_q && !tile.covered()) put_repeat(tile, m0);
+        if (found && !tile.covered()) put_repeat(tile);
         if (Config::kOutApart) return;
         ptx::bulk_wait_read<0>();
         ptx::mbarrier_arrive(smem_.out_left());
     }
-    // All threads of the warpgroup meet here. Returns whether anything in it is not finite, and may be so because of
-    // what a row does not see.
-    FA_DEVICE bool output_is_there(int barrier, const Tile& tile,
-                                   const PackedTile<Element, 16, Config::kHeadDimV>& out) const {
-        if constexpr (Mask::kHidesKeys)
-            return ptx::barrier_sync_or(barrier, kWarpgroupThreads, !tile.is_repeat() && holds_nonfinite(out));
-        ptx::barrier_sync(barrier, kWarpgroupThreads);
-        return false;
+    // Whether this warp looks for NaN in the output: one does.
+    FA_DEVICE bool looks() const { return Mask::kHidesKeys && warp_row0_ == 0; }
+    FA_DEVICE void put_repeat(const Tile& tile) const {
+        const int32_t place =
+            FwdRepeats::place(params_.pass.problem, tile.batch, tile.head, tile.seq.first_row_q, tile.m0);
+        params_.repeats.put(smem_.repeats(), place, tile.index);
     }
-    // The thread that stores: the rows from m0 on are to be computed again.
-    FA_DEVICE void put_repeat(const Tile& tile, int m0) const {
-        const ptx::SmemPtr head = smem_.repeats(consumer_);
-        const int32_t place = FwdRepeats::place(params_.pass.problem, tile.batch, tile.head, tile.seq.first_row_q, m0);
-        params_.repeats.put(place, {tile.index, static_cast<int32_t>(ptx::load_shared(head))});
-        ptx::store_shared(head, uint32_t(place));
-    }
+
     template <int kStages> FA_DEVICE static void release(const Pipeline<kStages>& pipe, StageIndex<kStages> at) {
         if (lane_id() == 0) pipe.release(at);
     }

@@ -223,8 +223,7 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("kernels/fwd_config_sm90.h", "queue.init(kWarps)", "queue.init(kWarps - 1)"),
     ("kernels/fwd_config_sm90.h", "pipe_k.init(kWarps)", "pipe_k.init(kWarps - 1)"),
     ("kernels/fwd_config_sm90.h", "pipe_v.init(kWarps)", "pipe_v.init(kWarps - 1)"),
-    ("kernels/fwd_config_sm90.h", "init(first_done(), Config::kConsumers)", "init(first_done(), 1)"),
-    ("kernels/fwd_repeats_sm90.h", "first.index < limit", "true"),
+    ("kernels/fwd_repeats_sm90.h", "index < limit", "true"),
     ("kernels/fwd_repeats_sm90.h", "place >= num_places", "place >= num_places - 1"),
     ("kernels/bwd_config_sm90.h", "pipe_q.init(4 * Config::kConsumers + ", "pipe_q.init(4 * Config::kConsumers - 1 + "),
     (
