@@ -1,7 +1,7 @@
 """Other builds of the kernels for Hopper, to be raced against this one by benchmarks/race_variants.py.
 
     python -m build_tools.variants before --revision HEAD~3 --predict "0.97 at 512 causal"
-    python -m build_tools.variants wide --sources /tmp/experiment/csrc
+    python -m build_tools.variants wide --sources ../experiment/csrc
 
 bfloat16, head_dim 64, 128 and 256, forward and backward, for compute capability 9.0 alone: build/variants/NAME.so, with
 operators torch.ops.flash_attn_NAME, and what was predicted of it in NAME.txt. Needs nvcc and a torch for CUDA, and no
