@@ -64,6 +64,7 @@ def steps(folder: Path, device: str) -> list[Step]:
     races = {"RESULTS": str(folder / "bench"), "JOBS": "1"}
     pytest = ("-m", "pytest", "-q", "tests/gpu")
     bench = ("benchmarks/bench_gpu.py", f"--device={device}")
+    rest = "not sanitizer and not primitives"
     counts = r"^gpu-test: |^  (failed|hung|crashed): "
     # Ratios, and what is slower than a peer.
     ratios = r"^- |^gpu-bench: |FAILED"
@@ -80,7 +81,7 @@ def steps(folder: Path, device: str) -> list[Step]:
             ratios,
             races,
         ),
-        Step("all cases", supervised("gpu-test", *pytest, "-k", "not sanitizer"), 560, counts, tests, reserve=60),
+        Step("all cases", supervised("gpu-test", *pytest, "-k", rest), 560, counts, tests, reserve=60),
         Step("sanitizers", supervised("gpu-test", *pytest, "-k", "sanitizer"), 60, counts, tests),
     ]
 
