@@ -4,6 +4,7 @@ SOFTMAX = "attn/softmax.h"
 MASK, SCORES, FWD, BWD = "attn/mask.h", "attn/score_tile.h", "kernels/fwd_sm80.h", "kernels/bwd_sm80.h"
 FWD_HOPPER, BWD_HOPPER, CONSUMER = "kernels/fwd_sm90.h", "kernels/bwd_sm90.h", "kernels/bwd_consumer_sm90.h"
 COLUMNS, KEYS = "kernels/bwd_columns_sm90.h", "kernels/bwd_keys_sm90.h"
+REPEATS = "kernels/fwd_repeats_sm90.h"
 
 MASKED_IN_VAIN = "a tile that needs no masking is masked all the same: the mask hides nothing there, and costs time"
 SEARCHED_IN_VAIN = "tiles are searched for NaN and infinity where they do no harm: none is found, or it is added here"
@@ -30,6 +31,10 @@ NOT_FUSED = (
     "without fused products and sums, which mutants are compiled without, the exponent is 0 either way; optimised "
     "builds notice it in rows of many tiles"
 )
+LIES = (
+    "lists lead astray only where lengths lie and two sequences share a place: an entry of another block is then "
+    "found, or half of one; true lengths never come here, and any answer is right for the others"
+)
 ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which does not change it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
@@ -54,10 +59,15 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
         0,
     ): "Q is asked for before dO then, as where dO has fewer stages",
     (COLUMNS, "true: `!covered`", 0): MASKED_IN_VAIN,
-    (KEYS, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (KEYS, "true: `kHides \\|\\| (!Mask::kHidesKeys && !tile_.covered(m))`", 0): MASKED_IN_VAIN,
     (KEYS, "`==` becomes `!=`: `st bool adds_dq = stage == consumer_; if (`", 0): "the consumers change places",
     (KEYS, "false: `!in_turn`", 0): NOBODY_READS,
-    (FWD_HOPPER, "true: `!covered`", 0): MASKED_IN_VAIN,
+    (FWD_HOPPER, "true: `!tile.covered(n)`", 0): MASKED_IN_VAIN,
+    (FWD_HOPPER, "false: `tile.covered(n)`", 0): SLOW_PATH,
+    (REPEATS, "`>=` becomes `>`: `if (place < 0 \\|\\| place >= num_places) return kNon`", 0): LIES,
+    (REPEATS, "true: `index >= 0 && index < limit`", 0): LIES,
+    (REPEATS, "`index < limit` becomes `true`", 0): LIES,
+    (REPEATS, "`<` becomes `<=`: `urn index >= 0 && index < limit ? index : kNone;`", 0): LIES,
     (FWD_HOPPER, "`N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): NOT_READ,
     (FWD_HOPPER, "`tile.seq.seqlen_k - n * N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): ADDED_AGAIN,
     (COLUMNS, "true: `this->is_leader()`", 0): EVERYONE_WAITS,
