@@ -107,8 +107,18 @@ def test_rehearsal(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "gpu-first.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == names
     page = (tmp_path / "summary.txt").read_text()
-    assert "no CUDA device" in page
     assert all(f"{name}: " in page for name in names)
+
+
+@pytest.mark.parametrize("command", [["-m", "build_tools.gpu_facts"], ["benchmarks/race_variants.py"]])
+def test_without_a_gpu_one_line_says_so(command):
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "no CUDA device" in line]
+    assert len(lines) == 1, done.stdout + done.stderr
 
 
 def test_object_files_that_are_packed_are_found_again(tmp_path, monkeypatch):
