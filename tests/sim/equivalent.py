@@ -65,6 +65,11 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (FWD_HOPPER, "true: `!tile.covered(n)`", 0): MASKED_IN_VAIN,
     (FWD_HOPPER, "false: `tile.covered(n)`", 0): SLOW_PATH,
     (REPEATS, "`>=` becomes `>`: `if (place < 0 \\|\\| place >= num_places) return kNon`", 0): LIES,
+    (
+        "kernels/fwd_config_sm90.h",
+        "removed: `ptx::store_shared(repeats(), uint32_t(FwdRepeats::kNone))`",
+        0,
+    ): "whatever memory holds then is no place, or leads to a tile that is repeated in vain, and comes out the same",
     (REPEATS, "true: `index >= 0 && index < limit`", 0): LIES,
     (REPEATS, "`index < limit` becomes `true`", 0): LIES,
     (REPEATS, "`<` becomes `<=`: `urn index >= 0 && index < limit ? index : kNone;`", 0): LIES,
