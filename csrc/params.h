@@ -27,7 +27,7 @@ struct RowView {
 // How long each sequence is and where it starts. Dense: all pointers but seqused_k and leftpad_k are null.
 struct Seqlens {
     const int32_t* cu_seqlens_q;  // [batch_size + 1], or null
-    const int32_t* cu_seqlens_k;  // [batch_size + 1], or null
+    const int32_t* cu_seqlens_k;  // [batch_size + 1], or null; with seqused_k only where sequences start
     const int32_t* seqused_k;     // [batch_size]: keys in use, counted from the start of the sequence, or null
     const int32_t* leftpad_k;     // [batch_size]: keys to pass over at the start, or null
     int64_t total_q, total_k;     // packed: rows of q and of k; dense: unused

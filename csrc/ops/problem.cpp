@@ -98,7 +98,7 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
     }
     p.window = window_of(args);
     p.score.softmax_scale = args.softmax_scale.value_or(1 / std::sqrt(double(p.head_dim)));
-    p.score.softcap = args.softcap;
+    p.score.softcap = max(args.softcap, 0.0);
     if (args.alibi_slopes) {
         alibi_slopes_ = last_dim_contiguous(*args.alibi_slopes);
         p.score.alibi_slopes = alibi_slopes_->const_data_ptr<float>();

@@ -5,6 +5,7 @@
 #include <c10/core/SymBool.h>
 #include <cmath>
 #include <sstream>
+#include "attn/score.h"
 #include "ops/problem.h"
 
 namespace flash_attn {
@@ -75,6 +76,7 @@ private:
     void check_k_and_v();
     void check_heads();
     void check_numbers();
+    template <class T> void check_score_numbers();
     void check_metadata();
     void check_block_table();
     void check_rng_state();
@@ -222,19 +224,24 @@ void Validator::check_heads() {
     }
 }
 
+// Whether x is a normal number, above 0, of the type T that scores are computed in.
+template <class T> bool is_normal(double x) { return x > 0 && std::isnormal(T(x)); }
+
+template <class T> void Validator::check_score_numbers() {
+    const std::string what = c10::str("a finite number above 0 (in ", sizeof(T) == 4 ? "float32" : "float64", ')');
+    const double scale = args_.softmax_scale.value_or(1.0), cap = args_.softcap;
+    if (!is_normal<T>(scale) || !is_normal<T>(scale * kLog2e)) reasons_.add("softmax_scale", what, scale);
+    if (cap <= 0) return;  // off; NaN is not
+    if (!is_normal<T>(cap) || !is_normal<T>(1 / cap)) return reasons_.add("softcap", what + ", or 0", cap);
+    if (is_normal<T>(scale) && !is_normal<T>(scale / cap)) {
+        reasons_.add("softcap", c10::str("a number by which softmax_scale=", scale, " can be divided"), cap);
+    }
+}
+
 void Validator::check_numbers() {
-    if (args_.softmax_scale && !(std::isfinite(*args_.softmax_scale) && *args_.softmax_scale > 0)) {
-        reasons_.add("softmax_scale", "a finite number above 0", *args_.softmax_scale);
-    }
-    if (!(std::isfinite(args_.softcap) && args_.softcap >= 0)) {
-        reasons_.add("softcap", "a finite number of at least 0", args_.softcap);
-    }
+    args_.q.scalar_type() == at::kDouble ? check_score_numbers<double>() : check_score_numbers<float>();
     if (!(args_.dropout_p >= 0 && args_.dropout_p < 1)) {
         reasons_.add("dropout_p", "a number in [0, 1)", args_.dropout_p);
-    }
-    if (args_.window_size_left < -1 || args_.window_size_right < -1) {
-        reasons_.add("window_size", "left and right of at least -1",
-                     c10::str('(', args_.window_size_left, ", ", args_.window_size_right, ')'));
     }
 }
 

@@ -1,4 +1,7 @@
 // The checks of what metadata tensors hold, in host memory.
+#include <algorithm>
+#include <utility>
+#include <vector>
 #include "host_device.h"
 #include "ops/problem.h"
 
@@ -8,15 +11,23 @@ namespace {
 class ValueValidator {
 public:
     ValueValidator(const ProblemArgs& args, const Problem& problem)
-        : problem_(problem), seqlens_(problem.seqlens), paged_(problem.paged_kv), reasons_(args) {}
+        : args_(args), problem_(problem), seqlens_(problem.seqlens), paged_(problem.paged_kv), reasons_(args) {}
 
     void check() {
         const bool paged = paged_.block_table;
+        const bool only_starts = seqlens_.cu_seqlens_k && seqlens_.seqused_k;
         if (seqlens_.cu_seqlens_q) {
             check_cu_seqlens('q', seqlens_.cu_seqlens_q, &seqlens_.total_q, seqlens_.seqlen_q);
+        }
+        if (seqlens_.cu_seqlens_k && !only_starts) {
             check_cu_seqlens('k', seqlens_.cu_seqlens_k, paged ? nullptr : &seqlens_.total_k, seqlens_.seqlen_k);
         }
-        if (seqlens_.seqused_k) check_seqused();
+        if (only_starts) {
+            check_starts_and_seqused();
+        } else if (seqlens_.seqused_k) {
+            check_seqused();
+        }
+        if (only_starts && args_.pass == Pass::kBackward) check_rows_are_apart();
         if (seqlens_.leftpad_k) check_leftpad();
         if (paged) check_block_table();
         reasons_.raise_if_any();
@@ -49,19 +60,59 @@ private:
                          max_seqlen);
         }
     }
+    // Of dense keys. Fewer than none are none.
     void check_seqused() {
         for (int b = 0; b < problem_.batch_size; ++b) {
-            const int64_t used = seqlens_.seqused_k[b], seqlen = seqlen_k(b);
-            if (used >= 0 && used <= seqlen) continue;
-            return reasons_.add(at("seqused_k", b), c10::str("a number from 0 to seqlen_k=", seqlen), used);
+            if (seqlens_.seqused_k[b] <= seqlens_.seqlen_k) continue;
+            return reasons_.add(at("seqused_k", b), c10::str("at most seqlen_k=", seqlens_.seqlen_k),
+                                seqlens_.seqused_k[b]);
         }
     }
+    // Of packed or paged keys: sequences may leave gaps and lie in any order.
+    void check_starts_and_seqused() {
+        const bool has_rows = !paged_.block_table;
+        for (int b = 0; has_rows && b < problem_.batch_size; ++b) {
+            const int64_t start = seqlens_.cu_seqlens_k[b], room = seqlens_.total_k - start;
+            if (start < 0 || room < 0) {
+                reasons_.add(at("cu_seqlens_k", b), c10::str("a row from 0 to total_k=", seqlens_.total_k), start);
+                break;
+            }
+            if (used_k(b) > room) {
+                reasons_.add(
+                    at("seqused_k", b),
+                    c10::str("at most ", room, ", the rows of k from ", at("cu_seqlens_k", b), '=', start, " on"),
+                    used_k(b));
+                break;
+            }
+        }
+        for (int b = 0; b < problem_.batch_size; ++b) {
+            if (used_k(b) <= seqlens_.seqlen_k) continue;
+            reasons_.add("max_seqlen_k", c10::str("at least ", at("seqused_k", b), '=', used_k(b)), seqlens_.seqlen_k);
+            break;
+        }
+    }
+    // The backward pass writes a row of dk and dv for one sequence.
+    void check_rows_are_apart() {
+        std::vector<std::pair<int64_t, int>> starts;
+        for (int b = 0; b < problem_.batch_size; ++b) {
+            if (used_k(b) > 0) starts.emplace_back(seqlens_.cu_seqlens_k[b], b);
+        }
+        std::sort(starts.begin(), starts.end());
+        for (size_t i = 1; i < starts.size(); ++i) {
+            const auto [start, b] = starts[i - 1];
+            const auto [next_start, next] = starts[i];
+            if (start + used_k(b) <= next_start) continue;
+            return reasons_.add(at("seqused_k", b),
+                                c10::str("at most ", next_start - start, ", the rows of k before those of sequence ",
+                                         next, ", for gradients belong to one sequence"),
+                                used_k(b));
+        }
+    }
+    // More padding than keys in use leaves none.
     void check_leftpad() {
         for (int b = 0; b < problem_.batch_size; ++b) {
-            const int64_t leftpad = seqlens_.leftpad_k[b], used = used_k(b);
-            if (leftpad >= 0 && leftpad <= used) continue;
-            return reasons_.add(at("leftpad_k", b), c10::str("a number from 0 to ", used, ", the keys in use"),
-                                leftpad);
+            if (seqlens_.leftpad_k[b] >= 0) continue;
+            return reasons_.add(at("leftpad_k", b), "a number of at least 0", seqlens_.leftpad_k[b]);
         }
     }
     void check_block_table() {
@@ -88,8 +139,9 @@ private:
     int64_t seqlen_k(int b) const {
         return seqlens_.cu_seqlens_k ? length(seqlens_.cu_seqlens_k, b) : seqlens_.seqlen_k;
     }
-    int64_t used_k(int b) const { return seqlens_.seqused_k ? seqlens_.seqused_k[b] : seqlen_k(b); }
+    int64_t used_k(int b) const { return seqlens_.seqused_k ? max(seqlens_.seqused_k[b], 0) : seqlen_k(b); }
 
+    const ProblemArgs& args_;
     const Problem& problem_;
     const Seqlens& seqlens_;
     const PagedKv& paged_;
