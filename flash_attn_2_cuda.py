@@ -10,10 +10,32 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flash_attn._kernel_interface import _flash_attn_backward, _flash_attn_varlen_backward, _run_forward
-from flash_attn.flash_attn_interface import flash_attn_with_kvcache
+from flash_attn import autograd
+from flash_attn._kernel_interface import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
+
+
+def _forward_with_generator(
+    generator: torch.Generator,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: tuple[Any, ...],
+    policy: tuple[Any, ...],
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What _flash_attn_forward returns, with a dropout mask from the generator. where, policy: arguments of the op."""
+    rng_state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device, generator=generator)
+    out, softmax_lse = autograd._fwd(q, k, v, *where, *policy, rng_state)
+    if not return_softmax:
+        return out, softmax_lse, q.new_empty(0), rng_state
+    return out, softmax_lse, autograd._attn_probs(q, k, softmax_lse, *where, *policy, rng_state), rng_state
 
 
 def _finish_forward(results: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor | None) -> list[Tensor]:
@@ -39,8 +61,14 @@ def fwd(
     gen_: torch.Generator | None,
 ) -> list[Tensor]:
     """Forward pass, dense: [out, softmax_lse, S_dmask, rng_state]. gen_ draws the dropout mask, if given."""
-    policy = (alibi_slopes_, softmax_scale, is_causal, window_size_left, window_size_right, softcap, p_dropout)
-    results = _run_forward(q, k, v, (None, None, 0, 0, None, None, None), policy, return_softmax, gen_)
+    window = (window_size_left, window_size_right)
+    if gen_ is not None and p_dropout > 0:
+        policy = (alibi_slopes_, softmax_scale, is_causal, *window, softcap, p_dropout)
+        where = (None, None, 0, 0, None, None, None)
+        results = _forward_with_generator(gen_, q, k, v, where, policy, return_softmax)
+    else:
+        options = (p_dropout, softmax_scale, is_causal, *window, softcap, alibi_slopes_, return_softmax)
+        results = _flash_attn_forward(q, k, v, *options)
     return _finish_forward(results, out_)
 
 
@@ -68,9 +96,20 @@ def varlen_fwd(
     gen_: torch.Generator | None,
 ) -> list[Tensor]:
     """Forward pass, packed: [out, softmax_lse, S_dmask, rng_state]. zero_tensors is without effect."""
-    where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k_, block_table_)
-    policy = (alibi_slopes_, softmax_scale, is_causal, window_size_left, window_size_right, softcap, p_dropout)
-    return _finish_forward(_run_forward(q, k, v, where, policy, return_softmax, gen_), out_)
+    lengths, window = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
+    if gen_ is not None and p_dropout > 0:
+        policy = (alibi_slopes_, softmax_scale, is_causal, *window, softcap, p_dropout)
+        where = (*lengths, seqused_k, leftpad_k_, block_table_)
+        results = _forward_with_generator(gen_, q, k, v, where, policy, return_softmax)
+    else:
+        results = _flash_attn_varlen_forward(
+            *(q, k, v, *lengths, p_dropout, softmax_scale, is_causal, *window, softcap, alibi_slopes_),
+            return_softmax=return_softmax,
+            block_table=block_table_,
+            leftpad_k=leftpad_k_,
+            seqused_k=seqused_k,
+        )
+    return _finish_forward(results, out_)
 
 
 def _gradient_buffers(*pairs: tuple[Tensor | None, Tensor]) -> list[Tensor]:
@@ -145,4 +184,6 @@ def varlen_bwd(
 
 def fwd_kvcache(q: Tensor, kcache: Tensor, vcache: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
     """Raise the error of flash_attn_with_kvcache, whose compiled part this would be."""
+    from flash_attn.flash_attn_interface import flash_attn_with_kvcache  # which has this module among its names
+
     flash_attn_with_kvcache(q, kcache, vcache)

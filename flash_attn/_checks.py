@@ -23,6 +23,22 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+# To whoever gives a module a nested tensor.
+PAD_IT = "pad it, torch.nested.to_padded_tensor does, and say with key_padding_mask which tokens to keep"
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor is an array in memory, neither nested nor sparse."""
+    return not x.is_nested and x.layout is torch.strided
+
+
+def dense_reasons(tensors: dict[str, Tensor], remedy: str) -> list[str]:
+    """Why tensors are not arrays in memory, each with what to do about it."""
+    strange = {name: x for name, x in tensors.items() if not is_dense(x)}
+    kinds = {name: "nested tensor" if x.is_nested else f"tensor of layout {x.layout}" for name, x in strange.items()}
+    return [f"{name}: expected a dense tensor ({remedy}), got a {kind}" for name, kind in kinds.items()]
+
+
 def reject(error: type[Exception], function: str, reasons: Sequence[str]) -> NoReturn:
     """Raise one error that tells every reason, each written ``<argument>: expected <what>, got <what>``."""
     if len(reasons) == 1:
@@ -31,7 +47,7 @@ def reject(error: type[Exception], function: str, reasons: Sequence[str]) -> NoR
 
 
 def as_int(value: Any) -> Any:
-    """An int (or a symbolic one) from an int, a numpy integer or a 0-dim integer tensor; None if it is none."""
+    """An int (or a symbolic one) from an int, also of numpy or in a 0-dim tensor; None if it is none."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
     if isinstance(value, Tensor):
@@ -56,19 +72,27 @@ def integers(function: str, **values: Any) -> list[int]:
     return list(converted.values())
 
 
+def _as_item(value: Any) -> Any:
+    """The number in a 0-dim tensor or numpy array; anything else as it is, tensors that require grad included."""
+    if isinstance(value, Tensor):
+        return value.item() if value.dim() == 0 and not value.requires_grad else value
+    is_array = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if is_array else value
+
+
 def as_float(value: Any) -> Any:
-    """A float (or a symbolic one) from a real number, else None. A tensor is refused: its gradient would be lost."""
+    """A float (or a symbolic one) from a real number, else None. A tensor with a gradient would lose it: None."""
+    value = _as_item(value)
     if isinstance(value, (bool, torch.SymFloat)):
         return None if isinstance(value, bool) else value
     return float(value) if isinstance(value, numbers.Real) else None
 
 
 def as_bool(value: Any) -> Any:
-    """A bool from a bool, a numpy bool, 0 or 1; None if it is none."""
+    """A bool from a bool, 0 or 1, also of numpy or in a 0-dim tensor; None if it is none."""
+    value = _as_item(value)
     if isinstance(value, bool):
         return value
-    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
-        return bool(value)
     return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
 
@@ -110,6 +134,8 @@ def convert_arguments(
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             reasons.append(f"{name}: expected torch.Tensor, got {describe(value)}")
+    given = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    reasons += dense_reasons(given, "pack sequences of different lengths and call flash_attn_varlen_func")
     for name, value in optional_tensors.items():
         if value is not None and not isinstance(value, Tensor):
             reasons.append(f"{name}: expected torch.Tensor or None, got {describe(value)}")

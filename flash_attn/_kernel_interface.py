@@ -1,7 +1,8 @@
 """The functions below the public ones that other projects call: one forward or backward pass, without autograd.
 
 Context parallelism, for one, runs attention block by block and merges results by their softmax_lse. Shapes and meanings
-are those of flash_attn_func and flash_attn_varlen_func; see there. Names and argument order: those of flash_attn 2.8.
+are those of flash_attn_func and flash_attn_varlen_func; see there. Names and argument order: those of flash_attn 2.8,
+as are those of the ops that they call, torch.ops.flash_attn._flash_attn_forward and so on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _checks
-from flash_attn.autograd import _attn_probs, _bwd, _fwd, draw_rng_state
+from flash_attn.autograd import _dense_backward, _dense_forward, _varlen_backward, _varlen_forward, default_scale
 
 
 def _as_length(function: str, argument: str, value: Any) -> int:
@@ -25,32 +26,6 @@ def _as_length(function: str, argument: str, value: Any) -> int:
 
 def _as_max_seqlens(function: str, max_seqlen_q: Any, max_seqlen_k: Any) -> tuple[int, int]:
     return _as_length(function, "max_seqlen_q", max_seqlen_q), _as_length(function, "max_seqlen_k", max_seqlen_k)
-
-
-def _run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    where: tuple[Any, ...],
-    policy: tuple[Any, ...],
-    return_softmax: bool,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, softmax_lse, S_dmask and rng_state. where and policy are the operators' arguments, rng_state excepted."""
-    dropout_p = policy[-1]
-    rng_state = draw_rng_state(q.device, generator) if dropout_p > 0 else None
-    out, softmax_lse = _fwd(q, k, v, *where, *policy, rng_state)
-    if rng_state is None:
-        return out, softmax_lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
-    if return_softmax:
-        s_dmask = _attn_probs(q, k, softmax_lse, *where, *policy, rng_state)
-    else:
-        s_dmask = q.new_empty(0)
-    return out, softmax_lse, s_dmask, rng_state
-
-
-def _empty_gradients(pairs: tuple[tuple[Tensor | None, Tensor], ...]) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx for dx, x in pairs]
 
 
 def _flash_attn_forward(
@@ -72,8 +47,9 @@ def _flash_attn_forward(
         (out, softmax_lse, S_dmask, rng_state). S_dmask is empty unless return_softmax is set and dropout_p > 0.
         rng_state, int64[2], names the dropout mask for the backward pass; zeros when dropout_p is 0.
     """
-    policy = (alibi_slopes, softmax_scale, causal, window_size_left, window_size_right, softcap, dropout_p)
-    return _run_forward(q, k, v, (None, None, 0, 0, None, None, None), policy, return_softmax)
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
+    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax)
+    return _dense_forward(q, k, v, *options)
 
 
 def _flash_attn_varlen_forward(
@@ -104,9 +80,10 @@ def _flash_attn_varlen_forward(
         zero_tensors: without effect; nothing is ever left unwritten.
     """
     max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn_varlen_func", max_seqlen_q, max_seqlen_k)
-    where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table)
-    policy = (alibi_slopes, softmax_scale, causal, window_size_left, window_size_right, softcap, dropout_p)
-    return _run_forward(q, k, v, where, policy, return_softmax)
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax)
+    return _varlen_forward(q, k, v, *lengths, *options, block_table, leftpad_k, seqused_k, zero_tensors)
 
 
 def _flash_attn_backward(
@@ -138,12 +115,10 @@ def _flash_attn_backward(
     Returns:
         softmax_d, rowsum(dout * out), in the shape of softmax_lse.
     """
-    dq, dk, dv = _empty_gradients(((dq, q), (dk, k), (dv, v)))
-    return _bwd(
-        *(dout, None, q, k, v, out, softmax_lse, dq, dk, dv, None, None, 0, 0, None, None, alibi_slopes, softmax_scale),
-        *(causal, window_size_left, window_size_right, softcap, dropout_p, rng_state if dropout_p > 0 else None),
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-    )
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
+    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    return _dense_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, *options, deterministic, rng_state)
 
 
 def _flash_attn_varlen_backward(
@@ -173,11 +148,13 @@ def _flash_attn_varlen_backward(
 ) -> Tensor:
     """Backward pass of flash_attn_varlen_func; see _flash_attn_backward. zero_tensors is without effect."""
     max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn varlen backward", max_seqlen_q, max_seqlen_k)
-    dq, dk, dv = _empty_gradients(((dq, q), (dk, k), (dv, v)))
-    return _bwd(
-        *(dout, None, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        *(None, None, alibi_slopes, softmax_scale, causal, window_size_left, window_size_right, softcap, dropout_p),
-        *(rng_state if dropout_p > 0 else None, deterministic or torch.are_deterministic_algorithms_enabled()),
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    gradients = (dq, dk, dv)
+    return _varlen_backward(
+        *(dout, q, k, v, out, softmax_lse), *gradients, *lengths, *options, deterministic, rng_state, zero_tensors
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from flash_attn import _checks, _library
 _fwd = _library.op("fwd")
 _bwd = _library.op("bwd")
 _attn_probs = _library.op("attn_probs")
+# What flash_attn 2.8.3 has goes through the ops of its names, which other programs look for.
+_dense_forward = _library.op("_flash_attn_forward")
+_dense_backward = _library.op("_flash_attn_backward")
+_varlen_forward = _library.op("_flash_attn_varlen_forward")
+_varlen_backward = _library.op("_flash_attn_varlen_backward")
 
 # How the inputs of a call hold q, k and v: the names of its tensor arguments.
 SEPARATE = "q, k, v"
@@ -22,19 +27,23 @@ KV_PACKED = "q, kv"
 QKV_PACKED = "qkv"
 
 # Arguments of FlashAttention before its inputs: config and the constants.
-_NUM_CONSTANTS = 6
+_NUM_CONSTANTS = 5
+
+_TRACED = (
+    "flash_attn: torch.jit.trace records a call that needs gradients as one of Python, which torch.jit.save cannot "
+    "store; trace under torch.no_grad() for that"
+)
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class AttnConfig:
+class AttnConfig(NamedTuple):
     """What one differentiable call of attention is told besides its tensors."""
 
     layout: str
     max_seqlen_q: int
     max_seqlen_k: int
-    softmax_scale: float | None
+    softmax_scale: float
     causal: bool
     window_size: tuple[int, int]
     softcap: float
@@ -45,16 +54,15 @@ class AttnConfig:
         """q, k and v, or their gradients, as views of the tensors in this layout."""
         return split_layout(self.layout, tensors)
 
+    def options(self, alibi_slopes: Tensor | None) -> tuple[Any, ...]:
+        """The arguments that the ops of 2.8.3 take in this order: how scores are made, masked and dropped."""
+        return self.dropout_p, self.softmax_scale, self.causal, *self.window_size, self.softcap, alibi_slopes
+
     def policy(self, alibi_slopes: Tensor | None, rng_state: Tensor | None) -> tuple[Any, ...]:
-        """The arguments that every operator takes in this order: how scores are made, masked and dropped."""
+        """The same for our ops."""
         return (
-            alibi_slopes,
-            self.softmax_scale,
-            self.causal,
-            *self.window_size,
-            self.softcap,
-            self.dropout_p,
-            rng_state,
+            *(alibi_slopes, self.softmax_scale, self.causal, *self.window_size, self.softcap, self.dropout_p),
+            rng_state if self.dropout_p > 0 else None,
         )
 
 
@@ -78,59 +86,87 @@ def join_layout(layout: str, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (q, torch.stack([k, v], dim=-3)) if layout == KV_PACKED else (torch.stack([q, k, v], dim=-3),)
 
 
-def draw_rng_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Seed and offset of a dropout mask, int64[2], from torch's generator: rewinding that repeats the mask."""
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+def default_scale(q: Tensor) -> float:
+    """head_dim ** -0.5. Of a tensor that has no such thing, which the ops refuse, some number."""
+    return q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] != 0 else 1.0
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Any, ...], seqused_k: Tensor | None, config: AttnConfig, alibi: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, softmax_lse and rng_state of the forward op. lengths: (), or cu_seqlens_q, cu_seqlens_k and block_table."""
+    options = config.options(alibi)
+    if lengths:
+        cu_seqlens_q, cu_seqlens_k, block_table = lengths
+        where = (cu_seqlens_q, cu_seqlens_k, config.max_seqlen_q, config.max_seqlen_k)
+        out, softmax_lse, _, rng_state = _varlen_forward(q, k, v, *where, *options, False, block_table, None, seqused_k)
+    else:
+        out, softmax_lse, _, rng_state = _dense_forward(q, k, v, *options, False)
+    return out, softmax_lse, rng_state
 
 
 def _run_backward(
-    config: AttnConfig, dout: Tensor | None, dlse: Tensor | None, out: Tensor, softmax_lse: Tensor, *tensors: Any
+    config: AttnConfig,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    softmax_lse: Tensor,
+    rng_state: Tensor | None,
+    *tensors: Any,
 ) -> tuple[Tensor, ...]:
     """The gradients of the inputs, the last of tensors. dout or dlse is None if nothing was computed from it."""
-    cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, *inputs = tensors
-    # One buffer for each input: the gradients of a packed input are written through views of it. Not when compiling:
-    # with dynamic shapes, inductor (torch 2.13) forgets where in the buffer such views begin.
-    is_compiling = torch.compiler.is_compiling()
+    cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, *inputs = tensors
+    # One buffer for each input: the gradients of a packed input are written through views of it. Not where autograd
+    # looks on (create_graph), which lets nobody write to views of no history, nor when compiling: with dynamic shapes,
+    # inductor (torch 2.13) forgets where in the buffer such views begin.
+    is_apart = torch.is_grad_enabled() or torch.compiler.is_compiling()
     q, k, v = config.split(inputs)
-    buffers = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in ((q, k, v) if is_compiling else inputs)
-    ]
-    _bwd(
-        *(torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, softmax_lse),
-        *(buffers if is_compiling else config.split(buffers)),
-        *(cu_seqlens_q, cu_seqlens_k, config.max_seqlen_q, config.max_seqlen_k, seqused_k, None),
-        *config.policy(alibi_slopes, rng_state),
-        config.deterministic or torch.are_deterministic_algorithms_enabled(),
-    )
-    return join_layout(config.layout, buffers) if is_compiling else tuple(buffers)
+    buffers = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in ((q, k, v) if is_apart else inputs)]
+    head = (torch.zeros_like(out) if dout is None else dout, q, k, v, out, softmax_lse)
+    gradients = buffers if is_apart else config.split(buffers)
+    deterministic = config.deterministic or torch.are_deterministic_algorithms_enabled()
+    tail = (*config.options(alibi_slopes), deterministic, rng_state)
+    lengths = (cu_seqlens_q, cu_seqlens_k, config.max_seqlen_q, config.max_seqlen_k)
+    if dlse is not None or seqused_k is not None:
+        _bwd(
+            *(head[0], dlse, *head[1:], *gradients, *lengths, seqused_k, None),
+            *config.policy(alibi_slopes, rng_state),
+            deterministic,
+        )
+    elif cu_seqlens_q is not None:
+        _varlen_backward(*head, *gradients, *lengths, *tail)
+    else:
+        _dense_backward(*head, *gradients, *tail)
+    return join_layout(config.layout, buffers) if is_apart else tuple(buffers)
 
 
 class FlashAttention(torch.autograd.Function):
-    """``apply(config, *constants, *inputs)`` -> (out, softmax_lse), differentiable once, in the inputs, through both.
+    """``apply(config, *constants, *inputs)`` -> (out, softmax_lse[, rng_state]), differentiable once, in the inputs.
 
-    The constants are cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes and rng_state, each a tensor or None. The
-    backward pass recomputes the weights from softmax_lse: FlashAttention-2, section 3.1.2.
+    The constants are cu_seqlens_q, cu_seqlens_k, seqused_k and alibi_slopes, each a tensor or None; rng_state is there
+    with dropout. The backward pass recomputes the weights from softmax_lse: FlashAttention-2, section 3.1.2.
     """
 
     @staticmethod
-    def forward(config: AttnConfig, *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(config: AttnConfig, *tensors: Any) -> tuple[Tensor, ...]:
         """Run the forward operator."""
-        cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, *inputs = tensors
-        return _fwd(
-            *config.split(inputs),
-            *(cu_seqlens_q, cu_seqlens_k, config.max_seqlen_q, config.max_seqlen_k, seqused_k, None, None),
-            *config.policy(alibi_slopes, rng_state),
-        )
+        cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, *inputs = tensors
+        lengths = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, None)
+        results = run_forward(*config.split(inputs), lengths, seqused_k, config, alibi_slopes)
+        return results if config.dropout_p > 0 else results[:2]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward pass needs: inputs and outputs, and no matrix of weights."""
         ctx.config = inputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *inputs[1:])
+        rng_state = output[2] if len(output) == 3 else None
+        if rng_state is not None:
+            ctx.mark_non_differentiable(rng_state)
+        ctx.save_for_backward(*output[:2], rng_state, *inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Run the backward operator, whose results refuse to be differentiated again."""
         grads = _run_backward(ctx.config, dout, dlse, *ctx.saved_tensors)
         needed = ctx.needs_input_grad[_NUM_CONSTANTS:]
@@ -194,7 +230,7 @@ def _is_plain(
 ) -> bool:
     """Every argument has the type that the operators want. Others may still be converted; see _convert_arguments."""
     for x in inputs:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not _checks.is_dense(x):
             return False
     if lengths and not (
         isinstance(lengths[0], Tensor)
@@ -257,12 +293,11 @@ def _without_repeats(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _differentiable_attention(
-    config: AttnConfig,
-    inputs: tuple[Tensor, ...],
-    lengths: tuple[Any, ...],
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    config: AttnConfig, inputs: tuple[Tensor, ...], lengths: tuple[Any, ...], alibi_slopes: Tensor | None
+) -> tuple[Tensor, ...]:
+    """out and softmax_lse and, with dropout, rng_state."""
+    if torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        warnings.warn(_TRACED, stacklevel=4)
     cu_seqlens_q, cu_seqlens_k, block_table = lengths or (None, None, None)
     seqused_k = None
     if block_table is not None:
@@ -270,8 +305,8 @@ def _differentiable_attention(
         k, v, cu_seqlens_k, seqused_k, max_seqlen_k = _gather_pages(
             q, k, v, cu_seqlens_q, cu_seqlens_k, config.max_seqlen_k, block_table
         )
-        inputs, config = (q, k, v), replace(config, max_seqlen_k=max_seqlen_k)
-    tensors = (cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, *inputs)
+        inputs, config = (q, k, v), config._replace(max_seqlen_k=max_seqlen_k)
+    tensors = (cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, *inputs)
     return FlashAttention.apply(config, *(_without_repeats(tensors) if torch.compiler.is_compiling() else tensors))
 
 
@@ -308,22 +343,22 @@ def attention(
     first = inputs[0]
     if not first.is_meta and torch.is_autocast_enabled(first.device.type):
         inputs = _cast_for_autocast(inputs, first.device.type)
-    rng_state = draw_rng_state(first.device) if dropout_p > 0 else None
-
     q, k, v = inputs if layout == SEPARATE else split_layout(layout, inputs)
-    cu_seqlens_q, cu_seqlens_k, block_table = lengths or (None, None, None)
-    where = (cu_seqlens_q, cu_seqlens_k, max_seqlens[0], max_seqlens[1], None, None, block_table)
-    policy = (alibi_slopes, softmax_scale, causal, window_size[0], window_size[1], softcap, dropout_p, rng_state)
+    if softmax_scale is None:
+        softmax_scale = default_scale(q)
+    longest_q, longest_k = max_seqlens
+    config = AttnConfig(
+        *(layout, longest_q, longest_k), softmax_scale, causal, window_size, softcap, dropout_p, bool(deterministic)
+    )
     if _needs_grad(function, inputs, alibi_slopes):
-        config = AttnConfig(
-            layout, *max_seqlens, softmax_scale, causal, window_size, softcap, dropout_p, bool(deterministic)
-        )
-        out, softmax_lse = _differentiable_attention(config, inputs, lengths, alibi_slopes, rng_state)
+        out, softmax_lse, *rng_states = _differentiable_attention(config, inputs, lengths, alibi_slopes)
     else:
-        out, softmax_lse = _fwd(q, k, v, *where, *policy)
+        out, softmax_lse, *rng_states = run_forward(q, k, v, lengths, None, config, alibi_slopes)
     if not return_attn_probs:
         return out
-    if rng_state is None:
+    if dropout_p == 0:
         return out, softmax_lse, q.new_empty(0)
+    cu_seqlens_q, cu_seqlens_k, block_table = lengths or (None, None, None)
+    where = (cu_seqlens_q, cu_seqlens_k, *max_seqlens, None, None, block_table)
     with torch.no_grad():
-        return out, softmax_lse, _attn_probs(q, k, softmax_lse, *where, *policy)
+        return out, softmax_lse, _attn_probs(q, k, softmax_lse, *where, *config.policy(alibi_slopes, rng_states[0]))

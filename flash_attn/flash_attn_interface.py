@@ -5,11 +5,15 @@ flash_attn_func is documented in full; the others say in what they differ from i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
+import flash_attn_2_cuda as flash_attn_cuda
+import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn._kernel_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -23,6 +27,12 @@ from flash_attn._kernel_interface import (
 from flash_attn.autograd import KV_PACKED, QKV_PACKED, SEPARATE, attention
 
 __all__ = [
+    "FlashAttnFunc",
+    "FlashAttnKVPackedFunc",
+    "FlashAttnQKVPackedFunc",
+    "FlashAttnVarlenFunc",
+    "FlashAttnVarlenKVPackedFunc",
+    "FlashAttnVarlenQKVPackedFunc",
     "_flash_attn_backward",
     "_flash_attn_forward",
     "_flash_attn_varlen_backward",
@@ -31,13 +41,17 @@ __all__ = [
     "_wrapped_flash_attn_forward",
     "_wrapped_flash_attn_varlen_backward",
     "_wrapped_flash_attn_varlen_forward",
+    "flash_attn_cuda",
     "flash_attn_func",
+    "flash_attn_gpu",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
 ]
 
 
@@ -85,10 +99,11 @@ def flash_attn_func(
             are cast to its dtype, float64 excepted.
         dropout_p: probability, in [0, 1), of dropping an attention weight; 0 for evaluation. The mask comes from
             torch's default generator.
-        softmax_scale: factor of the scores, > 0. None: head_dim ** -0.5.
+        softmax_scale: factor of the scores, > 0, a float or a 0-dim tensor that needs no gradient. None:
+            head_dim ** -0.5.
         causal: queries do not see later keys: right is 0, whatever window_size says.
-        window_size: (left, right) numbers of keys seen beside the diagonal, both included; -1: no bound.
-        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2 (2024), section 2; 0: off.
+        window_size: (left, right) numbers of keys seen beside the diagonal, both included; negative: no bound.
+        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2 (2024), section 2; 0 or less: off.
         alibi_slopes: (num_heads,) or (batch_size, num_heads), float32. -slope * |i + seqlen_k - seqlen_q - j| is added
             to the scores: Press et al., "Train Short, Test Long" (2022), section 3. Slopes get no gradient.
         deterministic: the backward pass gives the same bits every time. Always so on the CPU, and where
@@ -300,3 +315,73 @@ def flash_attn_with_kvcache(
     raise NotImplementedError(
         "flash_attn_with_kvcache: not available yet; call flash_attn_func, or flash_attn_varlen_func with block_table"
     )
+
+
+class _AutogradName:
+    """A public function under the name of the autograd class that 2.8.3 has behind it.
+
+    ``apply`` takes all arguments of the function by position, and then, perhaps, is_grad_enabled: whether anything is
+    kept for a backward pass.
+    """
+
+    function: Callable[..., Any]
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Call the function."""
+        names = list(inspect.signature(cls.function).parameters)
+        arguments = dict(zip([*names, "is_grad_enabled"], args, strict=False))
+        is_grad_enabled = arguments.pop("is_grad_enabled", True)
+        with torch.set_grad_enabled(is_grad_enabled and torch.is_grad_enabled()):
+            return cls.function(**arguments)
+
+
+class FlashAttnFunc(_AutogradName):
+    """flash_attn_func."""
+
+    function = staticmethod(flash_attn_func)
+
+
+class FlashAttnKVPackedFunc(_AutogradName):
+    """flash_attn_kvpacked_func."""
+
+    function = staticmethod(flash_attn_kvpacked_func)
+
+
+class FlashAttnQKVPackedFunc(_AutogradName):
+    """flash_attn_qkvpacked_func."""
+
+    function = staticmethod(flash_attn_qkvpacked_func)
+
+
+class FlashAttnVarlenFunc(_AutogradName):
+    """flash_attn_varlen_func."""
+
+    function = staticmethod(flash_attn_varlen_func)
+
+
+class FlashAttnVarlenKVPackedFunc(_AutogradName):
+    """flash_attn_varlen_kvpacked_func."""
+
+    function = staticmethod(flash_attn_varlen_kvpacked_func)
+
+
+class FlashAttnVarlenQKVPackedFunc(_AutogradName):
+    """flash_attn_varlen_qkvpacked_func."""
+
+    function = staticmethod(flash_attn_varlen_qkvpacked_func)
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """The tensor with a contiguous last dimension, as a copy if it has none; None for None."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def round_multiple(x: int, m: int) -> int:
+    """The least multiple of m that is at least x."""
+    return (x + m - 1) // m * m
+
+
+def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, causal: bool) -> int:
+    """How many keys a block of S_dmask has: here always a dropout block's, for S_dmask is not stored by tiles."""
+    return 32

@@ -7,7 +7,7 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 #include <array>
-#include "ops/arguments.h"
+#include "ops/original_ops.h"
 
 namespace flash_attn {
 namespace {
@@ -20,6 +20,7 @@ struct Fwd {
     using Signature = decltype(fwd_op<nullptr>);
     static constexpr const char* kName = "flash_attn::fwd";
     static constexpr const char* kNoBackward = kUseFunctions;
+    static constexpr int kFirstWritten = -1;
 };
 struct Bwd {
     using Signature = decltype(bwd_op<nullptr>);
@@ -27,11 +28,37 @@ struct Bwd {
     static constexpr const char* kNoBackward =
         "gradients of gradients are not supported; where they are needed, use plain attention, such as "
         "torch.nn.functional.scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH";
+    static constexpr int kFirstWritten = 7;
 };
 struct AttnProbs {
     using Signature = decltype(attn_probs_op<nullptr>);
     static constexpr const char* kName = "flash_attn::attn_probs";
     static constexpr const char* kNoBackward = kUseFunctions;
+    static constexpr int kFirstWritten = -1;
+};
+struct OriginalFwd {
+    using Signature = decltype(original_fwd_op<nullptr, nullptr>);
+    static constexpr const char* kName = "flash_attn::_flash_attn_forward";
+    static constexpr const char* kNoBackward = kUseFunctions;
+    static constexpr int kFirstWritten = -1;
+};
+struct OriginalVarlenFwd {
+    using Signature = decltype(original_varlen_fwd_op<nullptr, nullptr>);
+    static constexpr const char* kName = "flash_attn::_flash_attn_varlen_forward";
+    static constexpr const char* kNoBackward = kUseFunctions;
+    static constexpr int kFirstWritten = -1;
+};
+struct OriginalBwd {
+    using Signature = decltype(original_bwd_op<nullptr>);
+    static constexpr const char* kName = "flash_attn::_flash_attn_backward";
+    static constexpr const char* kNoBackward = Bwd::kNoBackward;
+    static constexpr int kFirstWritten = 6;
+};
+struct OriginalVarlenBwd {
+    using Signature = decltype(original_varlen_bwd_op<nullptr>);
+    static constexpr const char* kName = "flash_attn::_flash_attn_varlen_backward";
+    static constexpr const char* kNoBackward = Bwd::kNoBackward;
+    static constexpr int kFirstWritten = 6;
 };
 
 // What any argument says about derivatives.
@@ -43,18 +70,27 @@ bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0
 bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
 template <class T> bool has_tangent(const T&) { return false; }
 
-// The results of an op.
+// The results of an op that depend on its inputs differentiably.
 std::array<const Tensor*, 2> results(const FwdResult& r) { return {&std::get<0>(r), &std::get<1>(r)}; }
+std::array<const Tensor*, 2> results(const OriginalFwdResult& r) { return {&std::get<0>(r), &std::get<1>(r)}; }
 std::array<const Tensor*, 1> results(const Tensor& r) { return {&r}; }
 
-// The arguments that an op writes.
-template <class Op, class... Args> auto written_arguments(const Args&... args) {
-    if constexpr (std::is_same_v<Op, Bwd>) {
+// The arguments that an op writes: dq, dk and dv, those that are there.
+using Written = c10::SmallVector<const Tensor*, 3>;
+void append_written(Written& written, const Tensor& t) { written.push_back(&t); }
+void append_written(Written& written, const OptionalTensor& t) {
+    if (t) written.push_back(&*t);
+}
+template <class Op, class... Args> Written written_arguments(const Args&... args) {
+    Written written;
+    if constexpr (Op::kFirstWritten >= 0) {
+        constexpr size_t i = Op::kFirstWritten;
         const std::tuple<const Args&...> all(args...);
-        return std::array<const Tensor*, 3>{&std::get<7>(all), &std::get<8>(all), &std::get<9>(all)};
-    } else {
-        return std::array<const Tensor*, 0>{};
+        append_written(written, std::get<i>(all));
+        append_written(written, std::get<i + 1>(all));
+        append_written(written, std::get<i + 2>(all));
     }
+    return written;
 }
 
 void append_edge(torch::autograd::edge_list& edges, const Tensor& t) {
@@ -114,17 +150,17 @@ private:
 };
 
 // Tells autograd that dq, dk and dv were written, for whoever saved them.
-template <class Signature> struct CountWrites;
+template <class Op, class Signature = typename Op::Signature> struct CountWrites;
 
-template <class Result, class... Args> struct CountWrites<Result(Args...)> {
+template <class Op, class Result, class... Args> struct CountWrites<Op, Result(Args...)> {
     static Result run(c10::DispatchKeySet keys, Args... args) {
         static const auto op =
-            c10::Dispatcher::singleton().findSchemaOrThrow(Bwd::kName, "").template typed<Result(Args...)>();
+            c10::Dispatcher::singleton().findSchemaOrThrow(Op::kName, "").template typed<Result(Args...)>();
         Result result = [&] {
             at::AutoDispatchBelowADInplaceOrView guard;
             return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
         }();
-        for (const Tensor* t : written_arguments<Bwd>(args...)) t->unsafeGetTensorImpl()->bump_version();
+        for (const Tensor* t : written_arguments<Op>(args...)) t->unsafeGetTensorImpl()->bump_version();
         return result;
     }
 };
@@ -140,12 +176,21 @@ TORCH_LIBRARY_IMPL(flash_attn, Autograd, m) {
     m.impl("fwd", Autograd<Fwd>::run);
     m.impl("bwd", Autograd<Bwd>::run);
     m.impl("attn_probs", Autograd<AttnProbs>::run);
+    m.impl("_flash_attn_forward", Autograd<OriginalFwd>::run);
+    m.impl("_flash_attn_varlen_forward", Autograd<OriginalVarlenFwd>::run);
+    m.impl("_flash_attn_backward", Autograd<OriginalBwd>::run);
+    m.impl("_flash_attn_varlen_backward", Autograd<OriginalVarlenBwd>::run);
 }
 
-TORCH_LIBRARY_IMPL(flash_attn, ADInplaceOrView, m) { m.impl("bwd", CountWrites<Bwd::Signature>::run); }
+TORCH_LIBRARY_IMPL(flash_attn, ADInplaceOrView, m) {
+    m.impl("bwd", CountWrites<Bwd>::run);
+    m.impl("_flash_attn_backward", CountWrites<OriginalBwd>::run);
+    m.impl("_flash_attn_varlen_backward", CountWrites<OriginalVarlenBwd>::run);
+}
 
 TORCH_LIBRARY_IMPL(flash_attn, FuncTorchBatched, m) {
-    for (const char* name : {"fwd", "bwd", "attn_probs"}) {
+    for (const char* name : {"fwd", "bwd", "attn_probs", "_flash_attn_forward", "_flash_attn_varlen_forward",
+                             "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_vmap>());
     }
 }

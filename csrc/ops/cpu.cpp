@@ -2,6 +2,7 @@
 #include <torch/library.h>
 #include "cpu/backend.h"
 #include "ops/cpu_host.h"
+#include "ops/original_ops.h"
 #include "ops/problem.h"
 #include "ops/results.h"
 
@@ -94,10 +95,6 @@ Tensor attn_probs_cpu(const ProbsArgs& args) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
-    m.impl("fwd", fwd_op<fwd_cpu>);
-    m.impl("bwd", bwd_op<bwd_cpu>);
-    m.impl("attn_probs", attn_probs_op<attn_probs_cpu>);
-}
+TORCH_LIBRARY_IMPL(flash_attn, CPU, m) { implement_ops<fwd_cpu, bwd_cpu, attn_probs_cpu>(m); }
 
 }  // namespace flash_attn

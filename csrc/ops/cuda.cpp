@@ -9,6 +9,7 @@
 #include "host_device.h"
 #include "kernels.h"
 #include "ops/cuda_targets.h"
+#include "ops/original_ops.h"
 #include "ops/problem.h"
 #include "ops/results.h"
 
@@ -237,10 +238,6 @@ Tensor attn_probs_cuda(const ProbsArgs& args) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
-    m.impl("fwd", fwd_op<fwd_cuda>);
-    m.impl("bwd", bwd_op<bwd_cuda>);
-    m.impl("attn_probs", attn_probs_op<attn_probs_cuda>);
-}
+TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) { implement_ops<fwd_cuda, bwd_cuda, attn_probs_cuda>(m); }
 
 }  // namespace flash_attn

@@ -1,5 +1,6 @@
 // What tensors on a CUDA device get from a build without CUDA kernels.
 #include <torch/library.h>
+#include "ops/original_ops.h"
 #include "ops/problem.h"
 
 namespace flash_attn {
@@ -17,9 +18,7 @@ template <class Result, class Args> Result no_cuda(const Args& args) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
-    m.impl("fwd", fwd_op<no_cuda<FwdResult, FwdArgs>>);
-    m.impl("bwd", bwd_op<no_cuda<Tensor, BwdArgs>>);
-    m.impl("attn_probs", attn_probs_op<no_cuda<Tensor, ProbsArgs>>);
+    implement_ops<no_cuda<FwdResult, FwdArgs>, no_cuda<Tensor, BwdArgs>, no_cuda<Tensor, ProbsArgs>>(m);
 }
 
 }  // namespace flash_attn

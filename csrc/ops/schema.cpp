@@ -1,6 +1,7 @@
 // The ops' schemas, and what torch.compile and fake tensors run in place of them.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+#include "ops/original_ops.h"
 #include "ops/problem.h"
 
 namespace flash_attn {
@@ -23,6 +24,38 @@ Tensor attn_probs_meta(const ProbsArgs& args) {
     validate(args);
     const ProblemArgs& p = args.problem;
     return at::empty_symint(probs_sizes(p), p.q.options());
+}
+
+// Names, arguments and defaults of flash_attn 2.8.3.
+void define_original_ops(torch::Library& m) {
+    // With dropout the forward ops draw from torch's generator.
+    const std::vector<at::Tag> draws = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+    m.def(
+        "_flash_attn_forward(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, "
+        "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool return_softmax) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        draws);
+    m.def(
+        "_flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+        "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, "
+        "SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
+        "bool return_softmax=False, Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, "
+        "bool zero_tensors=False) -> (Tensor, Tensor, Tensor, Tensor)",
+        draws);
+    const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+    m.def(
+        "_flash_attn_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+        "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, float dropout_p, float softmax_scale, bool causal, "
+        "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, "
+        "Tensor? rng_state=None) -> Tensor",
+        tags);
+    m.def(
+        "_flash_attn_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+        "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+        "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, "
+        "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, "
+        "Tensor? rng_state=None, bool zero_tensors=False) -> Tensor",
+        tags);
 }
 
 }  // namespace
@@ -48,12 +81,9 @@ TORCH_LIBRARY(flash_attn, m) {
         "Tensor? alibi_slopes, float? softmax_scale, bool causal, int window_size_left, int window_size_right, "
         "float softcap, float dropout_p, Tensor? rng_state) -> Tensor",
         tags);
+    define_original_ops(m);
 }
 
-TORCH_LIBRARY_IMPL(flash_attn, Meta, m) {
-    m.impl("fwd", fwd_op<fwd_meta>);
-    m.impl("bwd", bwd_op<bwd_meta>);
-    m.impl("attn_probs", attn_probs_op<attn_probs_meta>);
-}
+TORCH_LIBRARY_IMPL(flash_attn, Meta, m) { implement_ops<fwd_meta, bwd_meta, attn_probs_meta>(m); }
 
 }  // namespace flash_attn

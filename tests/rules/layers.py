@@ -65,7 +65,10 @@ def quoted_includes(source: Source) -> Findings:
 PYTHON_LAYERS = (
     "_version",
     "_library",
+    "_flops",
     "_checks",
+    "_constants",
+    "utils",
     "autograd",
     "_kernel_interface",
     "flash_attn_interface",

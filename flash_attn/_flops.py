@@ -1,0 +1,56 @@
+"""Floating point operations of the operators, as torch.utils.flop_counter counts its own: no discount for masks.
+
+Two for every multiplication and addition in the products: q @ k^T and P @ v forward; five products backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# The products over head_dim and those over head_dim_v.
+_FORWARD, _BACKWARD = (1, 1), (3, 2)
+
+_PRODUCTS = {
+    "fwd": _FORWARD,
+    "_flash_attn_forward": _FORWARD,
+    "_flash_attn_varlen_forward": _FORWARD,
+    "bwd": _BACKWARD,
+    "_flash_attn_backward": _BACKWARD,
+    "_flash_attn_varlen_backward": _BACKWARD,
+}
+
+
+def _lengths(a: dict[str, Any], side: str) -> list[int]:
+    """The lengths of packed sequences. Where a tracer hides them, all are taken for the longest."""
+    cu_seqlens, used = a[f"cu_seqlens_{side}"], a.get(f"seqused_{side}")
+    if cu_seqlens.is_meta or type(cu_seqlens) is not Tensor:
+        return [a[f"max_seqlen_{side}"]] * (cu_seqlens.shape[0] - 1)
+    return (cu_seqlens.diff() if used is None else used.clamp(min=0)).tolist()
+
+
+def _pairs(a: dict[str, Any]) -> int:
+    """Pairs of a query and a key, of all heads."""
+    q, k = a["q"], a["k"]
+    if a.get("cu_seqlens_q") is None:
+        return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    return q.shape[1] * sum(i * j for i, j in zip(_lengths(a, "q"), _lengths(a, "k"), strict=True))
+
+
+def _register(name: str, over_head_dim: int, over_head_dim_v: int) -> None:
+    packet = getattr(torch.ops.flash_attn, name, None)
+    if packet is None or packet in flop_registry:
+        return
+    names = [argument.name for argument in packet.default._schema.arguments]
+
+    @register_flop_formula(packet, get_raw=True)
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        a = {**dict(zip(names, args, strict=False)), **kwargs}
+        return 2 * _pairs(a) * (over_head_dim * a["q"].shape[-1] + over_head_dim_v * a["v"].shape[-1])
+
+
+for _name, _counts in _PRODUCTS.items():
+    _register(_name, *_counts)
