@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flash_attn._checks import check_padding_mask, describe, dropout_reasons, integers, reject
+from flash_attn._checks import PAD_IT, check_padding_mask, dense_reasons, describe, dropout_reasons, integers, reject
 from flash_attn.bert_padding import pad_input, unpad_input
 from flash_attn.flash_attn_interface import flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 
@@ -82,6 +82,8 @@ class FlashAttention(nn.Module):
             return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_s, **options), None
         if key_padding_mask is None:
             return flash_attn_qkvpacked_func(qkv, **options), None
+        if reasons := dense_reasons({"qkv": qkv}, PAD_IT):
+            reject(TypeError, "FlashAttention", reasons)
         batch_size, seqlen = qkv.shape[:2]
         keep = check_padding_mask("FlashAttention", key_padding_mask, batch_size, seqlen)
         packed, indices, cu_seqlens, max_seqlen, _ = unpad_input(qkv, keep)
@@ -109,6 +111,10 @@ class FlashMHA(nn.Module):
         TypeError: another keyword than these.
         ValueError: embed_dim is no multiple of num_heads; batch_first is False; dropout contradicts attention_dropout.
     """
+
+    # torch.nn.TransformerEncoderLayer asks for these before it calls, which is then refused with a reason.
+    batch_first = True
+    in_proj_bias = None
 
     def __init__(
         self,
@@ -144,6 +150,18 @@ class FlashMHA(nn.Module):
         self.inner_attn = FlashAttention(attention_dropout=dropout, device=device, dtype=dtype)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call forward, or say that the call is one of torch.nn.MultiheadAttention."""
+        unknown = [name for name in kwargs if name not in ("x", "key_padding_mask", "need_weights")]
+        is_given_twice = len(args) > 1 and "key_padding_mask" in kwargs
+        if unknown or is_given_twice or any(isinstance(x, Tensor) and x.dim() > 2 for x in args[1:]):
+            got = f" with {', '.join(unknown)}" if unknown else ""
+            raise TypeError(
+                "FlashMHA: expected self-attention, attn(x) or attn(x, key_padding_mask=mask) with True = keep, "
+                f"got a call like that of torch.nn.MultiheadAttention, attn(query, key, value){got}"
+            )
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self, x: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, None]:
@@ -159,15 +177,11 @@ class FlashMHA(nn.Module):
         Returns:
             The output, (batch_size, seqlen, embed_dim), and None in place of the weights.
         """
-        has_three_dims = isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() > 2
-        if has_three_dims or not isinstance(need_weights, bool):
-            raise TypeError(
-                "FlashMHA: expected self-attention, attn(x) or attn(x, key_padding_mask=mask), "
-                "got a call like that of attn(query, key, value)"
-            )
         _refuse_weights("FlashMHA", need_weights)
         if not isinstance(x, Tensor):
             reject(TypeError, "FlashMHA", [f"x: expected torch.Tensor, got {describe(x)}"])
+        if reasons := dense_reasons({"x": x}, PAD_IT):
+            reject(TypeError, "FlashMHA", reasons)
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             expected = f"shape (batch_size, seqlen, embed_dim={self.embed_dim})"
             reject(ValueError, "FlashMHA", [f"x: expected {expected}, got {tuple(x.shape)}"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from flash_attn._checks import check_padding_mask, dropout_reasons, reject
+from flash_attn._constants import Slopes
 from flash_attn.flash_attn_interface import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -21,15 +22,13 @@ from flash_attn.flash_attn_interface import (
 class _InnerAttention(nn.Module):
     """What the four modules below share: their options."""
 
-    alibi_slopes: Tensor | None
-
     def __init__(
         self,
         causal: bool,
         softmax_scale: float | None,
         attention_dropout: float,
         window_size: tuple[int, int],
-        alibi_slopes: Tensor | None,
+        alibi_slopes: Tensor | Sequence[float] | None,
         deterministic: bool,
     ) -> None:
         super().__init__()
@@ -39,24 +38,25 @@ class _InnerAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.drop = nn.Dropout(attention_dropout)
         self.window_size = window_size
-        self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+        self._slopes = None if alibi_slopes is None else Slopes(type(self).__name__, alibi_slopes)
         self.deterministic = deterministic
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _InnerAttention:
-        """Move the slopes with the module, but keep them in float32 when it is cast."""
-        slopes = self.alibi_slopes
-        super()._apply(fn, recurse)
-        if slopes is not None and self.alibi_slopes is not None and self.alibi_slopes.dtype != slopes.dtype:
-            self.alibi_slopes = slopes.to(self.alibi_slopes.device)
-        return self
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        """The slopes, float32: a copy. Others can be assigned."""
+        return None if self._slopes is None else self._slopes.copy()
 
-    def _options(self, causal: bool | None) -> dict[str, Any]:
+    @alibi_slopes.setter
+    def alibi_slopes(self, value: Tensor | Sequence[float] | None) -> None:
+        self._slopes = None if value is None else Slopes(type(self).__name__, value)
+
+    def _options(self, causal: bool | None, device: torch.device) -> dict[str, Any]:
         return {
             "dropout_p": self.drop.p if self.training else 0.0,
             "softmax_scale": self.softmax_scale,
             "causal": self.causal if causal is None else causal,
             "window_size": self.window_size,
-            "alibi_slopes": self.alibi_slopes,
+            "alibi_slopes": None if self._slopes is None else self._slopes.on(device),
             "deterministic": self.deterministic,
         }
 
@@ -73,7 +73,7 @@ class FlashSelfAttention(_InnerAttention):
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
         window_size: tuple[int, int] = (-1, -1),
-        alibi_slopes: Tensor | None = None,
+        alibi_slopes: Tensor | Sequence[float] | None = None,
         deterministic: bool = False,
     ) -> None:
         super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes, deterministic)
@@ -95,7 +95,7 @@ class FlashSelfAttention(_InnerAttention):
         Returns:
             The output, of the shape of qkv without the 3.
         """
-        options = self._options(causal)
+        options = self._options(causal, qkv.device)
         if cu_seqlens is None:
             return flash_attn_qkvpacked_func(qkv, **options)
         return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
@@ -112,7 +112,7 @@ class FlashCrossAttention(_InnerAttention):
         causal: bool = False,
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
-        alibi_slopes: Tensor | None = None,
+        alibi_slopes: Tensor | Sequence[float] | None = None,
         window_size: tuple[int, int] = (-1, -1),
         deterministic: bool = False,
     ) -> None:
@@ -140,7 +140,7 @@ class FlashCrossAttention(_InnerAttention):
         Returns:
             The output, of the shape of q.
         """
-        options = self._options(causal)
+        options = self._options(causal, q.device)
         if cu_seqlens is None:
             return flash_attn_kvpacked_func(q, kv, **options)
         if cu_seqlens_k is None:
@@ -160,7 +160,7 @@ class CrossAttention(_InnerAttention):
         softmax_scale: float | None = None,
         attention_dropout: float = 0.0,
         window_size: tuple[int, int] = (-1, -1),
-        alibi_slopes: Tensor | None = None,
+        alibi_slopes: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes, deterministic=False)
 
@@ -184,8 +184,9 @@ class CrossAttention(_InnerAttention):
         # How far each key lies to the right of the diagonal, which ends in the bottom right corner.
         rows, keys = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
         distance = keys - rows[:, None] - (len(keys) - len(rows))
-        if self.alibi_slopes is not None:
-            scores = scores - self.alibi_slopes[..., None, None] * distance.abs()
+        exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        if self._slopes is not None:
+            scores = scores.to(exact) - self._slopes.on(q.device).to(exact)[..., None, None] * distance.abs()
         left, right = self.window_size
         right = 0 if (self.causal if causal is None else causal) else right
         keep = torch.ones_like(distance, dtype=torch.bool)
@@ -197,8 +198,9 @@ class CrossAttention(_InnerAttention):
             mask = check_padding_mask(type(self).__name__, key_padding_mask, *kv.shape[:2])
             keep = keep & mask[:, None, None, :]
             v = v.masked_fill(~mask[:, :, None, None], 0)
-        exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        weights = scores.to(exact).masked_fill(~keep, torch.finfo(exact).min).softmax(dim=-1).masked_fill(~keep, 0)
+        # A row that sees no key keeps its scores, for a softmax of nothing but -inf is NaN.
+        hidden = ~keep & keep.any(dim=-1, keepdim=True)
+        weights = scores.to(exact).masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(~keep, 0)
         return torch.einsum("b h i j, b j h d -> b i h d", self.drop(weights.to(v.dtype)), v)
 
 

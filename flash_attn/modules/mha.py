@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn._checks import check_padding_mask, describe, dropout_reasons, integers, reject
+from flash_attn._checks import PAD_IT, check_padding_mask, dense_reasons, describe, dropout_reasons, integers, reject
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary
 from flash_attn.modules.inner_attention import CrossAttention, FlashCrossAttention, FlashSelfAttention, SelfAttention
 from flash_attn.modules.padded_attention import attend_masked, attend_packed, is_packing_exact
@@ -123,20 +122,10 @@ class MHA(nn.Module):
             "softmax_scale": self.head_dim**-0.5 if softmax_scale is None else softmax_scale,
             "attention_dropout": dropout,
             "window_size": self.window_size,
-            "alibi_slopes": torch.tensor(get_alibi_slopes(self.num_heads), device=device) if use_alibi else None,
+            "alibi_slopes": get_alibi_slopes(self.num_heads) if use_alibi else None,
         }
         self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**options)
         self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**options)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MHA:
-        """Compute the slopes once the module leaves the meta device, where they have no values."""
-        old = self.inner_attn.alibi_slopes
-        super()._apply(fn, recurse)
-        new = self.inner_attn.alibi_slopes
-        if old is not None and old.is_meta and new is not None and not new.is_meta:
-            slopes = torch.tensor(get_alibi_slopes(self.num_heads), device=new.device)
-            self.inner_attn.alibi_slopes = self.inner_cross_attn.alibi_slopes = slopes
-        return self
 
     def _check_options(self, embed_dim: int, dropout: float, fused_bias_fc: bool) -> None:
         reasons = dropout_reasons("dropout", dropout)
@@ -242,7 +231,7 @@ class MHA(nn.Module):
             for name, y in sources.items()
             if not isinstance(y, Tensor)
         ]
-        if wrong:
+        if wrong := wrong or dense_reasons(sources, PAD_IT):
             reject(TypeError, "MHA", wrong)
         is_packed = packing.cu_seqlens is not None
         rows = ("total",) if is_packed else ("batch_size", "seqlen")
@@ -283,10 +272,8 @@ class MHA(nn.Module):
         mixed = getattr(self, name)(rearrange(x, "b s d -> b d s"))[..., :-2]
         return rearrange(mixed, "b d s -> b s d").contiguous()
 
-    def _rotate(self, q: Tensor, k: Tensor, packing: _Packing) -> None:
-        """Turn q and k, (..., heads, head_dim), in place."""
-        if self.rotary_emb_dim == 0:
-            return
+    def _rotate(self, q: Tensor, k: Tensor, packing: _Packing) -> tuple[Tensor, Tensor]:
+        """q and k, (..., heads, head_dim), turned: not in place, for hooks and wrappers may hold what they are of."""
         cu_seqlens_k, max_seqlen_k = packing.cu_seqlens_k, packing.max_seqlen_k
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = packing.cu_seqlens, packing.max_seqlen
@@ -296,8 +283,10 @@ class MHA(nn.Module):
             seqlen = max(int(packing.max_seqlen), int(max_seqlen_k))
         tables_q, tables_k = self.rotary_emb.tables(seqlen, like=q)
         interleaved = self.rotary_emb.interleaved
-        apply_rotary(q, *tables_q, 0, packing.cu_seqlens, seqlen, interleaved=interleaved, inplace=True)
-        apply_rotary(k, *tables_k, 0, cu_seqlens_k, seqlen, interleaved=interleaved, inplace=True)
+        return (
+            apply_rotary(q, *tables_q, 0, packing.cu_seqlens, seqlen, interleaved=interleaved),
+            apply_rotary(k, *tables_k, 0, cu_seqlens_k, seqlen, interleaved=interleaved),
+        )
 
     def _run(self, module: nn.Module, *tensors: Tensor, **options: Any) -> Tensor:
         if self.checkpointing:
@@ -308,7 +297,9 @@ class MHA(nn.Module):
         """Self-attention with as many heads for keys as for queries."""
         qkv = self._convolve("dwconv_qkv", self.Wqkv(x))
         qkv = rearrange(qkv, "... (three h d) -> ... three h d", three=3, d=self.head_dim)
-        self._rotate(qkv[..., 0, :, :], qkv[..., 1, :, :], packing)
+        if self.rotary_emb_dim > 0:
+            q, k, v = qkv.unbind(-3)
+            qkv = torch.stack([*self._rotate(q, k, packing), v], dim=-3)
         if not self.use_flash_attn:
             return self._run(self.inner_attn, qkv, causal=causal, key_padding_mask=keep)
         if keep is None:
@@ -330,7 +321,10 @@ class MHA(nn.Module):
                 q = self.Wqkv(queries)[..., : self.embed_dim]
         q = rearrange(self._convolve("dwconv_q", q), "... (h d) -> ... h d", d=self.head_dim)
         kv = rearrange(self._convolve("dwconv_kv", kv), "... (two h d) -> ... two h d", two=2, d=self.head_dim)
-        self._rotate(q, kv[..., 0, :, :], packing)
+        if self.rotary_emb_dim > 0:
+            k, v = kv.unbind(-3)
+            q, k = self._rotate(q, k, packing)
+            kv = torch.stack([k, v], dim=-3)
         if not self.use_flash_attn:
             return self._run(self.inner_cross_attn, q, kv, causal=causal, key_padding_mask=keep)
         if keep is None:

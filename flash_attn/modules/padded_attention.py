@@ -1,8 +1,7 @@
 """Attention of padded batches by functions that know no padding masks, in memory linear in the sequence length.
 
 Packing cuts the padding out, which is fast. Where that would change the distances that a window, ALiBi or a causal mask
-looks at, one more number per head carries the mask instead: a masked key has a large negative one, so that its weight
-is zero, exactly.
+looks at, one more number per head carries the mask instead: that of a masked key is -infinity, and so is its score.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ from torch import Tensor
 
 from flash_attn._library import MAX_HEAD_DIM
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
-
-# Their product, times softmax_scale, is what a masked key's score is short of the others. Exact in every type.
-_QUERY_NUMBER, _MASKED_KEY_NUMBER = 2.0**15, -(2.0**15)
 
 
 def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_self: bool) -> bool:
@@ -67,7 +63,7 @@ def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
         keep: (batch_size, seqlen_k), bool, True for the keys to keep.
 
     Returns:
-        The output, of the shape of q; 0 for a query that sees masked keys only, for their values are 0.
+        The output, of the shape of q; 0 for a query that sees masked keys only.
 
     Raises:
         ValueError: head_dim leaves no room for the number.
@@ -77,8 +73,8 @@ def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
         expected = f"at most {limit} with this key_padding_mask and a window, ALiBi or cross attention that is causal"
         raise ValueError(f"MHA: head_dim: expected {expected}, got {q.shape[-1]}")
     kv = kv.masked_fill(~keep[:, :, None, None, None], 0)
-    key_number = torch.where(keep, 0.0, _MASKED_KEY_NUMBER).to(kv.dtype)
+    key_number = torch.where(keep, 0.0, -torch.inf).to(kv.dtype)
     numbers = torch.stack([key_number, torch.zeros_like(key_number)], dim=-1)[..., None, None]
     wide_kv = torch.cat([kv, numbers.expand(*kv.shape[:-1], 1)], dim=-1)
-    wide_q = torch.cat([q, torch.full_like(q[..., :1], _QUERY_NUMBER)], dim=-1)
+    wide_q = torch.cat([q, torch.ones_like(q[..., :1])], dim=-1)
     return attend(wide_q, wide_kv)[..., : q.shape[-1]]
