@@ -2,22 +2,95 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flash_attn._checks import reject
+from flash_attn._checks import describe, reject
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """The rows of input, (first_axis_dim, ...), that indices, (num_selected,), names: (num_selected, ...)."""
-    return input.index_select(0, indices)
+    """The rows of input, (first_axis_dim, ...), that indices names: (num_selected, ...).
+
+    Args:
+        input: (first_axis_dim, ...).
+        indices: (num_selected,), int32 or int64, from 0 to first_axis_dim - 1; or (first_axis_dim,), bool.
+    """
+    rows = _row_numbers("index_first_axis", indices, input.shape[0])
+    try:
+        return input.index_select(0, rows)
+    except IndexError:
+        _reject_indices("index_first_axis", "(num_selected,)", indices, input.shape[0])
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """The reverse of index_first_axis: (first_axis_dim, ...) with values, (num_selected, ...), at indices, else 0."""
-    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices, values)
+    """The reverse of index_first_axis: (first_axis_dim, ...) with values at indices, else 0.
+
+    Args:
+        values: (num_selected, ...).
+        indices: (num_selected,), int32 or int64, from 0 to first_axis_dim - 1; or (first_axis_dim,), bool.
+        first_axis_dim: the number of rows of the result.
+    """
+    rows = _row_numbers("index_put_first_axis", indices, first_axis_dim)
+    padded = values.new_zeros(first_axis_dim, *values.shape[1:])
+    try:
+        return padded.index_copy_(0, rows, values)
+    except IndexError:
+        _reject_indices("index_put_first_axis", f"({values.shape[0]},)", indices, first_axis_dim)
+
+
+def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of input that indices names, and input itself. The gradients of both add up."""
+    return index_first_axis(input, indices), input
+
+
+class IndexFirstAxis:
+    """index_first_axis by the name that 2.8.3 gives it. No autograd.Function: torch differentiates the function."""
+
+    @staticmethod
+    def apply(input: Tensor, indices: Tensor) -> Tensor:
+        """See index_first_axis."""
+        return index_first_axis(input, indices)
+
+
+class IndexPutFirstAxis:
+    """index_put_first_axis by the name that 2.8.3 gives it. No autograd.Function, as IndexFirstAxis."""
+
+    @staticmethod
+    def apply(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+        """See index_put_first_axis."""
+        return index_put_first_axis(values, indices, first_axis_dim)
+
+
+class IndexFirstAxisResidual:
+    """index_first_axis_residual by the name that 2.8.3 gives it. No autograd.Function, as IndexFirstAxis."""
+
+    @staticmethod
+    def apply(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """See index_first_axis_residual."""
+        return index_first_axis_residual(input, indices)
+
+
+def _row_numbers(function: str, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """The indices as int64, those of a bool mask counted out."""
+    if indices.dtype is torch.int64:
+        return indices
+    if indices.dtype is torch.int32:
+        return indices.long()
+    if indices.dtype is not torch.bool:
+        reject(TypeError, function, [f"indices: expected int32, int64 or bool, got {describe(indices)}"])
+    if indices.shape != (first_axis_dim,):
+        reject(ValueError, function, [f"indices: expected, as bool, shape ({first_axis_dim},), got {describe(indices)}"])
+    return indices.nonzero().flatten()
+
+
+def _reject_indices(function: str, shape: str, indices: Tensor, first_axis_dim: int) -> NoReturn:
+    values = f" with values from {indices.min()} to {indices.max()}" if indices.numel() > 0 else ""
+    expected = f"shape {shape} with values from 0 to {first_axis_dim - 1}"
+    reject(IndexError, function, [f"indices: expected {expected}, got {describe(indices)}{values}"])
 
 
 def _cumulative(seqlens: Tensor) -> Tensor:
