@@ -83,7 +83,8 @@ def _row_numbers(function: str, indices: Tensor, first_axis_dim: int) -> Tensor:
     if indices.dtype is not torch.bool:
         reject(TypeError, function, [f"indices: expected int32, int64 or bool, got {describe(indices)}"])
     if indices.shape != (first_axis_dim,):
-        reject(ValueError, function, [f"indices: expected, as bool, shape ({first_axis_dim},), got {describe(indices)}"])
+        expected = f"expected, as bool, shape ({first_axis_dim},)"
+        reject(ValueError, function, [f"indices: {expected}, got {describe(indices)}"])
     return indices.nonzero().flatten()
 
 
@@ -101,6 +102,32 @@ def _longest(seqlens: Tensor) -> int:
     return int(seqlens.max()) if seqlens.numel() > 0 else 0
 
 
+def _check_shapes(masks: dict[str, Tensor], rows: tuple[int, ...]) -> None:
+    reasons = []
+    for name, mask in masks.items():
+        if mask.shape != rows:
+            advice = f": pass {name}.flatten(1)" if mask.dim() > 2 and mask.flatten(1).shape == rows else ""
+            expected = f"expected shape (batch_size, seqlen) = {rows}"
+            reasons.append(f"{name}: {expected}, got {tuple(mask.shape)}{advice}")
+    if reasons:
+        reject(ValueError, "unpad_input", reasons)
+
+
+def _check_floats(name: str, mask: Tensor, needs_one: bool) -> None:
+    """That a floating mask holds 0 and 1. With needs_one some 1, for an additive mask without padding is all 0."""
+    ones = mask == 1
+    is_mask = (ones | (mask == 0)).all()
+    if needs_one:
+        is_mask = is_mask & ones.any()
+    expected = f"expected 1 to keep and 0 to drop{', some 1' if needs_one else ''}"
+    advice = f"if it is additive (0 keeps), pass {name} == 0, else {name} != 0"
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_mask, f"unpad_input: {name}: {expected}: {advice}")
+    elif not is_mask:
+        got = f"got {mask.dtype} from {mask.min()} to {mask.max()}"
+        reject(ValueError, "unpad_input", [f"{name}: {expected}, {got}: {advice}"])
+
+
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
@@ -108,9 +135,10 @@ def unpad_input(
 
     Args:
         hidden_states: (batch_size, seqlen, ...).
-        attention_mask: (batch_size, seqlen), bool or integer, 1 for the tokens to keep.
-        unused_mask: (batch_size, seqlen), bool or integer, 1 for tokens that are allocated but not used: they are
-            packed too, and count in all of the results but seqused.
+        attention_mask: (batch_size, seqlen), 1 for the tokens to keep, 0 for the others. An additive mask, 0 for the
+            tokens to keep, is refused: attention_mask == 0 makes one of this kind of it.
+        unused_mask: (batch_size, seqlen), 1 for tokens that are allocated but not used: they are packed too, and count
+            in all of the results but seqused.
 
     Returns:
         hidden_states: (total, ...), the tokens that are kept, in order.
@@ -118,13 +146,16 @@ def unpad_input(
         cu_seqlens: (batch_size + 1,), int32, where each sequence starts.
         max_seqlen: the length of the longest sequence, an int.
         seqused: (batch_size,), int32, the number of tokens per sequence that attention_mask keeps.
+
+    Raises:
+        ValueError: a mask is of another shape, or of floats that are not 0 and 1; or attention_mask is of floats, but
+            has no 1.
     """
     masks = {"attention_mask": attention_mask} | ({} if unused_mask is None else {"unused_mask": unused_mask})
-    rows = tuple(hidden_states.shape[:2])
-    wrong = [name for name, mask in masks.items() if mask.shape != rows]
-    if wrong:
-        expected = f"expected shape (batch_size, seqlen) = {rows}"
-        reject(ValueError, "unpad_input", [f"{name}: {expected}, got {tuple(masks[name].shape)}" for name in wrong])
+    _check_shapes(masks, tuple(hidden_states.shape[:2]))
+    for name, mask in masks.items():
+        if mask.is_floating_point() and mask.numel() > 0:
+            _check_floats(name, mask, needs_one=name == "attention_mask")
     keep = attention_mask != 0
     seqused = keep.sum(dim=-1, dtype=torch.int32)
     seqlens = seqused
@@ -136,6 +167,24 @@ def unpad_input(
     return packed, indices, _cumulative(seqlens), _longest(seqlens), seqused
 
 
+def _whole_lengths(lengths: Tensor, batch_size: int, seqlen: int) -> Tensor:
+    """The lengths as int64, if a row of seqlen tokens can hold those of its row."""
+    function, name = "unpad_input_for_concatenated_sequences", "attention_mask_in_length"
+    if lengths.dtype is torch.bool:
+        advice = "for a mask of the tokens there is unpad_input"
+        reject(TypeError, function, [f"{name}: expected the lengths of sequences, got {lengths.dtype}: {advice}"])
+    if lengths.dim() != 2 or lengths.shape[0] != batch_size:
+        expected = f"expected shape (batch_size, seqlen) = {(batch_size, seqlen)}"
+        reject(ValueError, function, [f"{name}: {expected}, got {tuple(lengths.shape)}"])
+    whole = lengths.long()
+    wrong = ((whole < 0) | (whole > seqlen) | (whole != lengths)).any(dim=-1) | (whole.sum(dim=-1) > seqlen)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        expected = f"expected lengths, whole numbers, that add up to at most seqlen = {seqlen} in each row"
+        reject(ValueError, function, [f"{name}: {expected}, got in row {row} {describe(lengths[row].tolist())}"])
+    return whole
+
+
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -143,15 +192,20 @@ def unpad_input_for_concatenated_sequences(
 
     Args:
         hidden_states: (batch_size, seqlen, ...).
-        attention_mask_in_length: (batch_size, seqlen), integer: the lengths of the sequences of each row and then
-            zeros. [[2, 3, 0, 0, 0, 0]] is a row of six tokens: a sequence of two, one of three, one token of padding.
+        attention_mask_in_length: (batch_size, seqlen), whole numbers: the lengths of the sequences of each row and
+            then zeros. [[2, 3, 0, 0, 0, 0]] is a row of six tokens: a sequence of two, one of three, one token of
+            padding.
 
     Returns:
         hidden_states (total, ...), indices (total,), cu_seqlens (num_sequences + 1,) and max_seqlen, as unpad_input.
+
+    Raises:
+        TypeError: attention_mask_in_length is bool, a mask of the tokens.
+        ValueError: it has not a row for each of the batch; or holds what is no length, or more than seqlen in a row.
     """
-    columns = torch.arange(hidden_states.shape[1], device=attention_mask_in_length.device)
-    keep = columns < attention_mask_in_length.sum(dim=-1, keepdim=True)
-    lengths = attention_mask_in_length.flatten()
+    lengths = _whole_lengths(attention_mask_in_length, hidden_states.shape[0], hidden_states.shape[1])
+    columns = torch.arange(hidden_states.shape[1], device=lengths.device)
+    keep = columns < lengths.sum(dim=-1, keepdim=True)
     seqlens = lengths[lengths != 0].to(torch.int32)
     indices = keep.flatten().nonzero().flatten()
     packed = index_first_axis(rearrange(hidden_states, "b s ... -> (b s) ..."), indices)
