@@ -1,0 +1,1 @@
+"""Helpers for training that other projects import; they need no kernels."""

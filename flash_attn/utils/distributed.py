@@ -1,0 +1,173 @@
+"""Collective operations along the first dimension, with and without gradients, as tensor parallel training calls them.
+
+Nothing of torch.distributed is touched on import: where it is not available, this still imports.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def all_gather_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+    """The inputs of all ranks, one after the other, without gradients.
+
+    Args:
+        input_: (n, ...), of the same shape on each rank.
+        process_group: the ranks that take part.
+        async_op: return before it is done.
+
+    Returns:
+        output: (world_size * n, ...), in the order of the ranks.
+        handle: with async_op what to wait() for before output is read, else None.
+    """
+    world_size = torch.distributed.get_world_size(process_group)
+    output = input_.new_empty(world_size * input_.shape[0], *input_.shape[1:])
+    handle = torch.distributed.all_gather_into_tensor(
+        output, input_.contiguous(), group=process_group, async_op=async_op
+    )
+    return output, handle
+
+
+def reduce_scatter_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+    """This rank's part of the sum of the inputs of all ranks, without gradients.
+
+    Args:
+        input_: (n, ...), of the same shape on each rank.
+        process_group: the ranks that take part. Their number divides n.
+        async_op: return before it is done.
+
+    Returns:
+        output: (n / world_size, ...), rank 0 the first rows of the sum, rank 1 those that follow.
+        handle: with async_op what to wait() for before output is read, else None.
+
+    Raises:
+        ValueError: the number of ranks does not divide n.
+    """
+    world_size = torch.distributed.get_world_size(process_group)
+    if input_.shape[0] % world_size != 0:
+        expected = f"expected a first dimension that world_size = {world_size} divides"
+        raise ValueError(f"reduce_scatter: input_: {expected}, got shape {tuple(input_.shape)}")
+    output = input_.new_empty(input_.shape[0] // world_size, *input_.shape[1:])
+    handle = torch.distributed.reduce_scatter_tensor(
+        output, input_.contiguous(), group=process_group, async_op=async_op
+    )
+    return output, handle
+
+
+def all_reduce_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+    """The sum of the inputs of all ranks, without gradients.
+
+    Args:
+        input_: any shape, the same on each rank. If it is contiguous, the sum is written over it.
+        process_group: the ranks that take part.
+        async_op: return before it is done.
+
+    Returns:
+        output: the sum, of the shape of input_; input_ itself if that is contiguous.
+        handle: with async_op what to wait() for before output is read, else None.
+    """
+    output = input_.contiguous()
+    handle = torch.distributed.all_reduce(output, group=process_group, async_op=async_op)
+    return output, handle
+
+
+class AllGatherFunc(torch.autograd.Function):
+    """all_gather_raw, (n, ...) to (world_size * n, ...). The gradients are summed over the ranks and scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, input_: Tensor, process_group: ProcessGroup) -> Tensor:
+        """See all_gather_raw."""
+        ctx.process_group = process_group
+        return all_gather_raw(input_, process_group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """(world_size * n, ...) to (n, ...)."""
+        return reduce_scatter_raw(grad_output, ctx.process_group)[0], None
+
+
+class ReduceScatterFunc(torch.autograd.Function):
+    """reduce_scatter_raw, (n, ...) to (n / world_size, ...). The gradients of the ranks are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, input_: Tensor, process_group: ProcessGroup) -> Tensor:
+        """See reduce_scatter_raw."""
+        ctx.process_group = process_group
+        return reduce_scatter_raw(input_, process_group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """(n / world_size, ...) to (n, ...)."""
+        return all_gather_raw(grad_output, ctx.process_group)[0], None
+
+
+class AllReduceFunc(torch.autograd.Function):
+    """The sum over the ranks, in a tensor of its own. Each rank keeps the gradient it gets: what follows is the same
+    on all ranks, and so is its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input_: Tensor, process_group: ProcessGroup) -> Tensor:
+        """See all_reduce_raw; input_ stays as it is."""
+        return all_reduce_raw(input_.clone(memory_format=torch.contiguous_format), process_group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """The gradient, as it is."""
+        return grad_output, None
+
+
+all_gather = AllGatherFunc.apply
+reduce_scatter = ReduceScatterFunc.apply
+all_reduce = AllReduceFunc.apply
+
+
+def _marked(model: torch.nn.Module, mark: str) -> list[torch.nn.Parameter]:
+    """The parameters with this attribute, if it is true, in the order of their names: the same on all ranks."""
+    marked = {name: parameter for name, parameter in model.named_parameters() if getattr(parameter, mark, False)}
+    return [marked[name] for name in sorted(marked)]
+
+
+@torch.no_grad()
+def sync_shared_params(model: torch.nn.Module, process_group: ProcessGroup) -> None:
+    """Give the parameters that are marked `_shared_params` the values they have on the first rank of the group."""
+    source = torch.distributed.get_process_group_ranks(process_group)[0]
+    for parameter in _marked(model, "_shared_params"):
+        values = parameter.contiguous()
+        torch.distributed.broadcast(values, src=source, group=process_group)
+        if values is not parameter:
+            parameter.copy_(values)
+
+
+@torch.no_grad()
+def allreduce_sequence_parallel_grad(model: torch.nn.Module, process_group: ProcessGroup) -> None:
+    """Sum over the group the gradients of the parameters that are marked `_sequence_parallel`.
+
+    Each rank saw other tokens of a sequence, and has their share of the gradient. A parameter that is trained, but got
+    no gradient here, counts as 0, for all ranks have to take part.
+    """
+    by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for parameter in _marked(model, "_sequence_parallel"):
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            by_type.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+    for gradients in by_type.values():
+        sums = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(sums, group=process_group)
+        for gradient, summed in zip(gradients, sums.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view(gradient.shape))
+
+
+def get_dim_for_local_rank(dim: int, world_size: int, local_rank: int, multiple_of: int = 1) -> int:
+    """How much of a dimension belongs to a rank: a multiple of multiple_of, by at most one of them more on low ranks.
+
+    All ranks together have dim, if that is a multiple of multiple_of; what goes beyond one belongs to no rank.
+    """
+    units = dim // multiple_of
+    return (units // world_size + int(local_rank < units % world_size)) * multiple_of
