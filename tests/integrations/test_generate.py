@@ -1,0 +1,101 @@
+"""generate, and the forward pass of padded batches, by flash_attn instead of the attention of transformers."""
+
+import pytest
+import torch
+
+from compare import compare
+from tiny_models import FAMILIES, load_model, padded_batch, positions, save_model
+
+NEW = 12
+WAYS = ("flash_attention_2", "fa_local")
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """A name for attn_implementation, and the counter of calls of our functions."""
+    return request.param, request.getfixturevalue("gate" if request.param == "flash_attention_2" else "registered")
+
+
+def generate(model, batch, **options):
+    options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
+    return model.generate(**batch, **options)
+
+
+def logits(model, batch):
+    """Of the tokens that are no padding: (total, vocabulary)."""
+    with torch.no_grad():
+        out = model(**batch, position_ids=positions(batch["attention_mask"])).logits
+    return out[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prefill_chunk_size": 4},
+        {"num_beams": 3},
+    ],
+    ids=["dynamic", "static", "no_cache", "prefill_in_chunks", "beams"],
+)
+def test_padded_batch_generates(way, options, tmp_path):
+    """Users pad prompts of different lengths on the left and call generate; every token is that of eager attention.
+
+    In a step of decoding transformers asks pad_input with indices of int32. A prompt in chunks goes through our
+    unpad_input, with sequences that have no token yet in the first chunk.
+    Public thread: TODO-THREAD
+    """
+    name, calls = way
+    path = save_model("llama", tmp_path)
+    batch = padded_batch()
+    expected = generate(load_model(path, "eager"), batch, **options)
+    unmasked = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    assert not torch.equal(generate(load_model(path, "eager"), unmasked, **options), expected), "padding has no effect"
+    assert not calls
+    assert torch.equal(generate(load_model(path, name), batch, **options), expected)
+    assert calls["flash_attn_varlen_func"] >= 2 * NEW  # two layers
+    assert calls["pad_input"] == calls["flash_attn_varlen_func"]
+    if "prefill_chunk_size" in options or name == "fa_local":
+        assert calls["unpad_input"] > 0
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama"}))
+def test_padded_batch_generates_with_windows(way, family, tmp_path):
+    """Users of Mistral and of Gemma 2: a window shorter than the prompts, in every or every other layer; softcap."""
+    name, calls = way
+    path = save_model(family, tmp_path)
+    batch = padded_batch()
+    expected = generate(load_model(path, "eager"), batch)
+    assert torch.equal(generate(load_model(path, name), batch), expected)
+    assert calls["flash_attn_varlen_func"] >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_without_padding_generates(way, family, tmp_path):
+    """Users call generate with prompts of one length, and transformers calls flash_attn_func."""
+    name, calls = way
+    path = save_model(family, tmp_path)
+    batch = padded_batch(lengths=(11, 11))
+    expected = generate(load_model(path, "eager"), batch)
+    assert torch.equal(generate(load_model(path, name), batch), expected)
+    assert calls["flash_attn_func"] == 2 * NEW
+    assert calls["flash_attn_varlen_func"] == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batch_in_bfloat16(way, family, side, tmp_path):
+    """Users load a model in bfloat16 and read its logits.
+
+    Their error, against eager attention in float32 with the same weights, is at most twice that of eager attention in
+    bfloat16, plus two units of the last place of the largest logit.
+    """
+    name, calls = way
+    path = save_model(family, tmp_path, torch.bfloat16)
+    batch = padded_batch(side=side)
+    expected = logits(load_model(path, "eager", torch.float32), batch)
+    plain = logits(load_model(path, "eager", torch.bfloat16), batch)
+    assert not calls
+    compare("logits", logits(load_model(path, name, torch.bfloat16), batch), expected, [plain])
+    assert calls["flash_attn_varlen_func"] == 2

@@ -1,0 +1,118 @@
+"""Training of models of transformers by flash_attn: padded batches, and sequences packed without padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DataCollatorWithFlattening
+
+from compare import compare
+from tiny_models import FAMILIES, VOCABULARY, load_model, padded_batch, positions, save_model
+
+LENGTHS = (11, 6, 1, 9)
+IGNORED = -100
+
+
+def backward(model, batch, autocast=False):
+    """The loss of a padded batch, and the gradient of every parameter."""
+    model.train()
+    mask = batch["attention_mask"]
+    follows_a_token = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)  # what padding predicts is noise
+    labels = batch["input_ids"].masked_fill(mask * follows_a_token == 0, IGNORED)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**batch, position_ids=positions(mask), labels=labels).loss
+    loss.backward()
+    return loss, gradients(model)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_near(actual, expected):
+    """Gradients in float32, each within 1e-5 of its largest value."""
+    for name, gradient in expected.items():
+        bound = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=bound, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batch_trains(gate, family, side, tmp_path):
+    """Users fine-tune on padded batches, with padding left out of the loss; gradients are those of eager attention."""
+    path = save_model(family, tmp_path)
+    batch = padded_batch(LENGTHS, side)
+    expected_loss, expected = backward(load_model(path, "eager"), batch)
+    assert not gate
+    loss, actual = backward(load_model(path, "flash_attention_2"), batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert_near(actual, expected)
+    assert gate["flash_attn_varlen_func"] == gate["pad_input"] == 2
+
+
+def test_registered_function_trains(registered, tmp_path):
+    """Users register a function of their own that calls flash_attn, and fine-tune with it."""
+    path = save_model("llama", tmp_path)
+    batch = padded_batch(LENGTHS)
+    expected = backward(load_model(path, "eager"), batch)[1]
+    assert_near(backward(load_model(path, "fa_local"), batch)[1], expected)
+    assert registered["flash_attn_varlen_func"] == 2
+
+
+def test_padded_batch_trains_with_checkpointing(gate, tmp_path):
+    """Users call gradient_checkpointing_enable: every layer runs twice, and the gradients stay the same."""
+    path = save_model("llama", tmp_path)
+    batch = padded_batch(LENGTHS)
+    expected = backward(load_model(path, "eager"), batch)[1]
+    model = load_model(path, "flash_attention_2")
+    model.gradient_checkpointing_enable()
+    assert_near(backward(model, batch)[1], expected)
+    assert gate["flash_attn_varlen_func"] == 4
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_padded_batch_trains_in_bfloat16(gate, autocast, tmp_path):
+    """Users train in bfloat16, or in an autocast region with weights in float32.
+
+    The error of each gradient, against eager attention in float32, is at most three times that of eager attention
+    computed likewise, plus two units of the last place of bfloat16.
+    """
+    path = save_model("llama", tmp_path, torch.bfloat16)
+    batch = padded_batch(LENGTHS)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    expected = backward(load_model(path, "eager"), batch)[1]
+    plain = backward(load_model(path, "eager", dtype), batch, autocast)[1]
+    actual = backward(load_model(path, "flash_attention_2", dtype), batch, autocast)[1]
+    for name, gradient in actual.items():
+        compare(name, gradient.bfloat16(), expected[name], [plain[name]], factor=3.0)
+    assert gate["flash_attn_varlen_func"] == 2
+
+
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_batch_trains(gate, family, given, tmp_path):
+    """Users train without padding: DataCollatorWithFlattening puts the sequences of a batch one after the other.
+
+    No mask: where a sequence starts is seen in position_ids, which start anew (its longest length then comes as a
+    tensor without dimensions), or said by cu_seq_lens. Logits and gradients are those of eager attention for each
+    sequence by itself.
+    """
+    path = save_model(family, tmp_path)
+    generator = torch.Generator().manual_seed(2)
+    sequences = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=given == "cu_seq_lens")
+    batch = collate([{"input_ids": tokens.tolist()} for tokens in sequences])
+    assert "attention_mask" not in batch
+
+    eager = load_model(path, "eager").train()
+    alone = torch.cat([eager(tokens[None]).logits[0] for tokens in sequences])
+    targets = batch["labels"][0, 1:]
+    F.cross_entropy(alone[:-1], targets, ignore_index=IGNORED).backward()
+    assert not gate
+
+    model = load_model(path, "flash_attention_2").train()
+    out = model(**batch)
+    out.loss.backward()
+    torch.testing.assert_close(out.logits[0], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+    assert_near(gradients(model), gradients(eager))
+    assert gate["flash_attn_varlen_func"] == 2
+    assert gate["flash_attn_func"] == gate["pad_input"] == 0
