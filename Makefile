@@ -18,6 +18,9 @@ LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yam
 # What `make report` disassembles with. They read the code of every CUDA 13.
 REPORT_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 
+# The projects whose own code tests/integrations runs.
+INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0
+
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
 # What is built depends on the interpreter and on the choice of GPUs.
 BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST))
@@ -29,6 +32,7 @@ PY           := $(VENV)/bin/python
 READY        := $(VENV)/.ready-$(call file_name,$(TORCH))
 LINT_READY   := $(VENV)/.lint-$(call file_name,$(LINT_TOOLS))
 REPORT_READY := $(VENV)/.report-$(call file_name,$(REPORT_TOOLS))
+INTEGRATIONS_READY := $(VENV)/.integrations-$(call file_name,$(INTEGRATIONS))
 endif
 
 # With pytest-xdist, which the virtual environment has, a process per core.
@@ -57,10 +61,10 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
+.PHONY: help venv build test integrations demo bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(READY) ## the virtual environment with torch and what compiling needs
 
@@ -69,6 +73,10 @@ build: $(BUILT) ## compile the extension, in place
 test: $(BUILT) ## all tests
 	@$(call step,test); \
 	$(PY) -m pytest $(WORKERS) $(ARGS)
+
+integrations: $(BUILT) $(INTEGRATIONS_READY) ## tests with the real transformers, which it installs
+	@$(call step,integrations); \
+	$(PY) -m pytest tests/integrations $(ARGS)
 
 demo: $(BUILT) ## train a small GPT on real text, measure attention, save the figures
 	@$(call step,demo); \
@@ -151,6 +159,12 @@ $(LINT_READY): $(READY)
 	@$(call step,lint tools); \
 	$(PY) -m pip install --disable-pip-version-check --quiet $(LINT_TOOLS); \
 	rm -f $(VENV)/.lint-*; \
+	touch $@
+
+$(INTEGRATIONS_READY): $(READY)
+	@$(call step,projects that use flash_attn); \
+	$(PY) -m pip install --disable-pip-version-check --quiet $(INTEGRATIONS); \
+	rm -f $(VENV)/.integrations-*; \
 	touch $@
 
 $(REPORT_READY): $(READY)

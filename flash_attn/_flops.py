@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from flash_attn import _library  # noqa: F401  registers the operators
+
 # The products over head_dim and those over head_dim_v.
 _FORWARD, _BACKWARD = (1, 1), (3, 2)
 

@@ -123,7 +123,7 @@ def test_loaded_model_computes_the_same(attention, dtype, tmp_path):
     """Users put MHA into a PreTrainedModel, save it, and load it for work or with dtype=torch.bfloat16.
 
     Outputs and gradients are those of the saved model, or of the saved model after .to(torch.bfloat16), bit for bit.
-    Public thread: TODO-THREAD
+    Public thread: huggingface/transformers#48892
     """
     saved = new_model(attention)
     saved.save_pretrained(tmp_path)

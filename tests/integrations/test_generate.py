@@ -44,7 +44,7 @@ def test_padded_batch_generates(way, options, tmp_path):
 
     In a step of decoding transformers asks pad_input with indices of int32. A prompt in chunks goes through our
     unpad_input, with sequences that have no token yet in the first chunk.
-    Public thread: TODO-THREAD
+    Public thread: huggingface/transformers#29075
     """
     name, calls = way
     path = save_model("llama", tmp_path)

@@ -4,7 +4,7 @@ Two kinds of failure. A helper stricter than the original: a model of another pr
 an error about the type of an index. And a mask of another convention, 0 for the tokens to keep and a large negative
 number for the others: read as a mask of 1 and 0 it keeps the padding and drops the text, and nobody is told.
 
-Public thread: TODO-THREAD
+Public threads: verl-project/verl#7098, nishide-dev/unturtle#56
 """
 
 import pytest

@@ -1,0 +1,135 @@
+"""Numbers at the ends of their ranges: checked in the precision in which they are used, and no stand-in for -infinity.
+
+softmax_scale=1e39 is a fine double and infinite in float32; a mask of -1e4, or of the least finite number, is nothing
+to a score that is less.
+
+Public threads: flashinfer-ai/flashinfer#4267, huggingface/transformers#14859, pytorch/pytorch#110213
+"""
+
+import pytest
+import torch
+
+import flash_attn
+from flash_attn.flash_attention import FlashAttention
+from flash_attn.modules.mha import MHA, CrossAttention, FlashCrossAttention, SelfAttention
+from plain_attention import assert_near, attention, gradients, leaves, visible
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LARGE = 3e38  # below the largest float32, but not times log2(e)
+
+
+def ones(dtype, *shape):
+    return torch.ones(shape or (1, 3, 1, 8), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e39, LARGE, 1e-39, 1e-46, 1e308 * 1.5])
+def test_scale_in_the_type_of_scores(scale, dtype):
+    x = ones(dtype)
+    if dtype == torch.float64 and scale < 1e308:
+        # Scores are equal: whatever their size, each key weighs the same.
+        assert torch.equal(flash_attn.flash_attn_func(x, x, x, softmax_scale=scale), x)
+        return
+    for call in (
+        lambda: flash_attn.flash_attn_func(x, x, x, softmax_scale=scale),
+        lambda: flash_attn.flash_attn_qkvpacked_func(torch.stack([x] * 3, 2), softmax_scale=scale),
+        lambda: FlashAttention(softmax_scale=scale)(torch.stack([x] * 3, 2)),
+        lambda: torch.ops.flash_attn._flash_attn_forward(x, x, x, 0.0, scale, False, -1, -1, 0.0, None, False),
+    ):
+        kind = "float64" if dtype == torch.float64 else "float32"
+        with pytest.raises(ValueError, match=rf"softmax_scale: expected a finite number above 0 \(in {kind}\), got"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [1e39, 1e-39, 1e-46])
+def test_softcap_in_the_type_of_scores(softcap, dtype):
+    x = ones(dtype)
+    if dtype == torch.float64:
+        assert torch.equal(flash_attn.flash_attn_func(x, x, x, softcap=softcap), x)
+        return
+    with pytest.raises(ValueError, match="softcap: expected a finite number above 0"):
+        flash_attn.flash_attn_func(x, x, x, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(("scale", "softcap"), [(1e20, 1e-20), (1e-20, 1e20)])
+def test_scale_over_softcap_in_the_type_of_scores(scale, softcap, dtype):
+    x = ones(dtype)
+    with pytest.raises(ValueError, match=r"softcap: expected a number by which softmax_scale=.* can be divided"):
+        flash_attn.flash_attn_func(x, x, x, softmax_scale=scale, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"softmax_scale": 1e18}, {"softmax_scale": 1e-18}, {"softcap": 1e18}], ids=str)
+def test_large_and_small_numbers_that_fit(options, dtype):
+    """One key gets all the weight, or all get the same: exact either way."""
+    q, k, v = (x.detach().to(dtype) for x in leaves((1, 3, 1, 8), (1, 5, 1, 8), (1, 5, 1, 8)))
+    out = flash_attn.flash_attn_func(q, k, v, **options)
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * options.get("softmax_scale", 8**-0.5)
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.double())
+    assert_near([out], [expected], atol=4 * torch.finfo(dtype).eps)
+
+
+MASK = torch.tensor([[False, True, True, False, True, False], [True, False, False, True, True, True]])
+OPTIONS = {
+    "window": {"window_size": (2, 1)},
+    "causal window, GQA": {"window_size": (3, -1), "causal": True, "num_heads_kv": 1},
+    "ALiBi": {"use_alibi": True},
+    "cross, causal": {"cross_attn": True, "causal": True},
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("softmax_scale", [1e-9, 1e-6, 0.4])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_masked_keys_however_small_the_scale(options, softmax_scale, size):
+    """The mask is carried in a number of its own where positions count: no scale and no size of scores beats it."""
+    found = []
+    for use_flash_attn in (True, False):
+        torch.manual_seed(4)
+        module = MHA(16, 2, softmax_scale=softmax_scale, use_flash_attn=use_flash_attn, dtype=torch.float64, **options)
+        inputs = leaves(*[(2, 6, 16)] * (2 if "cross_attn" in options else 1))
+        out = module(*(x * size for x in inputs), key_padding_mask=MASK)
+        found.append([out, *gradients(out, inputs)])
+    scale = max(x.abs().max().item() for x in found[1])
+    assert all(torch.isfinite(x).all() for x in found[0])
+    # A weight is known to within the rounding of its score.
+    assert_near(found[0], found[1], atol=scale * (1e-11 + 1e-15 * size**2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_plain_attention_masks_scores_below_any_stand_in(dtype):
+    """Scores of -inf that overflowed are no less than what is masked: such a row attends to nothing that is hidden."""
+    largest = torch.finfo(dtype).max
+    q, k = torch.full((1, 2, 1, 4), largest, dtype=dtype), torch.full((1, 3, 1, 4), -largest, dtype=dtype)
+    v = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 1, 4).to(dtype)
+    keep = torch.tensor([[True, True, False]])
+    out = CrossAttention(softmax_scale=1.0)(q, torch.stack([k, v], dim=2), key_padding_mask=keep)
+    unmasked = CrossAttention(softmax_scale=1.0)(q, torch.stack([k, v], dim=2)[:, :2])
+    assert torch.equal(out.isnan(), unmasked.isnan())
+    assert torch.equal(out.nan_to_num(), unmasked.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
+def test_rows_that_see_nothing(kind):
+    """0, with gradients of 0, and nothing that anomaly detection calls NaN."""
+    q, kv = leaves((2, 3, 2, 8), (2, 4, 2, 2, 8))
+    keep = torch.tensor([[False] * 4, [True, True, False, True]])
+    inputs = (q, kv)
+    if kind is SelfAttention:
+        inputs, keep = leaves((2, 4, 3, 2, 8)), keep
+    with torch.autograd.detect_anomaly(check_nan=True):
+        out = kind(causal=True)(*inputs, key_padding_mask=keep)
+        found = gradients(out, inputs)
+    assert (out[0] == 0).all()
+    assert all((x[0] == 0).all() for x in found)
+    assert all(torch.isfinite(x).all() for x in (out, *found))
+
+
+def test_flash_and_plain_agree_where_scores_are_huge():
+    q, kv = leaves((1, 5, 2, 8), (1, 7, 2, 2, 8))
+    options = {"softmax_scale": 1e6, "window_size": (2, 0)}
+    out = FlashCrossAttention(**options)(q, kv)
+    expected, _ = attention(q, *kv.unbind(2), keep=visible(5, 7, window=(2, 0)), scale=1e6)
+    assert_near([out, CrossAttention(**options)(q, kv)], [expected] * 2, atol=1e-9)
