@@ -29,6 +29,8 @@ QKV_PACKED = "qkv"
 # Arguments of FlashAttention before its inputs: config and the constants.
 _NUM_CONSTANTS = 5
 
+_STRIDED = torch.strided
+
 _TRACED = (
     "flash_attn: torch.jit.trace records a call that needs gradients as one of Python, which torch.jit.save cannot "
     "store; trace under torch.no_grad() for that"
@@ -88,21 +90,29 @@ def join_layout(layout: str, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def default_scale(q: Tensor) -> float:
     """head_dim ** -0.5. Of a tensor that has no such thing, which the ops refuse, some number."""
-    return q.shape[-1] ** -0.5 if q.dim() > 0 and q.shape[-1] != 0 else 1.0
+    try:
+        return q.shape[-1] ** -0.5
+    except (IndexError, ZeroDivisionError):
+        return 1.0
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Any, ...], seqused_k: Tensor | None, config: AttnConfig, alibi: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, softmax_lse and rng_state of the forward op. lengths: (), or cu_seqlens_q, cu_seqlens_k and block_table."""
-    options = config.options(alibi)
-    if lengths:
-        cu_seqlens_q, cu_seqlens_k, block_table = lengths
-        where = (cu_seqlens_q, cu_seqlens_k, config.max_seqlen_q, config.max_seqlen_k)
-        out, softmax_lse, _, rng_state = _varlen_forward(q, k, v, *where, *options, False, block_table, None, seqused_k)
-    else:
-        out, softmax_lse, _, rng_state = _dense_forward(q, k, v, *options, False)
-    return out, softmax_lse, rng_state
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, softmax_lse, S_dmask (empty) and rng_state of the forward op. options: see AttnConfig.options."""
+    if cu_seqlens_q is None:
+        return _dense_forward(q, k, v, *options, False)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _varlen_forward(q, k, v, *lengths, *options, False, block_table, None, seqused_k)
 
 
 def _run_backward(
@@ -122,21 +132,19 @@ def _run_backward(
     is_apart = torch.is_grad_enabled() or torch.compiler.is_compiling()
     q, k, v = config.split(inputs)
     buffers = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in ((q, k, v) if is_apart else inputs)]
-    head = (torch.zeros_like(out) if dout is None else dout, q, k, v, out, softmax_lse)
     gradients = buffers if is_apart else config.split(buffers)
+    if dout is None:
+        dout = torch.zeros_like(out)
     deterministic = config.deterministic or torch.are_deterministic_algorithms_enabled()
-    tail = (*config.options(alibi_slopes), deterministic, rng_state)
     lengths = (cu_seqlens_q, cu_seqlens_k, config.max_seqlen_q, config.max_seqlen_k)
+    options = config.options(alibi_slopes)
     if dlse is not None or seqused_k is not None:
-        _bwd(
-            *(head[0], dlse, *head[1:], *gradients, *lengths, seqused_k, None),
-            *config.policy(alibi_slopes, rng_state),
-            deterministic,
-        )
+        policy = config.policy(alibi_slopes, rng_state)
+        _bwd(dout, dlse, q, k, v, out, softmax_lse, *gradients, *lengths, seqused_k, None, *policy, deterministic)
     elif cu_seqlens_q is not None:
-        _varlen_backward(*head, *gradients, *lengths, *tail)
+        _varlen_backward(dout, q, k, v, out, softmax_lse, *gradients, *lengths, *options, deterministic, rng_state)
     else:
-        _dense_backward(*head, *gradients, *tail)
+        _dense_backward(dout, q, k, v, out, softmax_lse, *gradients, *options, deterministic, rng_state)
     return join_layout(config.layout, buffers) if is_apart else tuple(buffers)
 
 
@@ -151,9 +159,17 @@ class FlashAttention(torch.autograd.Function):
     def forward(config: AttnConfig, *tensors: Any) -> tuple[Tensor, ...]:
         """Run the forward operator."""
         cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, *inputs = tensors
-        lengths = () if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, None)
-        results = run_forward(*config.split(inputs), lengths, seqused_k, config, alibi_slopes)
-        return results if config.dropout_p > 0 else results[:2]
+        out, softmax_lse, _, rng_state = run_forward(
+            *config.split(inputs),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            config.max_seqlen_q,
+            config.max_seqlen_k,
+            seqused_k,
+            None,
+            config.options(alibi_slopes),
+        )
+        return (out, softmax_lse, rng_state) if config.dropout_p > 0 else (out, softmax_lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -230,7 +246,7 @@ def _is_plain(
 ) -> bool:
     """Every argument has the type that the operators want. Others may still be converted; see _convert_arguments."""
     for x in inputs:
-        if not isinstance(x, Tensor) or not _checks.is_dense(x):
+        if not isinstance(x, Tensor) or x.is_nested or x.layout is not _STRIDED:
             return False
     if lengths and not (
         isinstance(lengths[0], Tensor)
@@ -346,19 +362,26 @@ def attention(
     q, k, v = inputs if layout == SEPARATE else split_layout(layout, inputs)
     if softmax_scale is None:
         softmax_scale = default_scale(q)
-    longest_q, longest_k = max_seqlens
-    config = AttnConfig(
-        *(layout, longest_q, longest_k), softmax_scale, causal, window_size, softcap, dropout_p, bool(deterministic)
-    )
+    cu_seqlens_q, cu_seqlens_k, block_table = lengths or (None, None, None)
+    max_seqlen_q, max_seqlen_k = max_seqlens
+    rng_state: Tensor | None = None
     if _needs_grad(function, inputs, alibi_slopes):
-        out, softmax_lse, *rng_states = _differentiable_attention(config, inputs, lengths, alibi_slopes)
+        config = AttnConfig(
+            *(layout, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p),
+            bool(deterministic),
+        )
+        out, softmax_lse, *rest = _differentiable_attention(config, inputs, lengths, alibi_slopes)
+        rng_state = rest[0] if rest else None
     else:
-        out, softmax_lse, *rng_states = run_forward(q, k, v, lengths, None, config, alibi_slopes)
+        options = (dropout_p, softmax_scale, causal, window_size[0], window_size[1], softcap, alibi_slopes)
+        out, softmax_lse, _, rng_state = run_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, block_table, options
+        )
     if not return_attn_probs:
         return out
     if dropout_p == 0:
         return out, softmax_lse, q.new_empty(0)
-    cu_seqlens_q, cu_seqlens_k, block_table = lengths or (None, None, None)
-    where = (cu_seqlens_q, cu_seqlens_k, *max_seqlens, None, None, block_table)
+    where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, block_table)
+    policy = (alibi_slopes, softmax_scale, causal, window_size[0], window_size[1], softcap, dropout_p, rng_state)
     with torch.no_grad():
-        return out, softmax_lse, _attn_probs(q, k, softmax_lse, *where, *config.policy(alibi_slopes, rng_states[0]))
+        return out, softmax_lse, _attn_probs(q, k, softmax_lse, *where, *policy)

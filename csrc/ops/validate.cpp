@@ -228,12 +228,16 @@ void Validator::check_heads() {
 template <class T> bool is_normal(double x) { return x > 0 && std::isnormal(T(x)); }
 
 template <class T> void Validator::check_score_numbers() {
-    const std::string what = c10::str("a finite number above 0 (in ", sizeof(T) == 4 ? "float32" : "float64", ')');
+    constexpr bool is_float32 = sizeof(T) == 4;
     const double scale = args_.softmax_scale.value_or(1.0), cap = args_.softcap;
-    if (!is_normal<T>(scale) || !is_normal<T>(scale * kLog2e)) reasons_.add("softmax_scale", what, scale);
+    if (!is_normal<T>(scale) || !is_normal<T>(scale * kLog2e)) {
+        reasons_.add("softmax_scale", is_float32 ? "a finite number above 0 (in float32)" : "a finite number above 0",
+                     scale);
+    }
     if (cap <= 0) return;  // off; NaN is not
-    if (!is_normal<T>(cap) || !is_normal<T>(1 / cap)) return reasons_.add("softcap", what + ", or 0", cap);
-    if (is_normal<T>(scale) && !is_normal<T>(scale / cap)) {
+    if (!is_normal<T>(cap) || !is_normal<T>(1 / cap)) {
+        reasons_.add("softcap", is_float32 ? "a finite number (in float32), or 0" : "a finite number, or 0", cap);
+    } else if (is_normal<T>(scale) && !is_normal<T>(scale / cap)) {
         reasons_.add("softcap", c10::str("a number by which softmax_scale=", scale, " can be divided"), cap);
     }
 }
