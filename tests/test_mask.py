@@ -184,6 +184,17 @@ def test_honest_lengths_are_kept(policies, data, lengths, padded):
         assert tuple(out) == (cu[batch], lengths[batch], cu[batch] + skipped, seqused[batch] - skipped)
 
 
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=3, max_size=3), st.integers(-99, 99))
+def test_keys_in_use_leave_gaps(policies, sequences, unread):
+    """With seqused_k only the starts of cu_seqlens_k are read: sequences may lie in any order, one upon another."""
+    starts, used = zip(*sequences, strict=True)
+    arrays = [ints(array) for array in ([0, 1, 2, 3], [*starts, unread], used, None, None)]
+    for batch in range(3):
+        out = ints([0] * 4, ctypes.c_int64)
+        policies.sequence(*arrays, ints([3, 100, 1, 40, 0, 0, 1]), batch, out)
+        assert tuple(out) == (batch, 1, starts[batch], used[batch])
+
+
 @given(
     st.lists(HOSTILE, min_size=6, max_size=6), st.integers(1, 300), st.integers(0, 20), st.integers(1, 2**40), st.data()
 )
