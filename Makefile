@@ -19,7 +19,7 @@ LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yam
 REPORT_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 
 # The projects whose own code tests/integrations runs.
-INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0
+INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 xformers==0.0.35
 
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
 # What is built depends on the interpreter and on the choice of GPUs.

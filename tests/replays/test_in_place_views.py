@@ -8,6 +8,8 @@ Public threads: pytorch/pytorch#61519, huggingface/transformers#41535, pytorch/p
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import flash_attn
 from flash_attn.flash_attention import FlashAttention, FlashMHA
@@ -184,3 +186,21 @@ def test_hooks_on_layers_of_flash_mha(hook):
         torch.autograd.grad(plain(x)[0].sum(), [x, *plain.parameters()]),
         atol=0,
     )
+
+
+@pytest.mark.parametrize("use_flash_attn", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_tensor_parallel_projections(name, use_flash_attn, tmp_path):
+    """torch's own, on a group of one process: outputs of the projections are views made in a Function."""
+    (x,) = leaves((1, 5, 16))
+    plain, module = mha(use_flash_attn, **MODULES[name]), mha(use_flash_attn, **MODULES[name])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        columns = {n: ColwiseParallel() for n in ("Wqkv", "Wq", "Wkv") if hasattr(module, n)}
+        parallelize_module(module, mesh, {**columns, "out_proj": RowwiseParallel()})
+        found, expected = module(x), plain(x)
+        assert_near([found], [expected], atol=1e-12)
+        assert_near(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x), atol=1e-12)
+    finally:
+        torch.distributed.destroy_process_group()
