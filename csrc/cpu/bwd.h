@@ -177,11 +177,13 @@ private:
     }
 
     struct RowBounds { IntLane<T> first, last; };
-    // P and dS in the forms that the products want them. Rows past the last query give 0.
+    // P and dS in the forms that the products want them. A row past the last query gives 0: it is masked wherever there
+    // is one, since not all that its numbers come from has been written.
     void weights_and_gradients(int head, Range rows, int padded, Range part, bool covered, const ScoreFn<T>& score) {
         const int64_t row0 = seq_.first_row_q + rows.begin;
         const T *lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, head),
                 *dsoftmax_sum = row_ptr<T>(params_.dsoftmax_sum, task_.batch, row0, head);
+        const bool all_attend = covered && padded == rows.end - rows.begin;
         for (int r = 0; r < padded; r += kDepth) {
             T row_lse[kDepth], sum[kDepth], dlse[kDepth];
             RowBounds seen[kDepth];
@@ -204,7 +206,7 @@ private:
                     p[i] = exp2((load(b_.s + at) * score.scale - row_lse[i]) * T(kLog2e));
                     ds[i] = p[i] * ((load(b_.dp + at) - sum[i]) + dlse[i]);
                     if (score.softcap > 0) ds[i] *= load(b_.derivative + at);
-                    if (covered) continue;
+                    if (all_attend) continue;
                     const IntVec<T> key = lane_index<T>() + IntLane<T>(c);
                     const IntVec<T> keep = (key >= splat_int<T>(seen[i].first)) & (key <= splat_int<T>(seen[i].last));
                     p[i] = keep_only<T>(keep, p[i]);

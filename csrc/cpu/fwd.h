@@ -244,10 +244,9 @@ private:
                 *row_sum = b_.row_sum + panel * kPanel;
         T* lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, task_.head);
         const T rescale = T(dropout_rescale(p_.dropout));
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < count; ++i)
             lse[i] = row_sum[i] == 0 ? T(-INFINITY) : row_max[i] * score_.scale + std::log(row_sum[i]);
-            b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
-        }
+        for (int i = 0; i < round_up(count, kBlock); ++i) b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
         for (int i0 = 0; i0 < count; i0 += kBlock)
             for (int d0 = 0; d0 < p_.head_dim_v; d0 += kBlock) {
                 const int columns = min(kBlock, p_.head_dim_v - d0);
