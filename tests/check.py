@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import flash_attn
-from cases import Case
+from cases import Case, edge_cases, key_range_cases, paged_cases, small_table, table
 from compare import assert_bitwise, assert_finite, compare
 from inputs import Inputs, eps_of, lse_dtype, make_inputs, sequences
 from reference import ORDERS, Result, attention, attn_probs, visible
@@ -223,15 +223,17 @@ def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Ten
 
 
 def main() -> None:
-    """Runs the small table, for tests that need a process of their own; says how many cases passed."""
-    from cases import small_table
-
+    """Runs the small table, or the whole ones, for tests that need a process of their own; says how many passed."""
     torch.set_num_threads(1)
-    cases = small_table()
-    for case in cases:
+    whole = sys.argv[1:] == ["whole"]
+    both_passes = [*table(), *edge_cases(), *key_range_cases()] if whole else small_table()
+    forward_only = paged_cases() if whole else []
+    for case in [*both_passes, *forward_only]:
         check_forward(case)
+    for case in both_passes:
         check_backward(case)
-    sys.stdout.write(f"passed {len(cases)} on {flash_attn.build_info()['cpu_instruction_set']}\n")
+    passed = len(both_passes) + len(forward_only)
+    sys.stdout.write(f"passed {passed} on {flash_attn.build_info()['cpu_instruction_set']}\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 #include <c10/util/SmallVector.h>
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include "cpu/backend.h"
 
@@ -14,6 +16,20 @@ struct FreeCpu {
     void operator()(void* data) const { c10::free_cpu(data); }
 };
 using Buffer = std::unique_ptr<void, FreeCpu>;  // 64-byte aligned
+
+// For tests: with FLASH_ATTN_CPU_POISON=1, read once, memory is handed out full of NaN, and scratch to every task anew,
+// so that a number that is read and was never written shows, whatever ran before. All bits set are NaN in every type.
+inline bool poisons_memory() {
+    static const bool poisons = [] {
+        const char* asked = std::getenv("FLASH_ATTN_CPU_POISON");
+        return asked && !std::strcmp(asked, "1");
+    }();
+    return poisons;
+}
+inline void* handed_out(void* data, size_t bytes) {
+    if (poisons_memory() && bytes > 0) std::memset(data, 0xff, bytes);
+    return data;
+}
 
 // Scratch of one thread for one parallel loop. A thread keeps what it was given for its next loop, unless it was large.
 class Scratch {
@@ -50,7 +66,8 @@ public:
         std::atomic<int64_t> next{0};
         const auto work = [&](int64_t, int64_t) {
             const Scratch scratch(scratch_bytes);
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task.run(i, scratch.data());
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+                task.run(i, handed_out(scratch.data(), scratch_bytes));
         };
         if (workers > 1) {
             at::parallel_for(0, workers, 1, work);
@@ -58,7 +75,9 @@ public:
             work(0, 1);
         }
     }
-    void* workspace(size_t bytes) override { return workspaces_.emplace_back(c10::alloc_cpu(bytes)).get(); }
+    void* workspace(size_t bytes) override {
+        return handed_out(workspaces_.emplace_back(c10::alloc_cpu(bytes)).get(), bytes);
+    }
 
 private:
     c10::SmallVector<Buffer, 4> workspaces_;
