@@ -97,7 +97,8 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
         p.paged_kv.page_size = int32_t(args.k.size(1));
     }
     p.window = window_of(args);
-    p.score.softmax_scale = args.softmax_scale.value_or(1 / std::sqrt(double(p.head_dim)));
+    // As Python computes it, to the bit.
+    p.score.softmax_scale = args.softmax_scale.value_or(std::pow(double(p.head_dim), -0.5));
     p.score.softcap = max(args.softcap, 0.0);
     if (args.alibi_slopes) {
         alibi_slopes_ = last_dim_contiguous(*args.alibi_slopes);
