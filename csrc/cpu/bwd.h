@@ -3,6 +3,7 @@
 // then P = exp(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and
 // dsoftmax_sum say all that a query must know of its other keys, so nothing is reduced within a vector.
 #pragma once
+#include "cpu/long_sum.h"
 #include "cpu/tile.h"
 
 namespace flash_attn::cpu::FA_ISA {
@@ -23,7 +24,7 @@ template <class E, class Dot> class BwdSlice {
         Operand *q_by_row, *dout_by_row;     // [kQueries / kDepth][padded head_dim(_v)]; as q and dout unless pairs
         T *s, *dp;                           // [kQueries][kKeys]: scores, then P; dP, then dS
         Operand *p_by_row, *ds_by_row, *ds;  // [kQueries / kDepth][kKeys] twice, [kQueries][kKeys / kDepth]
-        T *dk, *dv;                          // [kKeys][padded head_dim(_v)]
+        LongSum<T> dk, dv;                   // [kKeys][padded head_dim(_v)]; a term is a query tile of a head
         T* derivative;                       // [kQueries][kKeys], of softcap
         uint16_t* keep;                      // [kQueries][kKeys]
         const E** rows;                      // [kKeys]
@@ -46,13 +47,19 @@ template <class E, class Dot> class BwdSlice {
                 ds_by_row = arena.take<Operand>(kQueries / kDepth * kKeys);
                 ds = arena.take<Operand>(kQueries * kKeys / kDepth);
             }
-            dk = arena.take<T>(kKeys * row);
-            dv = arena.take<T>(kKeys * row_v);
+            const bool long_sums = most_tiles(p) > LongSum<T>::kTerms;
+            dk = LongSum<T>::take(arena, kKeys * row, long_sums);
+            dv = LongSum<T>::take(arena, kKeys * row_v, long_sums);
             derivative = arena.take<T>(p.score.softcap > 0 ? kQueries * kKeys : 0);
             keep = arena.take<uint16_t>(p.dropout.threshold ? kQueries * kKeys : 0);
             rows = arena.take<const E*>(kKeys);
         }
     };
+
+    // Query tiles that may see one key tile.
+    static int64_t most_tiles(const Problem& p) {
+        return int64_t(p.num_heads / p.num_heads_k) * ceil_div(p.seqlens.seqlen_q, kQueries);
+    }
 
 public:
     static size_t scratch_bytes(const BwdParams& params) {
@@ -98,8 +105,20 @@ private:
         collect_rows<E>(p_.k, task_.batch, first, task_.head_k, count, b_.rows);
         PackE::transposed(b_.rows, count, padded, p_.head_dim, {b_.k_t, kKeys});
         PackE::by_row(b_.rows, count, padded, p_.head_dim, row_, {b_.k_by_row, row_});
-        memset(b_.dk, 0, sizeof(T) * count * row_);
-        memset(b_.dv, 0, sizeof(T) * count * row_v_);
+        b_.dk.clear(count * row_);
+        b_.dv.clear(count * row_v_);
+        num_tiles_ = 0;
+    }
+
+    // Before a query tile adds to dK and dV.
+    void count_tile() {
+        constexpr int kTerms = LongSum<T>::kTerms;
+        if (num_tiles_ > 0 && num_tiles_ % kTerms == 0) {
+            const int count = keys_.end - keys_.begin;
+            b_.dk.move_on(count * row_, num_tiles_ == kTerms);
+            b_.dv.move_on(count * row_v_, num_tiles_ == kTerms);
+        }
+        ++num_tiles_;
     }
 
     void load_queries(int head, Range rows) {
@@ -233,12 +252,13 @@ private:
 
     // seen: the keys that at least one row sees, within the tile; part: the same in whole vectors.
     void accumulate(int head, Range rows, int padded, Range seen, Range part, bool covered) {
+        count_tile();
         const int keys = seen.end - seen.begin, depth = padded / kDepth, count = rows.end - rows.begin;
         if (!covered && nonfinite(padded)) return accumulate_selected(head, rows, seen);
         gemm<Dot, Update::kAdd, true>(keys, row_v_, depth, {b_.p_by_row + seen.begin, kKeys}, {b_.dout_by_row, row_v_},
-                                      {b_.dv + seen.begin * row_v_, row_v_});
+                                      {b_.dv.recent + seen.begin * row_v_, row_v_});
         gemm<Dot, Update::kAdd, true>(keys, row_, depth, {b_.ds_by_row + seen.begin, kKeys}, {b_.q_by_row, row_},
-                                      {b_.dk + seen.begin * row_, row_});
+                                      {b_.dk.recent + seen.begin * row_, row_});
         gemm<Dot, Update::kAdd, false>(
             count, row_, (part.end - part.begin) / kDepth, {b_.ds + part.begin / kDepth, kKeys / kDepth},
             {b_.k_by_row + part.begin / kDepth * row_, row_}, {dq_accum(head, rows.begin), row_});
@@ -250,33 +270,50 @@ private:
                holds_nonfinite<Operand>({b_.k_by_row, row_}, ceil_div(keys_.end - keys_.begin, kDepth), row_);
     }
 
-    // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied.
+    // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied, in the order of gemm.
     void accumulate_selected(int head, Range rows, Range seen) {
-        for (int r = 0; r < rows.end - rows.begin; ++r)
-            for (int key = seen.begin; key < seen.end; ++key) {
-                if (!mask_.keep(rows.begin + r, keys_.begin + key)) continue;
-                const int at = r / kDepth * kKeys + key, i = r % kDepth, j = key % kDepth;
-                const T p = unpack_operand(b_.p_by_row[at], i), ds = unpack_operand(b_.ds_by_row[at], i);
-                T* dq = dq_accum(head, rows.begin + r);
-                for (int d = 0; d < p_.head_dim; ++d) {
-                    dq[d] += ds * unpack_operand(b_.k_by_row[key / kDepth * row_ + d], j);
-                    b_.dk[key * row_ + d] += ds * unpack_operand(b_.q_by_row[r / kDepth * row_ + d], i);
-                }
-                for (int d = 0; d < p_.head_dim_v; ++d)
-                    b_.dv[key * row_v_ + d] += p * unpack_operand(b_.dout_by_row[r / kDepth * row_v_ + d], i);
-            }
+        const Range queries{0, rows.end - rows.begin};
+        for (int key = seen.begin; key < seen.end; ++key) {
+            const auto keep = [&](int r) { return mask_.keep(rows.begin + r, keys_.begin + key); };
+            const auto p = [&](int r) { return number(b_.p_by_row, kKeys, r, key); };
+            const auto ds = [&](int r) { return number(b_.ds_by_row, kKeys, r, key); };
+            add_selected(queries, keep, p, {b_.dout_by_row, row_v_}, b_.dv.recent + key * row_v_);
+            add_selected(queries, keep, ds, {b_.q_by_row, row_}, b_.dk.recent + key * row_);
+        }
+        for (int r = queries.begin; r < queries.end; ++r) {
+            const auto keep = [&](int key) { return mask_.keep(rows.begin + r, keys_.begin + key); };
+            const auto ds = [&](int key) { return number(b_.ds_by_row, kKeys, r, key); };
+            add_selected(seen, keep, ds, {b_.k_by_row, row_}, dq_accum(head, rows.begin + r));
+        }
+    }
+    static T number(const Operand* by_row, int stride, int i, int column) {
+        return unpack_operand(by_row[i / kDepth * stride + column], i % kDepth);
+    }
+    // sum += the rows of an operand that keep(row) says, times weight(row).
+    template <class Keep, class Weight>
+    static void add_selected(Range rows, Keep keep, Weight weight, Matrix<const Operand> by_row, T* sum) {
+        for (int d = 0; d < by_row.stride; d += L) {
+            Vec<T> added{};
+            for (int r = rows.begin; r < rows.end; ++r)
+                if (keep(r))
+                    added += splat<T>(weight(r)) *
+                             unpack_operand(load(by_row.data + r / kDepth * by_row.stride + d), r % kDepth);
+            store(sum + d, load(sum + d) + added);
+        }
     }
 
     void store_keys() {
         const T scale = T(p_.score.softmax_scale);
+        const bool moved_on = num_tiles_ > LongSum<T>::kTerms;
         for (int r = 0; r < keys_.end - keys_.begin; ++r) {
             const int64_t row = seq_.first_row_k + keys_.begin + r;
             E *dk = row_ptr<E>(params_.dk, task_.batch, row, task_.head_k),
               *dv = row_ptr<E>(params_.dv, task_.batch, row, task_.head_k);
             for_each_vector<T>(p_.head_dim,
-                               [&](int d, int n) { store_some(dk + d, load(b_.dk + r * row_ + d) * scale, n); });
-            for_each_vector<T>(p_.head_dim_v,
-                               [&](int d, int n) { store_some(dv + d, load(b_.dv + r * row_v_ + d) * rescale_, n); });
+                               [&](int d, int n) { store_some(dk + d, b_.dk.at(r * row_ + d, moved_on) * scale, n); });
+            for_each_vector<T>(p_.head_dim_v, [&](int d, int n) {
+                store_some(dv + d, b_.dv.at(r * row_v_ + d, moved_on) * rescale_, n);
+            });
         }
     }
 
@@ -290,6 +327,7 @@ private:
     const int row_q_, row_dout_;                  // row lengths of b_.q and b_.dout
     const T rescale_;                             // of dropout
     Range keys_{0, 0};                            // the key tile
+    int64_t num_tiles_ = 0;                       // query tiles added to its dK and dV
 };
 
 constexpr int kPreprocessRows = 64;

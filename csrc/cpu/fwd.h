@@ -147,7 +147,8 @@ private:
         for (; g < vectors; ++g) softmax_group<1>(panel, g, part);
     }
 
-    // Scores become weights exp2(score - max); factor is what earlier sums and outputs are multiplied with.
+    // Scores become weights exp2(score - max); factor is what earlier sums and outputs are multiplied with. Weights are
+    // summed up within the tile first, for the sake of rounding errors.
     template <int G> void softmax_group(int panel, int group, Range part) {
         T* s = b_.s + group * L;
         Vec<T> top[G], offset[G], sum[G];
@@ -166,7 +167,8 @@ private:
             offset[x] = now == splat<T>(-INFINITY) ? Vec<T>{} : now;
             const Vec<T> factor = exp2((old - offset[x]) * score_.scale_log2);
             store(b_.factor + (group + x) * L, factor);
-            sum[x] = load(row_sum) * factor;
+            store(row_sum, load(row_sum) * factor);
+            sum[x] = Vec<T>{};
         }
         // The maximum is subtracted first: the greatest weight is exactly 1, and a lone key gives exactly its value.
         const auto weight = [&](int key, int x) {
@@ -187,7 +189,10 @@ private:
                 }
         }
 #pragma GCC unroll 4
-        for (int x = 0; x < G; ++x) store(b_.row_sum + panel * kPanel + (group + x) * L, sum[x]);
+        for (int x = 0; x < G; ++x) {
+            T* row_sum = b_.row_sum + panel * kPanel + (group + x) * L;
+            store(row_sum, load(row_sum) + sum[x]);
+        }
     }
 
     // Dropped weights become 0; the sums keep them.
@@ -224,12 +229,12 @@ private:
         for (int i = 0; i < vectors * L; ++i) {
             const int row = row0_ + panel * kPanel + i;
             for (int d = 0; d < p_.head_dim_v; ++d) {
-                T sum = o_t[d * kPanel + i] * b_.factor[i];
+                T sum = 0;
                 for (int key = part.begin; key < part.end; ++key)
                     if (mask_.keep(row, tile_.begin + key))
                         sum += unpack_operand(b_.p[key / kDepth * kPanel + i], key % kDepth) *
                                unpack_operand(b_.v[int64_t(key / kDepth) * p_.head_dim_v + d], key % kDepth);
-                o_t[d * kPanel + i] = sum;
+                o_t[d * kPanel + i] = sum + o_t[d * kPanel + i] * b_.factor[i];
             }
         }
     }

@@ -25,10 +25,10 @@ struct Bf16Dot {
 };
 #endif
 
+// The products of A B are summed up before the sum meets C, which may be the sum of many such sums.
 enum class Update {
     kStore,       // C = A B
-    kAdd,         // C = C + A B, every product added to C
-    kAddSum,      // the same, with the products summed up first
+    kAdd,         // C = C + A B
     kRescaleAdd,  // C = C * factor[column] + A B
 };
 
@@ -44,16 +44,7 @@ static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::
                                                  const typename Dot::Accum* factor) {
     using T = typename Dot::Accum;
     constexpr int L = kLanes<T>;
-    Vec<T> acc[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < kVectors; ++n) {
-            if constexpr (kUpdate == Update::kStore || kUpdate == Update::kAddSum) acc[m][n] = Vec<T>{};
-            if constexpr (kUpdate == Update::kAdd) acc[m][n] = load(c + m * c_stride + n * L);
-            if constexpr (kUpdate == Update::kRescaleAdd)
-                acc[m][n] = load(c + m * c_stride + n * L) * load(factor + n * L);
-        }
+    Vec<T> acc[kRows][kVectors] = {};
 #pragma GCC unroll 2
     for (int k = 0; k < depth; ++k) {
         Vec<typename Dot::Operand> bv[kVectors];
@@ -70,8 +61,10 @@ static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
         for (int n = 0; n < kVectors; ++n) {
-            if constexpr (kUpdate == Update::kAddSum) acc[m][n] += load(c + m * c_stride + n * L);
-            store(c + m * c_stride + n * L, acc[m][n]);
+            T* const out = c + m * c_stride + n * L;
+            if constexpr (kUpdate == Update::kAdd) acc[m][n] += load(out);
+            if constexpr (kUpdate == Update::kRescaleAdd) acc[m][n] += load(out) * load(factor + n * L);
+            store(out, acc[m][n]);
         }
 }
 
@@ -125,8 +118,8 @@ static void gemm_over_head_dim(int rows, int columns, int depth, Matrix<const ty
                                Matrix<const typename Dot::Operand> b, Matrix<typename Dot::Accum> c) {
     gemm<Dot, Update::kStore, false>(rows, columns, min(depth, kLongestSum), a, b, c);
     for (int k = kLongestSum; k < depth; k += kLongestSum)
-        gemm<Dot, Update::kAddSum, false>(rows, columns, min(depth - k, kLongestSum), {a.data + k, a.stride},
-                                          {b.data + k * b.stride, b.stride}, c);
+        gemm<Dot, Update::kAdd, false>(rows, columns, min(depth - k, kLongestSum), {a.data + k, a.stride},
+                                       {b.data + k * b.stride, b.stride}, c);
 }
 
 }  // namespace flash_attn::cpu::FA_ISA

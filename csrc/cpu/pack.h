@@ -113,10 +113,12 @@ FA_INLINE Vec<uint32_t> pack_pair(Vec<float> low, Vec<float> high) {
     return (round_to_bf16(low) >> 16) | (round_to_bf16(high) & 0xffff0000u);
 }
 
-// Number i along the depth of a pair, or the operand itself.
+// Number i along the depth of a pair, or the operand itself; also of vectors of them.
 FA_INLINE float unpack_operand(uint32_t pair, int i) { return bits_to_float(i ? pair & 0xffff0000u : pair << 16); }
-FA_INLINE float unpack_operand(float x, int) { return x; }
-FA_INLINE double unpack_operand(double x, int) { return x; }
+FA_INLINE Vec<float> unpack_operand(Vec<uint32_t> pair, int i) {
+    return (Vec<float>)(i ? pair & 0xffff0000u : pair << 16);
+}
+template <class T> FA_INLINE T unpack_operand(T x, int) { return x; }
 
 // Whether a packed operand holds NaN or infinity.
 template <class Operand> static bool holds_nonfinite(Matrix<const Operand> m, int num_rows, int num_columns) {
