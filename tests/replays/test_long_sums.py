@@ -2,6 +2,8 @@
 
 One product after another was added to a single sum: dv of 128 heads over one key head, with gradients of one, was
 wrong by 53 eps where plain attention is wrong by one. float64 is not here: the reference is itself no better.
+
+Public threads: Dao-AILab/flash-attention#2864, zhuzilin/ring-flash-attention#42, pytorch/pytorch#39516
 """
 
 import dataclasses

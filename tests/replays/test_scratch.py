@@ -2,6 +2,8 @@
 
 The last of an odd number of queries has a row of padding beside it. Its weights are 0, but what they were multiplied
 with was never written: it was what an earlier pass had left in the same memory.
+
+Public threads: tile-ai/tilelang#2461, Dao-AILab/flash-attention#2324
 """
 
 import dataclasses
