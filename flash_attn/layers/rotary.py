@@ -139,13 +139,28 @@ def apply_rotary_emb_kv_(
 
 
 class _Tables(NamedTuple):
-    """cos and sin of the positions from 0 to seqlen - 1, each (seqlen, dim / 2), for queries and for keys."""
+    """cos and sin of the positions from 0 to seqlen - 1, each (seqlen, dim / 2) or None, for queries and for keys."""
 
     seqlen: int
-    cos: Tensor
-    sin: Tensor
-    cos_k: Tensor
-    sin_k: Tensor
+    cos: Any
+    sin: Any
+    cos_k: Any
+    sin_k: Any
+
+
+_NO_TABLES = _Tables(0, None, None, None, None)
+
+
+def _of_tables(name: str) -> property:
+    """An attribute of RotaryEmbedding that is a part of what it keeps."""
+
+    def get(self: RotaryEmbedding) -> Any:
+        return getattr(self._kept, name)
+
+    def put(self: RotaryEmbedding, value: Any) -> None:
+        self._kept = self._kept._replace(**{name: value})
+
+    return property(get, put)
 
 
 class RotaryEmbedding(nn.Module):
@@ -179,7 +194,7 @@ class RotaryEmbedding(nn.Module):
         self.interleaved = interleaved
         self.scale_base = scale_base
         self._frequencies: list[float] | None = None
-        self._kept: _Tables | None = None
+        self._kept = _NO_TABLES
 
     @property
     def inv_freq(self) -> Tensor:
@@ -189,7 +204,7 @@ class RotaryEmbedding(nn.Module):
     @inv_freq.setter
     def inv_freq(self, value: Tensor) -> None:
         self._frequencies = value.tolist()
-        self._kept = None
+        self._kept = _NO_TABLES
 
     @property
     def scale(self) -> Tensor | None:
@@ -197,7 +212,7 @@ class RotaryEmbedding(nn.Module):
         return None if self.scale_base is None else self._compute_scale(self._device())
 
     def _device(self) -> torch.device:
-        return torch.device("cpu") if self._kept is None else self._kept.cos.device
+        return torch.device("cpu") if self._kept.cos is None else self._kept.cos.device
 
     def _compute_inv_freq(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         if self._frequencies is not None:
@@ -223,6 +238,8 @@ class RotaryEmbedding(nn.Module):
         return _Tables(seqlen, *(table.to(dtype) for table in tables))
 
     def _can_serve(self, kept: _Tables, seqlen: int, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+        if kept.cos is None:
+            return False
         # xPos grows from the middle of the tables, so that they have to be as long as asked for.
         is_long_enough = kept.seqlen >= seqlen if self.scale_base is None else kept.seqlen == seqlen
         return is_long_enough and kept.cos.device == device and kept.cos.dtype == dtype and is_plain(kept.cos)
@@ -232,7 +249,7 @@ class RotaryEmbedding(nn.Module):
     ) -> _Tables:
         """Keep tables at least seqlen long, on the device and in the dtype; classes elsewhere then read _cos_cached."""
         found = self._kept  # looked at once, and replaced as a whole: other threads may do the same
-        if found is None or not self._can_serve(found, seqlen, device, dtype):
+        if not self._can_serve(found, seqlen, device, dtype):
             with torch.inference_mode(False):
                 self._kept = found = self._make_tables(seqlen, device, dtype)
         return found
@@ -240,16 +257,21 @@ class RotaryEmbedding(nn.Module):
     def tables(self, seqlen: int, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(cos, sin) for queries and for keys, at least seqlen long, to turn tensors like the one given."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if type(self)._update_cos_sin_cache is not RotaryEmbedding._update_cos_sin_cache:
+            # A class of another project makes tables of its own.
+            self._update_cos_sin_cache(seqlen, device=like.device, dtype=dtype)
+            found = (self._cos_cached, self._sin_cached), (self._cos_k_cached, self._sin_k_cached)
+            return found if found[1][0] is not None else (found[0], found[0])
         make = self._update_cos_sin_cache if may_keep() else self._make_tables
         _, cos, sin, cos_k, sin_k = make(seqlen, like.device, dtype)
         return (cos, sin), (cos_k, sin_k)
 
-    # The names under which classes of other projects read the tables.
-    _seq_len_cached = property(lambda self: 0 if self._kept is None else self._kept.seqlen)
-    _cos_cached = property(lambda self: None if self._kept is None else self._kept.cos)
-    _sin_cached = property(lambda self: None if self._kept is None else self._kept.sin)
-    _cos_k_cached = property(lambda self: None if self._kept is None else self._kept.cos_k)
-    _sin_k_cached = property(lambda self: None if self._kept is None else self._kept.sin_k)
+    # The names under which classes of other projects read the tables, and set them.
+    _seq_len_cached = _of_tables("seqlen")
+    _cos_cached = _of_tables("cos")
+    _sin_cached = _of_tables("sin")
+    _cos_k_cached = _of_tables("cos_k")
+    _sin_k_cached = _of_tables("sin_k")
 
     def forward(
         self,

@@ -168,3 +168,43 @@ def test_tables_that_a_subclass_keeps_while_faking_are_not_taken_for_real():
         rotary._update_cos_sin_cache(16, device=torch.device("cpu"), dtype=torch.float32)
     (qkv,) = leaves((1, 5, 3, HEADS, 8), dtype=torch.float32)
     assert_same([rotary(qkv * 1.0)], [RotaryEmbedding(8)(qkv * 1.0)])
+
+
+class Stretched(RotaryEmbedding):
+    """As classes of other projects do it: tables of its own, under the names of 2.8.3."""
+
+    made = 0
+
+    def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
+        if seqlen <= self._seq_len_cached and self._cos_cached is not None and self._cos_cached.dtype == dtype:
+            return
+        self.made += 1
+        self._seq_len_cached = seqlen
+        angles = torch.arange(seqlen, device=device)[:, None] * self.inv_freq.to(device) / 4
+        self._cos_cached, self._sin_cached = angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def test_a_subclass_makes_tables_of_its_own():
+    own, same = Stretched(8), RotaryEmbedding(8)
+    same.inv_freq = same.inv_freq / 4
+    for seqlen in (5, 9, 4):
+        (qkv,) = leaves((1, seqlen, 3, HEADS, 8), dtype=torch.float32)
+        assert_near([own(qkv * 1.0)], [same(qkv * 1.0)], atol=1e-6)
+    assert own.made == 2
+    module = build("rotary")
+    module.rotary_emb = own
+    expected = build("rotary")
+    expected.rotary_emb = same
+    assert_near([module(x_of(12))], [expected(x_of(12))], atol=1e-6)
+    assert_near([copy.deepcopy(module)(x_of(12))], [expected(x_of(12))], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("_seq_len_cached", 0), ("_cos_cached", None)])
+def test_tables_can_be_dropped(name, value):
+    rotary = RotaryEmbedding(8)
+    (qkv,) = leaves((1, 5, 3, HEADS, 8), dtype=torch.float32)
+    expected = rotary(qkv * 1.0)
+    before = rotary._sin_cached
+    setattr(rotary, name, value)
+    assert_same([rotary(qkv * 1.0)], [expected])
+    assert rotary._sin_cached is not before
