@@ -112,6 +112,8 @@ def run_forward(
     if cu_seqlens_q is None:
         return _dense_forward(q, k, v, *options, False)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if block_table is None and seqused_k is None:
+        return _varlen_forward(q, k, v, *lengths, *options)
     return _varlen_forward(q, k, v, *lengths, *options, False, block_table, None, seqused_k)
 
 
