@@ -78,7 +78,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     pairs = x.to(compute_dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
     first, second = pairs.unbind(-1 if interleaved else -2)
     cos, sin = cos.to(compute_dtype).unsqueeze(-2), sin.to(compute_dtype).unsqueeze(-2)
-    turned = (first * cos - second * sin, first * sin + second * cos)
+    turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos))
     return torch.stack(turned, dim=-1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 

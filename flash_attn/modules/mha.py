@@ -288,18 +288,6 @@ class MHA(nn.Module):
             apply_rotary(k, *tables_k, 0, cu_seqlens_k, seqlen, interleaved=interleaved),
         )
 
-    def _rotate_packed(self, qkv: Tensor, packing: _Packing) -> Tensor:
-        """qkv, (..., 3, heads, head_dim), with its queries and keys turned: by one call where their tables are one."""
-        if self.rotary_emb.scale_base is not None:
-            q, k, v = qkv.unbind(-3)
-            return torch.stack([*self._rotate(q, k, packing), v], dim=-3)
-        heads = qkv[..., :2, :, :].flatten(-3, -2)
-        seqlen = qkv.shape[1] if packing.max_seqlen is None else int(packing.max_seqlen)
-        tables, _ = self.rotary_emb.tables(seqlen, like=qkv)
-        interleaved = self.rotary_emb.interleaved
-        turned = apply_rotary(heads, *tables, 0, packing.cu_seqlens, seqlen, interleaved=interleaved)
-        return torch.cat([turned.unflatten(-2, (2, -1)), qkv[..., 2:, :, :]], dim=-3)
-
     def _run(self, module: nn.Module, *tensors: Tensor, **options: Any) -> Tensor:
         if self.checkpointing:
             return checkpoint(module, *tensors, use_reentrant=False, **options)
@@ -310,7 +298,8 @@ class MHA(nn.Module):
         qkv = self._convolve("dwconv_qkv", self.Wqkv(x))
         qkv = rearrange(qkv, "... (three h d) -> ... three h d", three=3, d=self.head_dim)
         if self.rotary_emb_dim > 0:
-            qkv = self._rotate_packed(qkv, packing)
+            q, k, v = qkv.unbind(-3)
+            qkv = torch.stack([*self._rotate(q, k, packing), v], dim=-3)
         if not self.use_flash_attn:
             return self._run(self.inner_attn, qkv, causal=causal, key_padding_mask=keep)
         if keep is None:
