@@ -1,7 +1,7 @@
 """Attention of padded batches by functions that know no padding masks, in memory linear in the sequence length.
 
 Packing cuts the padding out, which is fast. Where that would change the distances that a window, ALiBi or a causal mask
-looks at, one more number per head carries the mask instead: that of a masked key is -infinity, and so is its score.
+looks at, one more number per head carries the mask instead, so that the score of a masked key is -infinity.
 """
 
 from __future__ import annotations
@@ -53,6 +53,19 @@ def attend_packed(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
     return out.unflatten(0, (batch_size, seqlen_q))
 
 
+def _mask_numbers(q: Tensor) -> tuple[float, float]:
+    """What a query and a masked key hold, with a product of -infinity in the type that scores are summed in.
+
+    Finite ones where the type has them: gradients of 0 times infinity are NaN, which anomaly detection reports.
+    """
+    dtype = q.dtype
+    if dtype != torch.float64 and not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype == torch.float16:
+        return 1.0, -torch.inf
+    return (2.0**600, -(2.0**600)) if dtype == torch.float64 else (2.0**100, -(2.0**100))
+
+
 def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Tensor) -> Tensor:
     """Attention with the mask in one more number per head.
 
@@ -73,8 +86,9 @@ def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
         expected = f"at most {limit} with this key_padding_mask and a window, ALiBi or cross attention that is causal"
         raise ValueError(f"MHA: head_dim: expected {expected}, got {q.shape[-1]}")
     kv = kv.masked_fill(~keep[:, :, None, None, None], 0)
-    key_number = torch.where(keep, 0.0, -torch.inf).to(kv.dtype)
+    of_query, of_masked_key = _mask_numbers(q)
+    key_number = kv.new_zeros(keep.shape).masked_fill(~keep, of_masked_key)
     numbers = torch.stack([key_number, torch.zeros_like(key_number)], dim=-1)[..., None, None]
     wide_kv = torch.cat([kv, numbers.expand(*kv.shape[:-1], 1)], dim=-1)
-    wide_q = torch.cat([q, torch.ones_like(q[..., :1])], dim=-1)
+    wide_q = torch.cat([q, torch.full_like(q[..., :1], of_query)], dim=-1)
     return attend(wide_q, wide_kv)[..., : q.shape[-1]]

@@ -98,6 +98,28 @@ def test_masked_keys_however_small_the_scale(options, softmax_scale, size):
     assert_near(found[0], found[1], atol=scale * (1e-11 + 1e-15 * size**2))
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_masked_keys_in_every_type(options, dtype, autocast):
+    """Nothing on the way is NaN, but in float16, which has no finite number that would do."""
+    mask = MASK.clone()
+    mask[0, :5] = False  # queries that see masked keys only
+    torch.manual_seed(4)
+    module = MHA(16, 2, use_flash_attn=True, dtype=dtype, **options)
+    exact = MHA(16, 2, use_flash_attn=True, dtype=torch.float64, **options)
+    exact.load_state_dict({name: p.double() for name, p in module.state_dict().items()})
+    inputs = leaves(*[(2, 6, 16)] * (2 if "cross_attn" in options else 1), dtype=dtype)
+    check_nan = torch.float16 not in (dtype, autocast)
+    enabled = autocast is not None
+    with torch.autograd.detect_anomaly(check_nan=check_nan), torch.autocast("cpu", autocast, enabled=enabled):
+        out = module(*inputs, key_padding_mask=mask)
+        found = [out, *torch.autograd.grad(out.double().sum(), inputs)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = exact(*wide, key_padding_mask=mask)
+    assert_near(found, [expected, *torch.autograd.grad(expected.sum(), wide)], atol=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_attention_masks_scores_below_any_stand_in(dtype):
     """Scores of -inf that overflowed are no less than what is masked: such a row attends to nothing that is hidden."""
