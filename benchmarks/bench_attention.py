@@ -23,7 +23,7 @@ from harness.implementation import OURS, Implementation, disagreement, works
 from harness.machine import add_common_arguments, describe, heading, results_folder, save
 from harness.report import Row, one_line, table
 from harness.targets import check_targets, targets_table
-from harness.timing import Contestant, race
+from harness.timing import Provider, time_interleaved
 from harness.varlen import varlen_implementations
 
 
@@ -49,11 +49,11 @@ def measure(case: Case, device: str, budget: float) -> tuple[Row, list[str]]:
     torch.manual_seed(0)
     ours, *peers = implementations(case, device)
     problems = list(filter(None, (disagreement(case, ours, peer) for peer in peers)))
-    contestants = {each.name: Contestant(each.run, each.context) for each in (ours, *peers)}
-    rounds = race(contestants, device, budget)
-    milliseconds = {name: 1e3 * contestant.median() for name, contestant in contestants.items()}
-    reference = contestants.pop(OURS)
-    ratios = {name: contestant.ratio_to(reference) for name, contestant in contestants.items()}
+    providers = {each.name: Provider(each.run, each.context) for each in (ours, *peers)}
+    rounds = time_interleaved(providers, device, budget)
+    milliseconds = {name: 1e3 * contestant.median() for name, contestant in providers.items()}
+    reference = providers.pop(OURS)
+    ratios = {name: contestant.ratio_to(reference) for name, contestant in providers.items()}
     return Row(case, rounds, milliseconds, ratios), problems
 
 

@@ -31,9 +31,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from build_tools import preflight
 
 if __name__ == "__main__" and "--device=cpu" not in sys.argv:
-    preflight_trouble = preflight.trouble() or preflight.trouble_with_build()
-    if preflight_trouble:
-        sys.exit(f"gpu-bench: {preflight_trouble}")
+    unavailable_reason = preflight.unavailable_reason() or preflight.build_unavailable_reason()
+    if unavailable_reason:
+        sys.exit(f"gpu-bench: {unavailable_reason}")
 
 import torch
 import torch._functorch.config

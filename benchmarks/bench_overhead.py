@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from flash_attn import flash_attn_func
 from harness.cases import DTYPES
 from harness.machine import add_common_arguments, describe, heading, results_folder, save
-from harness.timing import Contestant, race
+from harness.timing import Provider, time_interleaved
 
 # batch_size, seqlen, num_heads, head_dim. The first is the one with a target.
 SHAPES = {"b1 n1 h1 d64": (1, 1, 1, 64), "b2 n32 h4 d32": (2, 32, 4, 32)}
@@ -63,9 +63,9 @@ def calls(shape: tuple[int, ...], dtype: str, device: str, backward: bool) -> di
 
 def measure(shape: tuple[int, ...], dtype: str, device: str, backward: bool, budget: float) -> dict[str, float]:
     """Median microseconds per call."""
-    contestants = {name: Contestant(call) for name, call in calls(shape, dtype, device, backward).items()}
-    race(contestants, device, budget, min_rounds=20, max_rounds=2000)
-    return {name: 1e6 * contestant.median() for name, contestant in contestants.items()}
+    providers = {name: Provider(call) for name, call in calls(shape, dtype, device, backward).items()}
+    time_interleaved(providers, device, budget, min_rounds=20, max_rounds=2000)
+    return {name: 1e6 * contestant.median() for name, contestant in providers.items()}
 
 
 def main() -> int:

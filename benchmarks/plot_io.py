@@ -20,7 +20,7 @@ import io_model
 
 HEAD_DIM = 64
 SEQLENS = [2**i for i in range(7, 17)]
-FORWARD_TILE, BACKWARD_TILE = (128, 64), (64, 128)  # queries, keys: csrc/launch/tile_config.h
+FORWARD_TILE, BACKWARD_TILE = (128, 64), (64, 128)  # queries, keys: csrc/cuda/sm80/config.h
 OURS, STANDARD, THEORY = "#2b5f8a", "#f2a65a", "#777777"
 MIB = 2**20
 

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import flash_attn  # noqa: F401 (its operators)
 from build_tools.variants import FOLDER, HEAD_DIMS
-from harness.timing import Contestant, race
+from harness.timing import Provider, time_interleaved
 
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1024, 4096, 16384, 2048, 8192)  # in the order of their value
@@ -104,10 +104,10 @@ def measure(name: str, length: int, head_dim: int, causal: bool, budget: float) 
     except (RuntimeError, AttributeError) as error:
         differ[f"no cuDNN: {str(error).splitlines()[0]}"] = 0.0
     for which in PASSES:
-        contestants = {each: Contestant(own[which]) for each, own in calls.items()}
-        race(contestants, "cuda", budget, min_rounds=5)
-        speedups = {each: contestants[THIS].ratio_to(contestants[each]) for each in calls if each != THIS}
-        milliseconds = {each: round(1e3 * contestant.median(), 5) for each, contestant in contestants.items()}
+        providers = {each: Provider(own[which]) for each, own in calls.items()}
+        time_interleaved(providers, "cuda", budget, min_rounds=5)
+        speedups = {each: providers[THIS].ratio_to(providers[each]) for each in calls if each != THIS}
+        milliseconds = {each: round(1e3 * contestant.median(), 5) for each, contestant in providers.items()}
         yield {"case": name, "pass": which, "ms": milliseconds, "speedup": speedups, "differ": differ}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 OWN_VARIABLE = "FLASH_ATTN_CUDA_ARCHS"
 TORCH_VARIABLE = "TORCH_CUDA_ARCH_LIST"
@@ -161,10 +162,10 @@ def code_names(archs: Sequence[Arch]) -> list[str]:
     return [arch.machine_code for arch in archs] + [arch.intermediate_code for arch in archs if arch.ptx]
 
 
-def code_for_source(name: str, archs: Sequence[Arch]) -> list[str]:
-    """What one source file is compiled into. *_sm90.cu needs Hopper's own instructions; the others serve every GPU."""
+def code_for_source(source: Path, archs: Sequence[Arch]) -> list[str]:
+    """What one source file is compiled into. Those in sm90/ need Hopper's own instructions; others serve every GPU."""
     names = code_names(archs)
-    return [code for code in names if code == "sm_90a"] if name.endswith("_sm90.cu") else names
+    return [code for code in names if code == "sm_90a"] if source.parent.name == "sm90" else names
 
 
 def gencode_flags(codes: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Compiles csrc/launch: one object file per .cu file, element type and head_dim, each for its own targets.
+"""Compiles csrc/cuda: one object file per .cu file, element type and head_dim, each for its own targets.
 
 torch.utils.cpp_extension has one list of targets for all files of an extension, but a file for Hopper compiles for
 sm_90a only. Hence a build.ninja of our own, whose objects the extension is then linked with. Needs nvcc, not torch:
@@ -22,11 +22,11 @@ from pathlib import Path
 from build_tools import cuda_archs, prebuilt
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "csrc" / "launch"
+SOURCES = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "cuda"
 ELEMENTS = ("bf16", "fp16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
-# For run.cpp: there are kernels for Hopper to choose.
+# For backends.cpp: there are kernels for Hopper to choose.
 HOPPER_MACRO = "FLASH_ATTN_HOPPER"
 
 USUAL_HOME = "/usr/local/cuda"
@@ -49,9 +49,15 @@ class Object:
     macros: tuple[str, ...] = ()
 
     @property
+    def kernel(self) -> str:
+        """The name of the source, with that of the folder of its architecture: fwd_sm80."""
+        folder = self.source.parent.name
+        return f"{self.source.stem}_{folder}" if folder.startswith("sm") else self.source.stem
+
+    @property
     def name(self) -> str:
         """The name of the object file, without the suffix."""
-        return f"{self.source.stem}_{self.element}_{self.head_dim}" if self.element else self.source.stem
+        return f"{self.kernel}_{self.element}_{self.head_dim}" if self.element else self.kernel
 
     def path(self, folder: Path) -> Path:
         """The object file."""
@@ -71,7 +77,7 @@ class Object:
 
 def cuda_sources(folder: Path = SOURCES) -> list[Path]:
     """The files that instantiate kernels (.cu), and those that choose among them (.cpp)."""
-    return sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
+    return sorted([*folder.glob("**/*.cu"), *folder.glob("*.cpp")])
 
 
 def objects(archs: Sequence[cuda_archs.Arch], sources: Sequence[Path] | None = None) -> list[Object]:
@@ -79,7 +85,7 @@ def objects(archs: Sequence[cuda_archs.Arch], sources: Sequence[Path] | None = N
     found = []
     macros = (HOPPER_MACRO,) if cuda_archs.HOPPER in [arch.capability for arch in archs] else ()
     for source in cuda_sources() if sources is None else sources:
-        codes = tuple(cuda_archs.code_for_source(source.name, archs))
+        codes = tuple(cuda_archs.code_for_source(source, archs))
         if source.suffix == ".cpp":
             # It holds no kernel, but includes headers of kernels, which take nvcc.
             found.append(Object(source, codes[:1], macros=macros))
@@ -179,7 +185,7 @@ def facts(nvcc: str, wanted: Sequence[Object]) -> dict[str, str]:
     """All that these object files depend on. Where the sources lie does not matter."""
     flags = [flag for flag in common_flags(nvcc) if not flag.startswith("-I")]
     own = {each.name: shlex.join([*flags, *each.flags()]) for each in wanted}
-    folders = {SOURCES.parent if each.source.parent == SOURCES else each.source.parent for each in wanted}
+    folders = {SOURCES.parent if SOURCES in each.source.parents else each.source.parent for each in wanted}
     sources = {folder.name: prebuilt.fingerprint(folder) for folder in sorted(folders)}
     return {**sources, "nvcc": cuda_version(nvcc), **own}
 

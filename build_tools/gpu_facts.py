@@ -22,7 +22,7 @@ def nvidia_smi() -> str:
 
 
 def tensor_map_results() -> dict[int, int]:
-    """The CUresult of cuTensorMapEncodeTiled for every box, with the dimensions that tile/copy_sm90.h explains.
+    """The CUresult of cuTensorMapEncodeTiled for every box, with the dimensions that cuda/tile/copy_sm90.h explains.
 
     Raises OSError where there is no driver.
     """

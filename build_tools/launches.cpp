@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <cstring>
 #include <typeinfo>
-#include "launch/tile_config.h"
-#include "launch/tile_config_sm90.h"
+#include "cuda/sm80/config.h"
+#include "cuda/sm90/config.h"
 
 using namespace flash_attn;
 
@@ -48,7 +48,7 @@ template <class Config> void print_probs() {
 template <class Config> void print_bwd() {
     print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
     print<Config>("bwd_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(5, Config::kDqParts));
-    print<Config>("bwd_finish", Config::kThreads, 0);
+    print<Config>("bwd_postprocess", Config::kThreads, 0);
 }
 
 // Those for 9.0: the consumers compute, the other warpgroup loads.
@@ -65,7 +65,7 @@ template <class Config> void print_bwd_sm90() {
     print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
     print<Config>("bwd_sm90", Config::kThreads, Config::kSmemBytes,
                   {4 * Config::kConsumers, kProducts, 1, kFilled, kReduced, !Config::kOwnsColumns});
-    print<Config>("bwd_finish", Config::kFinishThreads, 0);
+    print<Config>("bwd_postprocess", Config::kPostprocessThreads, 0);
 }
 
 template <class Tiles> void print_fwd_tiles_sm90() {

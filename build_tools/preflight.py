@@ -8,7 +8,7 @@ import sys
 from build_tools import cuda_objects
 
 
-def trouble() -> str:
+def unavailable_reason() -> str:
     """Empty if there is a GPU that torch can use and that the kernels support, and a compiler for them."""
     try:
         import torch
@@ -28,7 +28,7 @@ def trouble() -> str:
     return ""
 
 
-def trouble_with_build() -> str:
+def build_unavailable_reason() -> str:
     """Empty if the extension, which is built, has the kernels for this GPU."""
     import torch
 
@@ -55,5 +55,5 @@ def device_is_lost() -> bool:
 
 
 if __name__ == "__main__":
-    if found := trouble():
+    if found := unavailable_reason():
         sys.exit(f"{sys.argv[1]}: {found}")

@@ -161,7 +161,7 @@ def kernels_of(built: cuda_objects.Object, output: str, known: list[Launch]) -> 
         found.append(
             Kernel(
                 launch.kernel,
-                built.source.stem,
+                built.kernel,
                 built.element,
                 launch.head_dim,
                 launch.head_dim_v,
@@ -320,7 +320,7 @@ def gather(folder: Path, names: Sequence[str] = (), committed: dict[str, Any] | 
         kernels += own
         warnings += [f"{each.name}: {line}" for line in warnings_in(log["output"])]
         # The other element type has the same instructions, if perhaps in other registers.
-        is_first, is_for_hopper = each.element == cuda_objects.ELEMENTS[0], each.source.stem.endswith("_sm90")
+        is_first, is_for_hopper = each.element == cuda_objects.ELEMENTS[0], each.kernel.endswith("_sm90")
         functions = disassemble(tool, each.path(folder)) if is_first or is_for_hopper else []
         loops += main_loops(functions, own, known) if is_first else []
         products += sum(instruction.name == "HGMMA" for f in functions for instruction in f.instructions)

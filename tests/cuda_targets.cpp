@@ -9,8 +9,8 @@ bool runs_on(const char* target, int compute_capability) { return flash_attn::ru
 
 bool has_hopper_kernels(const char* targets) { return flash_attn::has_hopper_kernels(targets); }
 
-void device_trouble(const char* device, int compute_capability, const char* targets, char* text, size_t size) {
-    std::strncpy(text, flash_attn::device_trouble(device, compute_capability, targets).c_str(), size - 1);
+void unavailable_reason(const char* device, int compute_capability, const char* targets, char* text, size_t size) {
+    std::strncpy(text, flash_attn::unavailable_reason(device, compute_capability, targets).c_str(), size - 1);
     text[size - 1] = '\0';
 }
 

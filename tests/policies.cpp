@@ -1,10 +1,10 @@
-// The policies of csrc/attn/ as C functions, for test_mask.py.
+// The policies of csrc/policy/ as C functions, for test_mask.py.
 #include <cstdint>
 
-#include "attn/dropout.h"
-#include "attn/mask.h"
-#include "attn/paged_kv.h"
-#include "attn/seqlen.h"
+#include "policy/dropout.h"
+#include "policy/mask.h"
+#include "policy/paged_kv.h"
+#include "policy/seqlen.h"
 
 using namespace flash_attn;
 
@@ -20,17 +20,17 @@ extern "C" {
 bool mask_keep(const int32_t* mask, int row, int key) { return make_mask(mask).keep(row, key); }
 
 void mask_keys_of(const int32_t* mask, int begin, int end, int32_t* out) {
-    const Range keys = make_mask(mask).keys_of({begin, end});
+    const Range keys = make_mask(mask).kv_range({begin, end});
     out[0] = keys.begin, out[1] = keys.end;
 }
 
-void mask_rows_of(const int32_t* mask, int begin, int end, int32_t* out) {
-    const Range rows = make_mask(mask).rows_of({begin, end});
+void mask_q_range(const int32_t* mask, int begin, int end, int32_t* out) {
+    const Range rows = make_mask(mask).q_range({begin, end});
     out[0] = rows.begin, out[1] = rows.end;
 }
 
 bool mask_covers(const int32_t* mask, int row_begin, int row_end, int key_begin, int key_end) {
-    return make_mask(mask).covers({row_begin, row_end}, {key_begin, key_end});
+    return make_mask(mask).is_full_block({row_begin, row_end}, {key_begin, key_end});
 }
 
 // Answers for all rows and keys, and for all ranges begin < end in the order of begin, then end.
@@ -41,11 +41,11 @@ void mask_tables(const int32_t* m, uint8_t* keep, int32_t* keys_of, int32_t* row
     for (int begin = 0; begin < mask.seqlen_q; ++begin)
         for (int end = begin + 1; end <= mask.seqlen_q; ++end, keys_of += 2) mask_keys_of(m, begin, end, keys_of);
     for (int begin = 0; begin < mask.seqlen_k; ++begin)
-        for (int end = begin + 1; end <= mask.seqlen_k; ++end, rows_of += 2) mask_rows_of(m, begin, end, rows_of);
+        for (int end = begin + 1; end <= mask.seqlen_k; ++end, rows_of += 2) mask_q_range(m, begin, end, rows_of);
     for (int a = 0; a < mask.seqlen_q; ++a)
         for (int b = a + 1; b <= mask.seqlen_q; ++b)
             for (int c = 0; c < mask.seqlen_k; ++c)
-                for (int d = c + 1; d <= mask.seqlen_k; ++d) *covers++ = mask.covers({a, b}, {c, d});
+                for (int d = c + 1; d <= mask.seqlen_k; ++d) *covers++ = mask.is_full_block({a, b}, {c, d});
 }
 
 // sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether there is

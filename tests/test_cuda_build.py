@@ -104,9 +104,9 @@ def test_what_nvcc_does_not_know():
 
 def test_targets_of_a_source():
     archs = parse("8.0+PTX;9.0a;9.0+PTX")
-    assert code_for_source("fwd_sm80.cu", archs) == ["sm_80", "sm_90a", "compute_80", "compute_90"]
-    assert code_for_source("fwd_sm90.cu", archs) == ["sm_90a"]
-    assert code_for_source("fwd_sm90.cu", parse("8.0+PTX")) == []
+    assert code_for_source(Path("sm80/fwd.cu"), archs) == ["sm_80", "sm_90a", "compute_80", "compute_90"]
+    assert code_for_source(Path("sm90/fwd.cu"), archs) == ["sm_90a"]
+    assert code_for_source(Path("sm90/fwd.cu"), parse("8.0+PTX")) == []
     assert gencode_flags(["sm_90a", "compute_80"]) == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_80,code=compute_80",
@@ -199,7 +199,7 @@ def test_code_runs_on(targets, target, devices):
 )
 def test_kernels_for_hopper_are_those_that_are_compiled(targets, archs):
     chosen = parse(archs)
-    compiled = any(each.source.stem == "fwd_sm90" for each in cuda_objects.objects(chosen, [Path("fwd_sm90.cu")]))
+    compiled = any(each.kernel == "fwd_sm90" for each in cuda_objects.objects(chosen, [Path("sm90/fwd.cu")]))
     assert targets.has_hopper_kernels(" ".join(code_names(chosen)).encode()) == compiled
 
 
@@ -220,5 +220,5 @@ REBUILD = "rebuild it with FLASH_ATTN_CUDA_ARCHS=12.0 pip install --no-build-iso
 )  # fmt: skip
 def test_what_a_device_is_told(targets, capability, codes, said):
     text = ctypes.create_string_buffer(1000)
-    targets.device_trouble(b"GPU", capability, codes.encode(), text, len(text))
+    targets.unavailable_reason(b"GPU", capability, codes.encode(), text, len(text))
     assert text.value.decode() == said

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_object_files():
-    sources = [Path("fwd_sm80.cu"), Path("fwd_sm90.cu"), Path("run.cpp")]
+    sources = [Path("sm80/fwd.cu"), Path("sm90/fwd.cu"), Path("backends.cpp")]
     found = cuda_objects.objects(parse("8.0;9.0a"), sources)
     assert len({each.name for each in found}) == len(found) == 2 * 2 * 5 + 1
     assert {each.codes for each in found if each.source == sources[0]} == {("sm_80", "sm_90a")}
@@ -40,11 +40,11 @@ def test_object_files():
     ],
 )
 def test_kernels_for_hopper_are_chosen_where_there_are_any(archs, macro, code, tmp_path):
-    sources = [Path("fwd_sm80.cu"), Path("fwd_sm90.cu"), Path("run.cpp")]
+    sources = [Path("sm80/fwd.cu"), Path("sm90/fwd.cu"), Path("backends.cpp")]
     found = cuda_objects.objects(parse(archs), sources)
     (chooser,) = (each for each in found if each.source == sources[2])
     flags = ["-x=cu", *macro, f"-gencode=arch=compute_{code},code=sm_{code}"]
-    assert (chooser.name, chooser.flags()) == ("run", flags)
+    assert (chooser.name, chooser.flags()) == ("backends", flags)
     assert {each.macros for each in found if each is not chooser} == {()}
     assert bool(macro) == any(each.source == sources[1] for each in found)
     nvcc = tmp_path / "nvcc"

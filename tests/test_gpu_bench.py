@@ -21,7 +21,7 @@ from harness import gpu, gpu_race, monitor, results
 from harness.dense import dense_implementations
 from harness.flex import FLEX
 from harness.implementation import Implementation, differences, distance, results_of, why_not
-from harness.timing import Contestant, race
+from harness.timing import Provider, time_interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY = "varlen|softcap|bf16.*(d256|n1x)"
@@ -273,8 +273,8 @@ def test_nan_is_noticed():
 
 def test_everybody_begins_a_round_in_turn():
     calls = []
-    contestants = {name: Contestant(lambda name=name: calls.append(name), repeats=False) for name in "abc"}
-    race(contestants, "cpu", 10.0, max_rounds=3)
+    providers = {name: Provider(lambda name=name: calls.append(name), repeats=False) for name in "abc"}
+    time_interleaved(providers, "cpu", 10.0, max_rounds=3)
     rounds = ["".join(calls[i : i + 3]) for i in range(6, 15, 3)]  # after two calls of each to warm up
     assert rounds == ["abc", "bca", "cab"]
 

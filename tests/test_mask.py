@@ -1,4 +1,4 @@
-"""The policies that every backend shares (csrc/attn/) against definitions written in Python.
+"""The policies that every backend shares (csrc/policy/) against definitions written in Python.
 
 The mask is compared exhaustively for small shapes and windows and by random trials beyond; lengths and tables that
 could come from a device are tried with hostile values.

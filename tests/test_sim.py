@@ -53,7 +53,7 @@ def test_cases():
 
 
 def test_sanitized_cases():
-    """AddressSanitizer and UBSan, with lengths and tables that lie among the cases."""
+    """AddressSanitizer and UBSan, with invalid lengths and tables among the cases."""
     make("sanitize")
 
 

@@ -44,17 +44,20 @@ def test_rule_looks_at_some_file(rule: Rule):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("csrc/ptx/sync.h", "inline void sync_threads() { __syncthreads(); }\n"),
-        ("csrc/launch/launch.h", "kernel<<<grid, block, smem, stream>>>(params);\n"),
+        ("csrc/cuda/ptx/sync.h", "inline void sync_threads() { __syncthreads(); }\n"),
+        ("csrc/cuda/launch.h", "kernel<<<grid, block, smem, stream>>>(params);\n"),
         ("csrc/ops/cpu.cpp", '#include <ATen/core/Tensor.h>\n#include "cpu/backend.h"\nat::Tensor out;\n'),
-        ("csrc/cpu/fwd.h", '#include "attn/mask.h"\n#include "cpu/tile.h"\n#include "params.h"\n'),
-        ("csrc/kernels/fwd_sm80.h", '#include "attn/mask.h"\n#include "attn/softmax.h"\n#include "ptx/mma.h"\n'),
+        ("csrc/cpu/fwd.h", '#include "policy/mask.h"\n#include "cpu/tile.h"\n#include "problem.h"\n'),
         (
-            "csrc/attn/mask.h",
+            "csrc/cuda/sm80/fwd.h",
+            '#include "policy/mask.h"\n#include "cuda/attention/softmax.h"\n#include "cuda/ptx/mma.h"\n',
+        ),
+        (
+            "csrc/policy/mask.h",
             "// No __syncthreads() or torch:: in it; begin may be > end;\nint x;  // [rows]\n",
         ),
-        ("csrc/attn/mask.h", 'const char* kText = "asm // at:: <<<";\n'),
-        ("csrc/params.h", "int x;  // 0: off\n}  // namespace flash_attn\n"),
+        ("csrc/policy/mask.h", 'const char* kText = "asm // at:: <<<";\n'),
+        ("csrc/problem.h", "int x;  // 0: off\n}  // namespace flash_attn\n"),
         (
             "flash_attn/autograd.py",
             "# dq, dk: gradients of q and k\n# rowsum(dout * out)\nx = f(num_heads_kv=2)\n",
@@ -73,12 +76,12 @@ def test_good_samples_pass(path: str, text: str):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("csrc/attn/mask.h", '#include "attn/softmax.h"\n'),
-        ("csrc/attn/softmax.h", '#include "kernels/fwd_sm80.h"\n'),
-        ("csrc/params.h", '#include "attn/mask.h"\n'),
+        ("csrc/policy/mask.h", '#include "cuda/attention/softmax.h"\n'),
+        ("csrc/cuda/attention/softmax.h", '#include "cuda/sm80/fwd.h"\n'),
+        ("csrc/problem.h", '#include "policy/mask.h"\n'),
         ("csrc/ops/cpu.cpp", '#include "cpu/fwd.h"\n'),
-        ("csrc/ops/cpu.cpp", '#include "launch/fwd.h"\n'),
-        ("csrc/tile/gemm.h", '#include "attn/mask.h"\n'),
+        ("csrc/ops/cpu.cpp", '#include "cuda/sm80/fwd.h"\n'),
+        ("csrc/cuda/tile/gemm.h", '#include "policy/mask.h"\n'),
         ("csrc/cpu/fwd.h", '#include "../params.h"\n'),
         ("csrc/misc/x.h", "int x;\n"),
         ("csrc/cpu/fwd.h", "/* before\n   if (x) {\n*/\nint x;\n"),

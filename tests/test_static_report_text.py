@@ -158,16 +158,19 @@ def test_tables_of_hopper():
 def test_kernels_that_two_sources_launch_are_told_apart():
     rows = []
     for source in ("bwd_sm80", "bwd_sm90"):
-        rows += report_of(COSTS, kernel="bwd_finish", source=source).kernels
+        rows += report_of(COSTS, kernel="bwd_postprocess", source=source).kernels
     text = static_report.report_tables.registers_table(rows)
-    assert [text.count(f"| bwd_finish of {source} 64: 128 x 64, ") for source in ("bwd_sm80", "bwd_sm90")] == [1, 1]
+    assert [text.count(f"| bwd_postprocess of {source} 64: 128 x 64, ") for source in ("bwd_sm80", "bwd_sm90")] == [
+        1,
+        1,
+    ]
 
 
 def test_launches_know_every_tile(tmp_path):
     """The program that prints them compiles, against the host models of the simulator."""
     found = static_report.launches(tmp_path)
     assert {each.head_dim for each in found} == set(cuda_objects.HEAD_DIMS)
-    kernels = {"fwd_sm80", "bwd_sm80", "fwd_sm90", "bwd_sm90", "bwd_preprocess", "bwd_finish", "attn_probs_sm80"}
+    kernels = {"fwd_sm80", "bwd_sm80", "fwd_sm90", "bwd_sm90", "bwd_preprocess", "bwd_postprocess", "attn_probs_sm80"}
     assert {each.kernel for each in found} == kernels
     for name in ("fwd_sm90", "bwd_sm90"):
         own = [each for each in found if each.kernel == name]

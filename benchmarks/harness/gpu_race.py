@@ -15,7 +15,7 @@ from harness.failures import device_is_lost, reason
 from harness.flex import FLEX
 from harness.implementation import OURS, Implementation, differences, reference_of, results_of, why_not
 from harness.monitor import Monitor
-from harness.timing import Contestant, race
+from harness.timing import Provider, time_interleaved
 from harness.varlen import varlen_implementations
 
 MIN_ROUNDS = 5
@@ -49,22 +49,22 @@ def check(case: Case, implementations: Sequence[Implementation]) -> tuple[str | 
 
 def contestants_of(
     case: Case, implementations: Sequence[Implementation], which: str, device: str
-) -> tuple[dict[str, Contestant], dict[str, str]]:
+) -> tuple[dict[str, Provider], dict[str, str]]:
     """Who takes part in a pass; and, of calls that are captured as CUDA graphs, why some are not."""
-    contestants, host_timed = {}, {}
+    providers, host_timed = {}, {}
     for each in implementations:
         if which not in each.passes:
             continue
         if device == "cuda" and case.group in gpu.HOST_BOUND:
             try:
-                contestants[each.name] = Contestant(gpu.captured(each, which), repeats=False)
+                providers[each.name] = Provider(gpu.captured(each, which), repeats=False)
                 continue
             except Exception as error:
                 if device_is_lost(error):
                     raise
                 host_timed[each.name] = reason(error.__context__ or error)
-        contestants[each.name] = Contestant(gpu.function_of(each, which), each.context)
-    return contestants, host_timed
+        providers[each.name] = Provider(gpu.function_of(each, which), each.context)
+    return providers, host_timed
 
 
 def measure(
@@ -80,16 +80,16 @@ def measure(
     if stage == 2 and len(implementations) == 1:
         return row
     for which in gpu.passes_of(case, passes):
-        contestants, host_timed = contestants_of(case, implementations, which, device)
+        providers, host_timed = contestants_of(case, implementations, which, device)
         started = time.time()
-        rounds = race(contestants, device, budget, min_rounds=MIN_ROUNDS)
+        rounds = time_interleaved(providers, device, budget, min_rounds=MIN_ROUNDS)
         state = monitor.between(started, time.time())
-        milliseconds = {name: 1e3 * contestant.median() for name, contestant in contestants.items()}
-        ours = contestants.pop(OURS)
+        milliseconds = {name: 1e3 * contestant.median() for name, contestant in providers.items()}
+        ours = providers.pop(OURS)
         row["passes"][which] = {
             "rounds": rounds,
             "milliseconds": {name: float(f"{value:.5g}") for name, value in milliseconds.items()},
-            "ratios": {name: each.ratio_to(ours) for name, each in contestants.items()},
+            "ratios": {name: each.ratio_to(ours) for name, each in providers.items()},
             "tflops": float(f"{gpu.flops(case, which) / milliseconds[OURS] / 1e9:.4g}"),
             "host_timed": host_timed,
             **state,

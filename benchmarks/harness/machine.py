@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all benchmark scripts have."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads for all contestants")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads for all providers")
     parser.add_argument("--quick", action="store_true", help="small and few, to see that everything runs")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     parser.add_argument(

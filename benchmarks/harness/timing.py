@@ -20,7 +20,7 @@ Context = Callable[[], contextlib.AbstractContextManager]
 
 
 @dataclass
-class Contestant:
+class Provider:
     """A function to time, the context it needs, and its samples (round number -> seconds per call)."""
 
     function: Callable[[], object]
@@ -34,7 +34,7 @@ class Contestant:
         """Seconds per call."""
         return statistics.median(self.samples.values())
 
-    def ratio_to(self, other: Contestant) -> float:
+    def ratio_to(self, other: Provider) -> float:
         """Median over common rounds of own time / the other's time: above 1 when the other is quicker."""
         return statistics.median(self.samples[n] / other.samples[n] for n in self.samples if n in other.samples)
 
@@ -69,16 +69,16 @@ class Stopwatch:
         return start.elapsed_time(end) / 1e3 / calls
 
 
-def race(
-    contestants: Mapping[str, Contestant], device: str, budget: float, min_rounds: int = 5, max_rounds: int = 200
+def time_interleaved(
+    providers: Mapping[str, Provider], device: str, budget: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> int:
-    """Time all contestants by turns for about `budget` seconds, filling in their samples; returns the rounds.
+    """Time all providers by turns for about `budget` seconds, filling in their samples; returns the rounds.
 
     Another one begins each round, so that none always comes after the same other.
     """
     stopwatch = Stopwatch(device)
-    _warm_up(contestants, stopwatch)
-    order = list(contestants.values())
+    _warm_up(providers, stopwatch)
+    order = list(providers.values())
     started = time.perf_counter()
     for number in range(max_rounds):
         first = number % len(order)
@@ -92,15 +92,15 @@ def race(
     return max_rounds
 
 
-def _warm_up(contestants: Mapping[str, Contestant], stopwatch: Stopwatch) -> None:
+def _warm_up(providers: Mapping[str, Provider], stopwatch: Stopwatch) -> None:
     """Two calls of each; the second one decides how often each is called."""
     estimates = {}
-    for name, contestant in contestants.items():
+    for name, contestant in providers.items():
         with contestant.context():
             stopwatch(contestant.function)
             estimates[name] = stopwatch(contestant.function)
     quickest = min(estimates.values())
-    for name, contestant in contestants.items():
+    for name, contestant in providers.items():
         if contestant.repeats:
             contestant.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
         contestant.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))

@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
-#include "attn/mask.h"
 #include "cpu/kernel_table.h"
+#include "policy/mask.h"
 
 namespace flash_attn::cpu {
 namespace {
@@ -78,7 +78,7 @@ std::vector<QueryTile> query_tiles(const Problem& p) {
         const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
         const WindowMask mask{seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right};
         for (int tile = 0; tile * kQueryTile < seq.seqlen_q; ++tile) {
-            const Range rows{tile * kQueryTile, min((tile + 1) * kQueryTile, seq.seqlen_q)}, keys = mask.keys_of(rows);
+            const Range rows{tile * kQueryTile, min((tile + 1) * kQueryTile, seq.seqlen_q)}, keys = mask.kv_range(rows);
             tiles.push_back({batch, tile, int64_t(rows.end - rows.begin) * max(keys.end - keys.begin, 0)});
         }
     }
@@ -144,7 +144,7 @@ void run_wave(const BwdParams& params, const Kernels& k, const Wave& wave, char*
     parallel(host, int64_t(tasks.size()), k.bwd_scratch(params),
              [&](int64_t i, void* scratch) { k.bwd(params, tasks[i].task, scratch); });
     parallel(host, int64_t(sequences.size()) * p.num_heads, 0,
-             [&](int64_t i, void*) { k.bwd_finish(params, sequences[i / p.num_heads], int(i % p.num_heads)); });
+             [&](int64_t i, void*) { k.bwd_postprocess(params, sequences[i / p.num_heads], int(i % p.num_heads)); });
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include "params.h"
+#include "problem.h"
 
 namespace flash_attn::cpu {
 

@@ -82,7 +82,7 @@ public:
         for (int tile = task_.split; tile * kKeys < seq_.seqlen_k; tile += task_.num_splits) {
             keys_ = {tile * kKeys, min((tile + 1) * kKeys, seq_.seqlen_k)};
             load_keys();
-            const Range rows = mask_.rows_of(keys_);
+            const Range rows = mask_.q_range(keys_);
             for (int g = 0; g < heads_per_key_head_; ++g)
                 // Query tiles start at multiples of a dropout block.
                 for (int row = round_down(rows.begin, kDropoutBlockRows); row < rows.end; row += kQueries)
@@ -138,7 +138,7 @@ private:
     }
 
     void add_tile(int head, Range rows) {
-        const Range seen = mask_.keys_of(rows);
+        const Range seen = mask_.kv_range(rows);
         const int first = max(seen.begin - keys_.begin, 0), last = min(seen.end, keys_.end) - keys_.begin;
         if (last <= first) return;
         // Columns of the products: whole vectors, with the neighbours masked.
@@ -149,13 +149,13 @@ private:
                                 {b_.k_t + part.begin, kKeys}, {b_.s + part.begin, kKeys});
         gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim_v), {b_.dout, row_dout_},
                                 {b_.v_t + part.begin, kKeys}, {b_.dp + part.begin, kKeys});
-        const bool covered = mask_.covers(rows, {keys_.begin + part.begin, keys_.begin + part.end});
+        const bool is_full = mask_.is_full_block(rows, {keys_.begin + part.begin, keys_.begin + part.end});
         const ScoreFn<T> score(p_.score, task_.batch, head);
         if (score.modified) modify_scores(score, rows, part);
         if (p_.dropout.threshold) drop_dp(head, rows, part);
-        weights_and_gradients(head, rows, padded, part, covered, score);
+        weights_and_gradients(head, rows, padded, part, is_full, score);
         if (p_.dropout.threshold) drop_p(padded, part);
-        accumulate(head, rows, padded, {first, last}, part, covered);
+        accumulate(head, rows, padded, {first, last}, part, is_full);
     }
 
     void modify_scores(const ScoreFn<T>& score, Range rows, Range part) {
@@ -198,11 +198,11 @@ private:
     struct RowBounds { IntLane<T> first, last; };
     // P and dS in the forms that the products want them. A row past the last query gives 0: it is masked wherever there
     // is one, since not all that its numbers come from has been written.
-    void weights_and_gradients(int head, Range rows, int padded, Range part, bool covered, const ScoreFn<T>& score) {
+    void weights_and_gradients(int head, Range rows, int padded, Range part, bool is_full, const ScoreFn<T>& score) {
         const int64_t row0 = seq_.first_row_q + rows.begin;
         const T *lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, head),
                 *dsoftmax_sum = row_ptr<T>(params_.dsoftmax_sum, task_.batch, row0, head);
-        const bool all_attend = covered && padded == rows.end - rows.begin;
+        const bool all_attend = is_full && padded == rows.end - rows.begin;
         for (int r = 0; r < padded; r += kDepth) {
             T row_lse[kDepth], sum[kDepth], dlse[kDepth];
             RowBounds seen[kDepth];
@@ -251,10 +251,10 @@ private:
     }
 
     // seen: the keys that at least one row sees, within the tile; part: the same in whole vectors.
-    void accumulate(int head, Range rows, int padded, Range seen, Range part, bool covered) {
+    void accumulate(int head, Range rows, int padded, Range seen, Range part, bool is_full) {
         count_tile();
         const int keys = seen.end - seen.begin, depth = padded / kDepth, count = rows.end - rows.begin;
-        if (!covered && nonfinite(padded)) return accumulate_selected(head, rows, seen);
+        if (!is_full && nonfinite(padded)) return accumulate_selected(head, rows, seen);
         gemm<Dot, Update::kAdd, true>(keys, row_v_, depth, {b_.p_by_row + seen.begin, kKeys}, {b_.dout_by_row, row_v_},
                                       {b_.dv.recent + seen.begin * row_v_, row_v_});
         gemm<Dot, Update::kAdd, true>(keys, row_, depth, {b_.ds_by_row + seen.begin, kKeys}, {b_.q_by_row, row_},
@@ -372,7 +372,7 @@ static size_t bwd_preprocess_scratch(const BwdParams& params) {
 
 // dQ of one head of one sequence: the sum over splits, in their order, scaled. dlse joins dsoftmax_sum only now: dS
 // adds it to the difference dP - rowsum(dout * out), which may be far smaller than either.
-template <class E> static void bwd_finish(const BwdParams& params, const BwdTask& task, int head) {
+template <class E> static void bwd_postprocess(const BwdParams& params, const BwdTask& task, int head) {
     using T = Compute<E>;
     const Problem& p = params.problem;
     const Sequence seq = sequence_at(p.seqlens, p.paged_kv, task.batch);

@@ -61,7 +61,7 @@ public:
 
     void run() {
         load_queries();
-        const Range keys = mask_.keys_of({row0_, row0_ + num_rows_});
+        const Range keys = mask_.kv_range({row0_, row0_ + num_rows_});
         // Tiles start at multiples of a dropout block.
         for (int key0 = round_down(keys.begin, kDropoutBlockKeys); key0 < keys.end; key0 += kKeyTile) {
             tile_ = {key0, min(key0 + kKeyTile, keys.end)};
@@ -99,7 +99,7 @@ private:
 
     // One step of the online softmax: the tile's keys for the queries of one panel.
     void add_tile(int panel) {
-        const Range rows = panel_rows(panel), seen = mask_.keys_of(rows);
+        const Range rows = panel_rows(panel), seen = mask_.kv_range(rows);
         // The part of the tile that this panel sees, in whole pairs; a partner that is not seen gets masked.
         const Range part{round_down(max(seen.begin - tile_.begin, 0), kDepth),
                          min(round_up(max(seen.end - tile_.begin, 0), kDepth), tile_.end - tile_.begin)};
@@ -108,12 +108,12 @@ private:
         gemm_over_head_dim<Dot>(part.end - part.begin, vectors * L, depth, {b_.k + int64_t(part.begin) * depth, depth},
                                 {b_.q_t + int64_t(panel) * depth * kPanel, kPanel},
                                 {b_.s + part.begin * kPanel, kPanel});
-        const bool covered = mask_.covers(rows, {tile_.begin + part.begin, tile_.begin + part.end});
+        const bool is_full = mask_.is_full_block(rows, {tile_.begin + part.begin, tile_.begin + part.end});
         if (score_.modified) modify_scores(rows.begin, part, vectors);
-        if (!covered) mask_scores(rows.begin, part, vectors);
+        if (!is_full) mask_scores(rows.begin, part, vectors);
         softmax(panel, part, vectors);
         if (dropout_.threshold) drop(rows.begin, part, vectors);
-        accumulate(panel, part, vectors, covered);
+        accumulate(panel, part, vectors, is_full);
     }
 
     void modify_scores(int row0, Range part, int vectors) {
@@ -212,11 +212,11 @@ private:
             }
     }
 
-    void accumulate(int panel, Range part, int vectors, bool covered) {
+    void accumulate(int panel, Range part, int vectors, bool is_full) {
         T* o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel;
         const int first = part.begin / kDepth, depth = ceil_div(part.end, kDepth) - first;
         const Operand* v = b_.v + int64_t(first) * p_.head_dim_v;
-        if (!covered && holds_nonfinite<Operand>({v, p_.head_dim_v}, depth, p_.head_dim_v)) {
+        if (!is_full && holds_nonfinite<Operand>({v, p_.head_dim_v}, depth, p_.head_dim_v)) {
             accumulate_selected(panel, part, vectors, o_t);
             return;
         }

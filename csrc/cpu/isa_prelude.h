@@ -1,5 +1,5 @@
 // Everything that the kernels include from elsewhere, to be compiled for the processor's baseline: it must come before
-// the target pragma of an isa_*.cpp file, so that no inline function of the standard library or of attn/ is compiled
+// the target pragma of an isa_*.cpp file, so that no inline function of the standard library or of policy/ is compiled
 // for a newer instruction set under a name that older processors' code is linked against.
 #pragma once
 #include <cmath>
@@ -9,11 +9,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#include "attn/dropout.h"
-#include "attn/mask.h"
-#include "attn/paged_kv.h"
-#include "attn/score.h"
-#include "attn/seqlen.h"
 #include "cpu/kernel_table.h"
-#include "host_device.h"
-#include "params.h"
+#include "policy/dropout.h"
+#include "policy/host_device.h"
+#include "policy/mask.h"
+#include "policy/paged_kv.h"
+#include "policy/score.h"
+#include "policy/seqlen.h"
+#include "problem.h"

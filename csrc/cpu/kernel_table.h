@@ -2,8 +2,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include "attn/seqlen.h"
-#include "params.h"
+#include "policy/seqlen.h"
+#include "problem.h"
 
 namespace flash_attn::cpu {
 
@@ -29,7 +29,7 @@ struct Kernels {
     void (*bwd_preprocess)(const BwdParams&, int batch, int head, void* scratch);
     size_t (*bwd_scratch)(const BwdParams&);  // bytes per thread
     void (*bwd)(const BwdParams&, const BwdTask&, void* scratch);
-    void (*bwd_finish)(const BwdParams&, const BwdTask&, int head);  // dQ of one head from dq_accum
+    void (*bwd_postprocess)(const BwdParams&, const BwdTask&, int head);  // dQ of one head from dq_accum
     void (*attn_probs)(const ProbsParams&, int batch, int head);
 };
 

@@ -17,7 +17,7 @@ template <class E, class Dot> static Kernels make_kernels() {
         .bwd_scratch = BwdSlice<E, Dot>::scratch_bytes,
         .bwd = [](const BwdParams& p, const BwdTask& task,
                   void* scratch) { BwdSlice<E, Dot>(p, task, Arena(scratch)).run(); },
-        .bwd_finish = bwd_finish<E>,
+        .bwd_postprocess = bwd_postprocess<E>,
         .attn_probs = attn_probs<E>,
     };
 }

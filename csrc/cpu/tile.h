@@ -1,5 +1,5 @@
 // What the forward and the backward tiles of one head have in common: element access by row, and the score policies of
-// attn/ applied to vectors.
+// policy/ applied to vectors.
 #pragma once
 #include "cpu/pack.h"
 

@@ -3,7 +3,7 @@
 #include "cpu/backend.h"
 #include "ops/cpu_host.h"
 #include "ops/original_ops.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
 #include "ops/results.h"
 
 namespace flash_attn {

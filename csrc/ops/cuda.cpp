@@ -6,12 +6,12 @@
 #include <torch/library.h>
 #include <cstdlib>
 #include <string_view>
-#include "host_device.h"
-#include "kernels.h"
+#include "cuda/api.h"
 #include "ops/cuda_targets.h"
 #include "ops/original_ops.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
 #include "ops/results.h"
+#include "policy/host_device.h"
 
 namespace flash_attn {
 namespace {
@@ -44,7 +44,7 @@ void require_supported(const ProblemArgs& args) {
 struct DeviceInfo {
     int compute_capability, smem_per_block, multiprocessors;
     int64_t l2_bytes;
-    std::string trouble;  // why kernels do not run there; empty if they do
+    std::string unavailable_reason;  // why kernels do not run there; empty if they do
 };
 
 DeviceInfo query_device(int index) {
@@ -53,7 +53,7 @@ DeviceInfo query_device(int index) {
     const int compute_capability = 10 * properties.major + properties.minor;
     const std::string name = c10::str("cuda:", index, " (", properties.name, ')');
     return {compute_capability, int(properties.sharedMemPerBlockOptin), properties.multiProcessorCount,
-            properties.l2CacheSize, device_trouble(name, compute_capability, FLASH_ATTN_CUDA_TARGETS)};
+            properties.l2CacheSize, unavailable_reason(name, compute_capability, FLASH_ATTN_CUDA_TARGETS)};
 }
 
 const DeviceInfo& device_info(c10::DeviceIndex index) {
@@ -82,7 +82,7 @@ class DeviceScope {
 public:
     explicit DeviceScope(const ProblemArgs& args) : guard_(args.q.device()) {
         const DeviceInfo& info = device_info(args.q.device().index());
-        TORCH_CHECK(info.trouble.empty(), "flash_attn: ", info.trouble);
+        TORCH_CHECK(info.unavailable_reason.empty(), "flash_attn: ", info.unavailable_reason);
         // The guard asks the runtime, which says 0 also in a thread that has no context yet, such as one of autograd's:
         // the runtime makes one when it needs it, the driver, which makes tensor maps, does not. This does.
         C10_CUDA_CHECK(cudaSetDevice(args.q.device().index()));

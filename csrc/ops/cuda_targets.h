@@ -44,7 +44,7 @@ inline std::string version_text(int compute_capability) {
 }
 
 // Why a device cannot run this build's kernels, and what to do; empty if it can.
-inline std::string device_trouble(const std::string& device, int compute_capability, std::string_view targets) {
+inline std::string unavailable_reason(const std::string& device, int compute_capability, std::string_view targets) {
     const std::string is = device + " has compute capability " + version_text(compute_capability);
     if (compute_capability < kOldestComputeCapability) {
         return is + ", and the CUDA kernels need " + version_text(kOldestComputeCapability) +

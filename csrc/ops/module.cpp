@@ -3,7 +3,7 @@
 #include <torch/headeronly/version.h>
 #include "cpu/backend.h"
 #include "ops/cuda_targets.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
 
 namespace flash_attn {
 

@@ -1,7 +1,7 @@
 // What tensors on a CUDA device get from a build without CUDA kernels.
 #include <torch/library.h>
 #include "ops/original_ops.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
 
 namespace flash_attn {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 #include <ATen/ops/empty.h>
 #include <limits>
-#include "ops/problem.h"
+#include "ops/prepare.h"
 
 namespace flash_attn {
 

@@ -2,7 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 #include "ops/original_ops.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
 
 namespace flash_attn {
 namespace {

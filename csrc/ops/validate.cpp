@@ -5,8 +5,8 @@
 #include <c10/core/SymBool.h>
 #include <cmath>
 #include <sstream>
-#include "attn/score.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
+#include "policy/score.h"
 
 namespace flash_attn {
 namespace {

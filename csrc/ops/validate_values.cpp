@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <utility>
 #include <vector>
-#include "host_device.h"
-#include "ops/problem.h"
+#include "ops/prepare.h"
+#include "policy/host_device.h"
 
 namespace flash_attn {
 namespace {

@@ -42,7 +42,7 @@ def fingerprint() -> str:
 
 
 def pytest_configure(config):
-    reason = (preflight.trouble() or preflight.trouble_with_build()) if device.IS_GPU else ""
+    reason = (preflight.unavailable_reason() or preflight.build_unavailable_reason()) if device.IS_GPU else ""
     if reason:
         pytest.exit(f"gpu-test: {reason}", returncode=1)
     folder = Path(os.environ.get("RESULTS") or ROOT / "build" / "gpu-test")

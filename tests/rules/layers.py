@@ -1,42 +1,36 @@
-"""Layers only look left.
-
-In csrc: ptx -> tile -> attn -> kernels -> launch -> ops, with params.h and host_device.h left of all. The CPU backend
-stands beside the kernels and sees only those two and the policies in attn/, which know no hardware.
-"""
+"""Layers only look left: every part of csrc includes itself and the parts that the table names for it."""
 
 import ast
 import re
 
 from .source import Findings, Source
 
-POLICY_NAMES = ("divisor", "dropout", "mask", "paged_kv", "scalars", "scheduler", "score", "seqlen")
-POLICIES = tuple(f"attn/{name}.h" for name in POLICY_NAMES)
-GPU_LAYERS = ("ptx", "tile", "attn", "kernels", "launch")
-EVERYWHERE = {"params"}
-MAY_INCLUDE: dict[str, set[str]] = {
-    "params": EVERYWHERE,
-    "policy": EVERYWHERE | {"policy"},
-    "entry": EVERYWHERE,  # kernels.h and cpu/backend.h: all that ops/ sees of the kernels and of the CPU backend
-    "cpu": EVERYWHERE | {"policy", "entry", "cpu"},
-    "ops": EVERYWHERE | {"policy", "entry", "ops"},
+# Parts of csrc by the beginnings of their paths; a file belongs to the longest that fits.
+POLICY = ("policy/host_device.h", "problem.h", "policy/")
+TILES = ("policy/host_device.h", "cuda/ptx/", "cuda/tile/")
+ATTENTION = (*POLICY, *TILES, "cuda/api.h", "cuda/instances.h", "cuda/launch.h", "cuda/attention/")
+MAY_INCLUDE: dict[str, tuple[str, ...]] = {
+    "policy/host_device.h": (),
+    "problem.h": (),
+    "policy/": POLICY,
+    "cuda/api.h": ("problem.h",),  # all that ops/ sees of the kernels
+    "cuda/instances.h": ("cuda/api.h",),
+    "cuda/launch.h": ("cuda/api.h",),
+    "cuda/ptx/": ("policy/host_device.h",),
+    "cuda/tile/": TILES,
+    "cuda/attention/": ATTENTION,
+    "cuda/sm80/": ATTENTION,
+    "cuda/sm90/": ATTENTION,
+    "cuda/backends.cpp": (*ATTENTION, "cuda/sm80/", "cuda/sm90/"),
+    "cpu/backend.h": ("problem.h",),  # all that ops/ sees of the CPU backend
+    "cpu/": (*POLICY, "cpu/backend.h"),
+    "ops/": (*POLICY, "cuda/api.h", "cpu/backend.h"),
 }
-MAY_INCLUDE |= {
-    layer: EVERYWHERE | set(GPU_LAYERS[: i + 1]) | ({"policy"} if i >= GPU_LAYERS.index("attn") else set())
-    for i, layer in enumerate(GPU_LAYERS)
-}
-MAY_INCLUDE["launch"] |= {"entry"}
 
 
 def layer_of(path: str) -> str | None:
-    """The layer of a path from the root of csrc, None if there is no such layer."""
-    if path in ("params.h", "host_device.h"):
-        return "params"
-    if path in ("kernels.h", "cpu/backend.h"):
-        return "entry"
-    if path in POLICIES:
-        return "policy"
-    folder = path.partition("/")[0]
-    return folder if "/" in path and folder in MAY_INCLUDE else None
+    """The part that a path from the root of csrc belongs to, None if the table has none."""
+    return max((part for part in MAY_INCLUDE if path.startswith(part)), key=len, default=None)
 
 
 def includes_to_the_right(source: Source) -> Findings:
@@ -46,7 +40,7 @@ def includes_to_the_right(source: Source) -> Findings:
         return
     for number, included in quoted_includes(source):
         target = layer_of(included)
-        if target is not None and target not in MAY_INCLUDE[layer]:
+        if target is not None and target not in (layer, *MAY_INCLUDE[layer]):
             yield number, f'{layer} includes "{included}"'
 
 

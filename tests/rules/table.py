@@ -6,26 +6,26 @@ from .source import CODE, PYTHON, Rule, Source, pattern
 CSRC = ("csrc/",)
 RULES = [
     Rule(
-        "assembly and CUDA builtins stand in csrc/ptx",
+        "assembly and CUDA builtins stand in csrc/cuda/ptx",
         pattern(
             r"\b(__)?asm(__)?\b|\b__CUDA_ARCH__\b|\b__shfl\w*|\b__sync(threads|warp)\w*|\bextern\s+__shared__"
             r"|\b(threadIdx|blockIdx|blockDim|gridDim)\b"
         ),
-        bad=Source("csrc/tile/gemm.h", "void wait() { __syncthreads(); }\n"),
+        bad=Source("csrc/cuda/tile/gemm.h", "void wait() { __syncthreads(); }\n"),
         within=CSRC,
-        outside=("csrc/ptx/",),
+        outside=("csrc/cuda/ptx/",),
     ),
     Rule(
-        "kernels are launched in csrc/launch",
+        "kernels are launched in csrc/cuda/launch.h",
         pattern(r"<<<|\bcudaLaunchKernel\w*"),
         bad=Source("csrc/ops/cuda.cu", "kernel<<<grid, block>>>(params);\n"),
         within=CSRC,
-        outside=("csrc/launch/",),
+        outside=("csrc/cuda/launch.h",),
     ),
     Rule(
         "torch is known to csrc/ops only",
         pattern(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)|\b(torch|at|c10|pybind11)::'),
-        bad=Source("csrc/attn/mask.h", "#include <ATen/core/Tensor.h>\n"),
+        bad=Source("csrc/policy/mask.h", "#include <ATen/core/Tensor.h>\n"),
         within=CSRC,
         outside=("csrc/ops/",),
     ),
@@ -37,26 +37,26 @@ RULES = [
     Rule(
         "CUDA headers stay out of what the CPU shares with the GPU",
         pattern(r'#\s*include\s*[<"](cuda|cooperative_groups|mma\.h|nv/)'),
-        bad=Source("csrc/attn/dropout.h", "#include <cuda_runtime.h>\n"),
-        within=("csrc/params.h", "csrc/host_device.h", "csrc/cpu/", *(f"csrc/{policy}" for policy in layers.POLICIES)),
+        bad=Source("csrc/policy/dropout.h", "#include <cuda_runtime.h>\n"),
+        within=("csrc/problem.h", "csrc/policy/", "csrc/cpu/"),
     ),
     Rule(
         "instruction sets of processors are known to csrc/cpu only",
         pattern(r"#\s*include\s*<\w*(intrin|arm_\w+)\.h>|\b_mm\d*_\w+|\b__builtin_(ia32\w*|cpu_supports)\b"),
-        bad=Source("csrc/attn/score.h", "#include <immintrin.h>\n"),
+        bad=Source("csrc/policy/score.h", "#include <immintrin.h>\n"),
         within=CSRC,
         outside=("csrc/cpu/",),
     ),
     Rule(
         "a file includes its own layer and those to its left",
         layers.includes_to_the_right,
-        bad=Source("csrc/cpu/fwd.h", '#include "tile/acc_tile.h"\n'),
+        bad=Source("csrc/cpu/fwd.h", '#include "cuda/tile/acc_tile.h"\n'),
         within=CSRC,
     ),
     Rule(
         "includes are written from the root of csrc",
         layers.includes_not_from_the_root,
-        bad=Source("csrc/attn/seqlen.h", '#include "mask.h"\n'),
+        bad=Source("csrc/policy/seqlen.h", '#include "mask.h"\n'),
         within=CSRC,
     ),
     Rule(
@@ -69,9 +69,9 @@ RULES = [
     Rule(
         "no macro that a function could be",
         pattern(r"#\s*define\s+\w+\("),
-        bad=Source("csrc/kernels/fwd_sm80.h", "#define MIN(a, b) ((a) < (b) ? (a) : (b))\n"),
+        bad=Source("csrc/cuda/sm80/fwd.h", "#define MIN(a, b) ((a) < (b) ? (a) : (b))\n"),
         within=CSRC,
-        outside=("csrc/ptx/",),
+        outside=("csrc/cuda/ptx/",),
     ),
     Rule(
         "no commented-out C++",
@@ -93,7 +93,7 @@ RULES = [
     Rule(
         f"lines end by column {readability.MAX_COLUMNS}",
         readability.long_lines,
-        bad=Source("csrc/params.h", "// " + "x" * readability.MAX_COLUMNS + "\n"),
+        bad=Source("csrc/problem.h", "// " + "x" * readability.MAX_COLUMNS + "\n"),
         suffixes=CODE,
     ),
     Rule(
@@ -126,7 +126,7 @@ RULES = [
     Rule(
         "one word per concept in C++",
         names.synonyms_in_cpp,
-        bad=Source("csrc/params.h", "struct P { int nheads; };\n"),
+        bad=Source("csrc/problem.h", "struct P { int nheads; };\n"),
     ),
     Rule(
         "one word per concept in Python",

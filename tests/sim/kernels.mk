@@ -7,7 +7,7 @@
 #   make -f tests/sim/Makefile debugger    run_case for a debugger: gdb --args build/sim/debug/run_case 'line of a case'
 SIM_JOBS ?= $(shell nproc)
 
-SIM_KERNELS := fwd_sm80 bwd_sm80 attn_probs_sm80 fwd_sm90 bwd_sm90
+SIM_KERNELS := sm80/fwd sm80/bwd sm80/attn_probs sm90/fwd sm90/bwd
 SIM_HEAD_DIMS := 64 96 128 192 256
 SIM_RUNNER := case check_nonfinite check_other check_reference compare inputs io main reference run simulator tensors
 
@@ -36,18 +36,18 @@ SIM_KERNEL_OBJECTS_$(1) := $$(foreach kernel,$$(SIM_KERNELS),\
     $$(patsubst %,$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o,$$($(1)_INSTANCES)))
 SIM_RUNNER_OBJECTS_$(1) := $$(SIM_RUNNER:%=$$(SIM_BUILD)/$$($(1)_RUNNER)/runner/%.o)
 
-$$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BUILD)/$(1)/kernels/run.o \
+$$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BUILD)/$(1)/kernels/backends.o \
     $$(SIM_MODEL_OBJECTS_$(1)) $$(SIM_BUILD)/plain/runner/missing.o
 	$$(CXX) $$($(1)_LINK) $$(SIM_LDFLAGS) $$^ -o $$@
 
-$$(SIM_BUILD)/$(1)/kernels/run.o: csrc/launch/run.cpp tests/sim/Makefile
+$$(SIM_BUILD)/$(1)/kernels/backends.o: csrc/cuda/backends.cpp tests/sim/Makefile
 	@mkdir -p $$(@D)
 	$$(CXX) $$(SIM_CXXFLAGS) -DFLASH_ATTN_HOPPER $$($(1)_KERNEL) -MMD -MP -c $$< -o $$@
 endef
 
 # $(1): flavour, $(2): kernel, $(3): element type and head_dim
 define sim_instance
-$$(SIM_BUILD)/$(1)/kernels/$(2).$(3).o: csrc/launch/$(2).cu tests/sim/Makefile
+$$(SIM_BUILD)/$(1)/kernels/$(2).$(3).o: csrc/cuda/$(2).cu tests/sim/Makefile
 	@mkdir -p $$(@D)
 	$$(CXX) $$(SIM_CXXFLAGS) $$($(1)_KERNEL) $$($(1)_INSTANCE_FLAGS) $$(call sim_instance_flags,$(3)) -MMD -MP -x c++ -c $$< -o $$@
 endef

@@ -259,7 +259,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
 
 
 def sanitizer_table() -> list[Row]:
-    """The same for sanitizers, with lengths and tables that lie, in fewer head_dims."""
+    """The same for sanitizers, with invalid lengths and tables, in fewer head_dims."""
     dims = [(13, 40), (64, 64), (96, 96), (256, 256)]
     rows = [*race_table(dims), *hostile_checks()]
     return [

@@ -27,22 +27,23 @@ from equivalent import EQUIVALENT
 from list_cases import Row, line_of, mutant_table
 from mutations import CSRC, Mutation, all_mutations
 
-# The kernels of each source in csrc/launch.
+# The kernels of each source in csrc/cuda.
+AROUND_BWD = ["cuda/attention/bwd_preprocess.h", "cuda/attention/bwd_postprocess.h"]
 KERNELS = {
-    "fwd_sm80": ["kernels/fwd_sm80.h"],
-    "bwd_sm80": ["kernels/bwd_preprocess.h", "kernels/bwd_sm80.h", "kernels/bwd_finish.h"],
-    "attn_probs_sm80": ["kernels/attn_probs_sm80.h"],
-    "fwd_sm90": ["kernels/fwd_sm90.h"],
-    "bwd_sm90": ["kernels/bwd_preprocess.h", "kernels/bwd_sm90.h", "kernels/bwd_finish.h"],
+    "sm80/fwd": ["cuda/sm80/fwd.h"],
+    "sm80/bwd": [*AROUND_BWD, "cuda/sm80/bwd.h"],
+    "sm80/attn_probs": ["cuda/sm80/attn_probs.h"],
+    "sm90/fwd": ["cuda/sm90/fwd.h"],
+    "sm90/bwd": [*AROUND_BWD, "cuda/sm90/bwd.h"],
 }
-PASSES = {"fwd_sm80": "fwd", "bwd_sm80": "bwd", "attn_probs_sm80": "probs", "fwd_sm90": "fwd", "bwd_sm90": "bwd"}
+PASSES = {"sm80/fwd": "fwd", "sm80/bwd": "bwd", "sm80/attn_probs": "probs", "sm90/fwd": "fwd", "sm90/bwd": "bwd"}
 # What both have is tried with the first; where they let a mutant pass, with the other.
 COMPUTE_CAPABILITIES = (80, 90)
 # The first has one tile shape. The others have tiles of several shapes, and what goes with them, and are tried where
 # the first lets a mutant pass.
 HEAD_DIMS = (64, 96, 192, 256)
 # Files of which the kernels for other head_dims make no use.
-HEAD_DIMS_OF = {"kernels/bwd_keys_sm90.h": (64, 96), "kernels/bwd_columns_sm90.h": (256, 192)}
+HEAD_DIMS_OF = {"cuda/sm90/bwd_keys.h": (64, 96), "cuda/sm90/bwd_columns.h": (256, 192)}
 VERDICTS = {0: "-", 1: "wrong result", 3: "model check", 4: "deadlock", 66: "race report", 124: "hangs"}
 FLAVOURS = ("plain", "tsan")
 HEAD = """# Mutants
@@ -105,7 +106,7 @@ class Workshop:
         self.root = tools.build / "mutants"
         self.csrc = self.root / "csrc"
         shutil.rmtree(self.root, ignore_errors=True)
-        for folder in ("attn", "kernels", "launch", "tile"):
+        for folder in ("policy", "cuda"):
             shutil.copytree(CSRC / folder, self.csrc / folder)
         self.mutations = all_mutations(self.csrc)
         for flavour, head_dim, capability in itertools.product(FLAVOURS, HEAD_DIMS, COMPUTE_CAPABILITIES):
@@ -128,9 +129,9 @@ class Workshop:
         return self.root / f"cases.{flavour}.{head_dim}.sm{capability}.txt"
 
     def sources_with(self, path: str, head_dim: int, capability: int) -> list[str]:
-        """The sources in csrc/launch that a header is part of."""
+        """The sources in csrc/cuda that a header is part of."""
         sources = [s for s, kernels in KERNELS.items() if any(path in included(k, self.csrc) for k in kernels)]
-        return [s for s in sources if s.endswith(f"sm{capability}") and self.object(s, "plain", head_dim).exists()]
+        return [s for s in sources if s.startswith(f"sm{capability}") and self.object(s, "plain", head_dim).exists()]
 
     def object(self, source: str, flavour: str, head_dim: int) -> Path:
         """Of the intact source. Not every kernel has every head_dim."""
@@ -150,7 +151,7 @@ class Workshop:
         build = self.tools.build / flavour
         intact = [self.object(s, flavour, head_dim) for s in KERNELS if s not in broken]
         objects += [path for path in intact if path.exists()]
-        objects += [build / "kernels/run.o", *sorted((build / "models").glob("*.o"))]
+        objects += [build / "kernels/backends.o", *sorted((build / "models").glob("*.o"))]
         runner = sorted((self.tools.build / "plain/runner").glob("*.o"), key=lambda o: o.name == "missing.o")
         program = folder / f"run_case.{flavour}"
         link = [self.tools.cxx, *shlex.split(self.tools.link_flags[flavour]), *map(str, [*objects, *runner])]
@@ -175,7 +176,7 @@ class Workshop:
             "-w",
         ]
         flags = shlex.split(self.tools.compile_flags[flavour])
-        what = ["-x", "c++", "-c", str(self.csrc / f"launch/{source}.cu"), "-o", str(target)]
+        what = ["-x", "c++", "-c", str(self.csrc / f"cuda/{source}.cu"), "-o", str(target)]
         return subprocess.run([self.tools.cxx, *instance, *flags, *what], capture_output=True).returncode == 0
 
     def worst(self, mutation: Mutation, folder: Path, flavour: str) -> str:

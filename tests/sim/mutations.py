@@ -17,9 +17,10 @@ from rules.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
+FOLDERS = ("policy", "cuda/tile", "cuda/attention", "cuda/sm80", "cuda/sm90")
 # These have exhaustive tests of their own: tests/test_mask.py and tests/test_dropout.py, on every backend, and the
 # division among the primitives.
-TESTED_ELSEWHERE = {"attn/divisor.h", "attn/dropout.h", "attn/paged_kv.h", "attn/score.h", "attn/seqlen.h"}
+TESTED_ELSEWHERE = {"policy/divisor.h", "policy/dropout.h", "policy/paged_kv.h", "policy/score.h", "policy/seqlen.h"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Mutation:
 
 def files(csrc: Path = CSRC) -> list[str]:
     """The scanned sources."""
-    found = [path for folder in ("attn", "kernels", "tile") for path in (csrc / folder).glob("*.h")]
+    found = [path for folder in FOLDERS for path in (csrc / folder).glob("*.h")]
     return sorted({path.relative_to(csrc).as_posix() for path in found} - TESTED_ELSEWHERE)
 
 
@@ -124,7 +125,7 @@ def decided(scan: Scan, begin: int, end: int) -> Iterator[Mutation]:
     for value in ("true", "false"):
         what = f"{value}: {scan.shown(begin, end)}"
         synchronises = bool(
-            re.search("deterministic|turn|nonfinite|next|found|leader|lane_id|thread|Apart|covered", condition)
+            re.search("deterministic|turn|nonfinite|next|found|leader|lane_id|thread|Apart|is_full", condition)
         )
         yield scan.mutation(begin, end, f"(({condition}), {value})", what, synchronises)
 
@@ -186,60 +187,60 @@ def split_arguments(scan: Scan, begin: int, end: int) -> list[str]:
 
 # File, text, what it becomes.
 BY_HAND: list[tuple[str, str, str]] = [
-    ("kernels/fwd_sm80.h", "ptx::sync_threads_or(", "bool("),
-    ("kernels/fwd_sm80.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
-    ("kernels/fwd_sm80.h", "mask.covers(rows, {n0, n0 + N})", "true"),
-    ("kernels/fwd_sm80.h", "mask.covers(rows, {n0, n0 + N})", "mask.covers(rows, {n0 + 1, n0 + N - 1})"),
-    ("kernels/fwd_sm80.h", "int n = tiles.end - 1;", "int n = tiles.end - 2;"),
-    ("kernels/fwd_sm80.h", "n >= tiles.begin;", "n > tiles.begin;"),
-    ("kernels/bwd_sm80.h", "ptx::sync_threads_or(", "bool("),
-    ("kernels/bwd_sm80.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
-    ("kernels/bwd_sm80.h", "mask.covers(rows, {n0, n0 + N})", "true"),
-    ("kernels/bwd_sm80.h", "mask.covers(rows, {n0, n0 + N})", "mask.covers(rows, {n0 + 1, n0 + N - 1})"),
+    ("cuda/sm80/fwd.h", "ptx::sync_threads_or(", "bool("),
+    ("cuda/sm80/fwd.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
+    ("cuda/sm80/fwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "true"),
+    ("cuda/sm80/fwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "mask.is_full_block(rows, {n0 + 1, n0 + N - 1})"),
+    ("cuda/sm80/fwd.h", "int n = tiles.end - 1;", "int n = tiles.end - 2;"),
+    ("cuda/sm80/fwd.h", "n >= tiles.begin;", "n > tiles.begin;"),
+    ("cuda/sm80/bwd.h", "ptx::sync_threads_or(", "bool("),
+    ("cuda/sm80/bwd.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
+    ("cuda/sm80/bwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "true"),
+    ("cuda/sm80/bwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "mask.is_full_block(rows, {n0 + 1, n0 + N - 1})"),
     (
-        "kernels/bwd_sm80.h",
-        "n - tiles_of(mask.keys_of(rows), N).begin",
-        "n + 1 - tiles_of(mask.keys_of(rows), N).begin",
+        "cuda/sm80/bwd.h",
+        "n - tiles_of(mask.kv_range(rows), N).begin",
+        "n + 1 - tiles_of(mask.kv_range(rows), N).begin",
     ),
-    ("kernels/bwd_sm80.h", "n - tiles_of(mask.keys_of(rows), N).begin", "n"),
-    ("kernels/bwd_sm80.h", "n - tiles_of(mask.keys_of(rows), N).begin", "0"),
-    ("kernels/bwd_sm80.h", "m = tiles.begin;", "m = tiles.begin + 1;"),
-    ("kernels/fwd_sm90.h", "at_v_.advance();", ""),
-    ("kernels/fwd_sm90.h", "at_k_.advance();", ""),
-    ("kernels/fwd_sm90.h", "at_q_.advance();", ""),
-    ("kernels/fwd_sm90.h", "values_done(tile, n + 1, cleared", "values_done(tile, n, cleared"),
-    ("kernels/fwd_sm90.h", "(consumer + 1) % Config::kConsumers", "consumer"),
-    ("kernels/fwd_sm90.h", "sees_keys ? Config::TileQ::kBytes : 0", "Config::TileQ::kBytes"),
-    ("kernels/fwd_sm90.h", "out_left_ ^= 1;", ""),
-    ("kernels/tile_queue_sm90.h", "num_blocks + (taken", "(taken"),
-    ("kernels/tile_queue_sm90.h", "if (lane_id() == 0) pipe().release(at);", "pipe().release(at);"),
-    ("kernels/bwd_sm90.h", "Mask::kHidesKeys ? kInspectors : 0", "0"),
-    ("kernels/bwd_tile_sm90.h", "end - 1 - n", "end - n"),
-    ("kernels/bwd_consumer_sm90.h", "(times_cleared() - 1) % 2", "0"),
-    ("kernels/bwd_sm90.h", "is_first = false;", ""),
-    ("kernels/bwd_columns_sm90.h", "wgmma_wait<kPanels>", "wgmma_wait<kPanels + 1>"),
-    ("kernels/fwd_config_sm90.h", "pipe_q.init(4)", "pipe_q.init(3)"),
-    ("kernels/fwd_config_sm90.h", "init(out_left(), Config::kConsumers)", "init(out_left(), 1)"),
-    ("kernels/fwd_config_sm90.h", "queue.init(kWarps)", "queue.init(kWarps - 1)"),
-    ("kernels/fwd_config_sm90.h", "pipe_k.init(kWarps)", "pipe_k.init(kWarps - 1)"),
-    ("kernels/fwd_config_sm90.h", "pipe_v.init(kWarps)", "pipe_v.init(kWarps - 1)"),
-    ("kernels/fwd_repeats_sm90.h", "index < limit", "true"),
-    ("kernels/fwd_repeats_sm90.h", "place >= num_places", "place >= num_places - 1"),
-    ("kernels/bwd_config_sm90.h", "pipe_q.init(4 * Config::kConsumers + ", "pipe_q.init(4 * Config::kConsumers - 1 + "),
+    ("cuda/sm80/bwd.h", "n - tiles_of(mask.kv_range(rows), N).begin", "n"),
+    ("cuda/sm80/bwd.h", "n - tiles_of(mask.kv_range(rows), N).begin", "0"),
+    ("cuda/sm80/bwd.h", "m = tiles.begin;", "m = tiles.begin + 1;"),
+    ("cuda/sm90/fwd.h", "at_v_.advance();", ""),
+    ("cuda/sm90/fwd.h", "at_k_.advance();", ""),
+    ("cuda/sm90/fwd.h", "at_q_.advance();", ""),
+    ("cuda/sm90/fwd.h", "values_done(tile, n + 1, cleared", "values_done(tile, n, cleared"),
+    ("cuda/sm90/fwd.h", "(consumer + 1) % Config::kConsumers", "consumer"),
+    ("cuda/sm90/fwd.h", "sees_keys ? Config::TileQ::kBytes : 0", "Config::TileQ::kBytes"),
+    ("cuda/sm90/fwd.h", "out_left_ ^= 1;", ""),
+    ("cuda/sm90/tile_queue.h", "num_blocks + (taken", "(taken"),
+    ("cuda/sm90/tile_queue.h", "if (lane_id() == 0) pipe().release(at);", "pipe().release(at);"),
+    ("cuda/sm90/bwd.h", "Mask::kMasked ? kScanWarps : 0", "0"),
+    ("cuda/sm90/bwd_tile.h", "end - 1 - n", "end - n"),
+    ("cuda/sm90/bwd_consumer.h", "(times_cleared() - 1) % 2", "0"),
+    ("cuda/sm90/bwd.h", "is_first = false;", ""),
+    ("cuda/sm90/bwd_columns.h", "wgmma_wait<kPanels>", "wgmma_wait<kPanels + 1>"),
+    ("cuda/sm90/fwd_config.h", "pipe_q.init(4)", "pipe_q.init(3)"),
+    ("cuda/sm90/fwd_config.h", "init(out_left(), Config::kConsumers)", "init(out_left(), 1)"),
+    ("cuda/sm90/fwd_config.h", "queue.init(kWarps)", "queue.init(kWarps - 1)"),
+    ("cuda/sm90/fwd_config.h", "pipe_k.init(kWarps)", "pipe_k.init(kWarps - 1)"),
+    ("cuda/sm90/fwd_config.h", "pipe_v.init(kWarps)", "pipe_v.init(kWarps - 1)"),
+    ("cuda/sm90/fwd_repeats.h", "index < limit", "true"),
+    ("cuda/sm90/fwd_repeats.h", "place >= num_places", "place >= num_places - 1"),
+    ("cuda/sm90/bwd_config.h", "pipe_q.init(4 * Config::kConsumers + ", "pipe_q.init(4 * Config::kConsumers - 1 + "),
     (
-        "kernels/bwd_config_sm90.h",
+        "cuda/sm90/bwd_config.h",
         "pipe_dout.init(4 * Config::kConsumers + ",
         "pipe_dout.init(4 * Config::kConsumers - 1 + ",
     ),
-    ("tile/pipeline.h", "parity ^= int(wraps);", ""),
-    ("tile/pipeline.h", "at.parity ^ 1", "at.parity"),
-    ("tile/copy_sm90.h", "row0_(kTmaRows - seqlen)", "row0_(kTmaRows - seqlen - 1)"),
-    ("tile/copy_sm90.h", "(first_row + seqlen) * t.row_steps", "first_row * t.row_steps"),
-    ("tile/gemm_sm90.h", "true);", "i > 0);"),
-    ("tile/gemm_sm90.h", "kAdd || i > 0", "i > 0"),
-    ("tile/gemm_sm90.h", "kAdd || i > 0", "true"),
-    ("attn/scheduler.h", "p.seqlens.total_q / block_m + p.batch_size + 1", "p.seqlens.total_q / block_m + 1"),
-    ("attn/scheduler.h", "return first_row_q / block_m + batch;", "return first_row_q / block_m;"),
+    ("cuda/tile/pipeline.h", "parity ^= int(wraps);", ""),
+    ("cuda/tile/pipeline.h", "at.parity ^ 1", "at.parity"),
+    ("cuda/tile/copy_sm90.h", "row0_(kTmaRows - seqlen)", "row0_(kTmaRows - seqlen - 1)"),
+    ("cuda/tile/copy_sm90.h", "(first_row + seqlen) * t.row_steps", "first_row * t.row_steps"),
+    ("cuda/tile/gemm_sm90.h", "true);", "i > 0);"),
+    ("cuda/tile/gemm_sm90.h", "kAdd || i > 0", "i > 0"),
+    ("cuda/tile/gemm_sm90.h", "kAdd || i > 0", "true"),
+    ("policy/tile_order.h", "p.seqlens.total_q / block_m + p.batch_size + 1", "p.seqlens.total_q / block_m + 1"),
+    ("policy/tile_order.h", "return first_row_q / block_m + batch;", "return first_row_q / block_m;"),
 ]
 
 
@@ -252,7 +253,7 @@ def listed(csrc: Path) -> Iterator[Mutation]:
         for begin in places:
             end = begin + len(text)
             what = f"{scan.shown(begin, end)} becomes `{replacement}`".replace("\n", " ")
-            synchronises = bool(re.search("sync|turn|init|parity|advance|inspect|Apart|wait|cleared", text))
+            synchronises = bool(re.search("sync|turn|ping_pong|init|parity|advance|scan|Apart|wait|cleared", text))
             yield scan.mutation(begin, end, replacement, what, synchronises)
 
 

@@ -42,7 +42,7 @@ template <class F> void for_each_row(const AsyncCopy& copy, F f) {
     const int row_bytes = map.box[0] * map.element_bytes, rows = copy.bytes / row_bytes;
     for (int row = 0; row < rows; ++row) {
         bool inside = true;
-        // Addresses wrap around, which tile/copy_sm90.h makes use of.
+        // Addresses wrap around, which cuda/tile/copy_sm90.h makes use of.
         uint64_t address = reinterpret_cast<uintptr_t>(map.base) + uint64_t(int64_t{copy.coord[0]} * map.element_bytes);
         for (int d = 1, rest = row; d < map.rank; rest /= map.box[d], ++d) {
             const int64_t x = copy.coord[d] + rest % map.box[d];

@@ -3,13 +3,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
-#include "attn/scalars.h"
-#include "kernels/bwd_finish.h"
-#include "kernels/bwd_preprocess.h"
-#include "kernels/bwd_sm80.h"
-#include "kernels/fwd_sm80.h"
-#include "launch/launch.h"
-#include "launch/tile_config.h"
+#include "cuda/attention/bwd_postprocess.h"
+#include "cuda/attention/bwd_preprocess.h"
+#include "cuda/launch.h"
+#include "cuda/sm80/bwd.h"
+#include "cuda/sm80/config.h"
+#include "cuda/sm80/fwd.h"
+#include "policy/scalars.h"
 
 using namespace flash_attn;
 
@@ -79,7 +79,7 @@ template <class Config> void backward(int seqlen) {
     check(cuda::launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads, Config::kPreprocessSmemBytes,
                        kDevice, params));
     check(cuda::launch(main_kernel, key_blocks, Config::kThreads, Config::kSmemBytes, kDevice, params));
-    check(cuda::launch(bwd_finish<Config>, query_blocks, Config::kThreads, 0, kDevice, params));
+    check(cuda::launch(bwd_postprocess<Config>, query_blocks, Config::kThreads, 0, kDevice, params));
     report<Config>("backward", seqlen);
 }
 

@@ -1,11 +1,11 @@
 // Accesses outside of tensors and of shared memory.
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/ptx/tma.h"
 #include "misuse/misuse.h"
-#include "ptx/cp_async.h"
-#include "ptx/global.h"
-#include "ptx/mbarrier.h"
-#include "ptx/shared.h"
-#include "ptx/sync.h"
-#include "ptx/tma.h"
 
 namespace flash_attn::misuse {
 namespace {

@@ -1,13 +1,13 @@
 // Missing barriers, waits, fences and turns.
+#include "cuda/ptx/bulk.h"
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/grid.h"
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/ptx/wgmma.h"
 #include "misuse/misuse.h"
-#include "ptx/bulk.h"
-#include "ptx/cp_async.h"
-#include "ptx/global.h"
-#include "ptx/grid.h"
-#include "ptx/mbarrier.h"
-#include "ptx/shared.h"
-#include "ptx/sync.h"
-#include "ptx/wgmma.h"
 
 namespace flash_attn::misuse {
 namespace {

@@ -1,15 +1,15 @@
 // Mistakes against the rules of instructions, and deadlocks.
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/mma.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/ptx/tma.h"
+#include "cuda/ptx/wgmma.h"
 #include "misuse/misuse.h"
 #include "primitives/tensor_map.h"
-#include "ptx/cp_async.h"
-#include "ptx/global.h"
-#include "ptx/ldmatrix.h"
-#include "ptx/mbarrier.h"
-#include "ptx/mma.h"
-#include "ptx/shared.h"
-#include "ptx/sync.h"
-#include "ptx/tma.h"
-#include "ptx/wgmma.h"
 
 namespace flash_attn::misuse {
 

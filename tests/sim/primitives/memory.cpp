@@ -1,9 +1,9 @@
 // Copies into shared memory, accesses to global memory, and turns between blocks.
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/sync.h"
 #include "primitives.h"
-#include "ptx/cp_async.h"
-#include "ptx/global.h"
-#include "ptx/shared.h"
-#include "ptx/sync.h"
 
 namespace flash_attn::primitives {
 namespace {

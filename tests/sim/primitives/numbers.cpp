@@ -3,10 +3,10 @@
 #include <initializer_list>
 #include <vector>
 
-#include "attn/divisor.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/math.h"
+#include "policy/divisor.h"
 #include "primitives.h"
-#include "ptx/global.h"
-#include "ptx/math.h"
 
 namespace flash_attn::primitives {
 namespace {

@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "launch/launch.h"
-#include "ptx/types.h"
+#include "cuda/launch.h"
+#include "cuda/ptx/types.h"
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #endif

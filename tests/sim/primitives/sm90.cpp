@@ -2,10 +2,10 @@
 #include "primitives.h"
 
 #ifdef PRIMITIVES_WITH_SM90
-#include "ptx/global.h"
-#include "ptx/grid.h"
-#include "ptx/ldmatrix.h"
-#include "ptx/sync.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/grid.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/sync.h"
 #include "tensor_map.h"
 
 namespace flash_attn::primitives {

@@ -1,7 +1,7 @@
 // Tensor maps for the tests of the primitives.
 #pragma once
+#include "cuda/ptx/tma.h"
 #include "primitives.h"
-#include "ptx/tma.h"
 
 namespace flash_attn::primitives {
 

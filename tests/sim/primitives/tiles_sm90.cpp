@@ -1,14 +1,14 @@
-// Tiles of sm_90: rows of one sequence by TMA (tile/copy_sm90.h), products of a warpgroup (tile/gemm_sm90.h).
+// Tiles of sm_90: rows of one sequence by TMA (cuda/tile/copy_sm90.h), products of a warpgroup (cuda/tile/gemm_sm90.h).
 #include "primitives.h"
 
 #ifdef PRIMITIVES_WITH_SM90
-#include "launch/tma_tensor.h"
-#include "ptx/global.h"
-#include "ptx/shared.h"
-#include "ptx/sync.h"
-#include "tile/copy_sm90.h"
-#include "tile/gemm_sm90.h"
-#include "tile/store_tile.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/sm90/tma_tensor.h"
+#include "cuda/tile/copy_sm90.h"
+#include "cuda/tile/gemm_sm90.h"
+#include "cuda/tile/store_tile.h"
 
 namespace flash_attn::primitives {
 namespace {

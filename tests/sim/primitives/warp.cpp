@@ -1,12 +1,12 @@
 // Barriers, exchange between lanes, fragments and products of a warp.
 #include <cmath>
 
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/mma.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/sync.h"
 #include "primitives.h"
-#include "ptx/global.h"
-#include "ptx/ldmatrix.h"
-#include "ptx/mma.h"
-#include "ptx/shared.h"
-#include "ptx/sync.h"
 
 namespace flash_attn::primitives {
 namespace {

@@ -4,8 +4,8 @@
 #include "primitives.h"
 
 #ifdef PRIMITIVES_WITH_SM90
-#include "ptx/sync.h"
-#include "ptx/wgmma.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/ptx/wgmma.h"
 
 namespace flash_attn::primitives {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 #include <vector>
-#include "params.h"
+#include "problem.h"
 
 namespace flash_attn::runner {
 

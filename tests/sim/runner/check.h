@@ -19,7 +19,7 @@ void check_case(const Case& c, const Plan& plan, Report& report);
 void check_reference(const Case& c, const Plan& plan, Report& report);
 // "batch": a sequence gives the same bits alone as among others.
 void check_batch(const Case& c, const Plan& plan, Report& report);
-// "hostile": lengths and tables that lie give any answer, but touch nothing outside of the tensors.
+// "hostile": invalid lengths and tables give any answer, but touch nothing outside of the tensors.
 void check_hostile(const Case& c, const Plan& plan, Report& report);
 // "nonfinite": a NaN or infinity shows where something attends to it, and everything else has the bits of a clean run.
 void check_nonfinite(const Case& c, const Plan& plan, Report& report);

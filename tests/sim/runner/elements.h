@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include "params.h"
+#include "problem.h"
 
 namespace flash_attn::runner {
 

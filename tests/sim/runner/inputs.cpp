@@ -3,8 +3,8 @@
 #include <cmath>
 #include <numbers>
 #include <numeric>
-#include "attn/scalars.h"
-#include "host_device.h"
+#include "policy/host_device.h"
+#include "policy/scalars.h"
 #include "runner/elements.h"
 
 namespace flash_attn::runner {

@@ -1,7 +1,7 @@
 // The tensors that kernels are given for a case, and the same numbers as the reference wants them.
 #pragma once
 #include <vector>
-#include "params.h"
+#include "problem.h"
 #include "runner/case.h"
 #include "runner/tensors.h"
 

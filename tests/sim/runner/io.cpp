@@ -1,7 +1,7 @@
 #include "runner/io.h"
 #include <algorithm>
-#include "launch/tile_config.h"
-#include "launch/tile_config_sm90.h"
+#include "cuda/sm80/config.h"
+#include "cuda/sm90/config.h"
 
 namespace flash_attn::runner {
 namespace {

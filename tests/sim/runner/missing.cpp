@@ -1,5 +1,5 @@
 // Instances of kernels that a build leaves out. The linker prefers what stands before this file, so it must come last.
-#include "launch/instances.h"
+#include "cuda/instances.h"
 
 namespace flash_attn::cuda {
 namespace {

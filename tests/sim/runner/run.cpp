@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include "kernels.h"
-#include "launch/hopper.h"
+#include "cuda/api.h"
+#include "cuda/sm90/can_implement.h"
 #include "runner/elements.h"
 
 namespace flash_attn::runner {
@@ -124,7 +124,7 @@ Forward run_forward(const Inputs& x, Schedule schedule, Report& report) {
     check_error("forward", cuda::run_fwd(params, workspace.data(), device_of(c)), report);
     Forward result;
     result.traffic = take_traffic();
-    result.hopper = cuda::hopper_takes(params, device_of(c));
+    result.hopper = cuda::can_implement(params, device_of(c));
     check_kernels("forward", c, result.hopper, report);
     result.out = collect("out", c, out, true, report);
     result.softmax_lse = collect_rows("softmax_lse", c, softmax_lse, shape.batch, shape.rows, report);
@@ -157,7 +157,7 @@ Backward run_backward(const Inputs& x, const Compact& out, const Compact& softma
     check_error("backward", cuda::run_bwd(params, workspace.data(), device_of(c)), report);
     Backward result;
     result.traffic = take_traffic();
-    result.hopper = cuda::hopper_takes(params, device_of(c));
+    result.hopper = cuda::can_implement(params, device_of(c));
     check_kernels("backward", c, result.hopper, report);
     result.dq = collect("dq", c, dq, true, report);
     result.dk = collect("dk", c, dk, false, report);

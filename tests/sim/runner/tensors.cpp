@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include "host_device.h"
+#include "policy/host_device.h"
 #include "runner/elements.h"
 
 extern "C" void __asan_init() __attribute__((weak));  // null without AddressSanitizer

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <vector>
-#include "params.h"
+#include "problem.h"
 #include "runner/case.h"
 
 namespace flash_attn::runner {

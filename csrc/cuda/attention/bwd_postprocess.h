@@ -1,0 +1,55 @@
+// After the backward pass: dQ from the fp32 workspace to where it belongs, scaled. One block per tile of queries, with
+// as many threads as computed dQ in the main kernel.
+#pragma once
+#include "cuda/attention/bwd_preprocess.h"
+#include "cuda/attention/dq_accum.h"
+#include "cuda/attention/rows.h"
+#include "cuda/ptx/grid.h"
+#include "cuda/tile/store_rows.h"
+
+namespace flash_attn {
+
+// As many as lie side by side, scaled.
+template <int kCount> FA_DEVICE void load_sums(float* x, const float* sums, float scale) {
+    static_assert(kCount == 1 || kCount == 4);
+    if constexpr (kCount == 1) {
+        *x = ptx::load(sums) * scale;
+    } else {
+        uint32_t bits[4];
+        ptx::load_16(bits, sums);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = ptx::bits_float(bits[i]) * scale;
+    }
+}
+
+template <class Config> FA_KERNEL(Config::kPostprocessThreads, 1)
+bwd_postprocess(FA_GRID_CONSTANT BwdKernelParams params) {
+    if constexpr (Config::kOverlap) ptx::grid_wait();
+    using Element = typename Config::Element;
+    using GridDq = typename Config::GridDq;
+    constexpr int M = Config::kBlockM;
+    const BwdParams& pass = params.pass;
+    const Problem& p = pass.problem;
+    const auto [m, head, batch] = query_grid(p, M).at(ptx::block_idx());
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const int row0 = m * M + GridDq::row0();
+    if (m * M >= seq.seqlen_q) return;
+
+    const int64_t tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
+    const float* const sums = dq_sums<Config>(params.accum, head, tile) + Config::dq_thread();
+    const float scale = p.scalars.scale;
+    Element* const rows = row_of<Element>(pass.dq, batch, head, seq.first_row_q + row0);
+#pragma unroll
+    for (int part = 0; part < Config::kDqParts; ++part) {
+        typename GridDq::Acc dq;
+#pragma unroll
+        for (int i = 0; i < dq.kRowBlocks; ++i)
+#pragma unroll
+            for (int j = 0; j < dq.kPerBlock; j += Config::kDqVector)
+                load_sums<Config::kDqVector>(&dq.x[i][j], sums + Config::dq_element(part, i, j), scale);
+        const int col0 = Config::dq_col0(part);
+        store_rows_by_eights(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
+    }
+}
+
+}  // namespace flash_attn

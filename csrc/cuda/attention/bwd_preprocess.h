@@ -1,0 +1,102 @@
+// Before the backward pass: dsoftmax_sum = rowsum(dout * out) - dlse, and a workspace with zeros for dQ, and what the
+// main kernel wants to know of each query. One block per tile of queries.
+#pragma once
+#include "cuda/attention/dq_accum.h"
+#include "cuda/attention/rows.h"
+#include "cuda/attention/softmax_bwd.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/grid.h"
+#include "cuda/ptx/math.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/tile/gemm_sm80.h"
+#include "cuda/tile/gemm_sm90.h"
+
+namespace flash_attn {
+
+// What the kernels of a backward pass are given.
+struct BwdKernelParams {
+    BwdParams pass;
+    DqAccum accum;
+};
+
+// The tile's sums and its counters become zero.
+template <class Config> FA_DEVICE void clear_dq_tile(const DqAccum& accum, int head, int64_t tile) {
+    const uint32_t zero[4] = {};
+    float* const sums = dq_sums<Config>(accum, head, tile);
+    for (int i = ptx::thread_idx() * 4; i < Config::kDqTileElements; i += Config::kPreprocessThreads * 4)
+        ptx::store_16(sums + i, zero);
+    if (ptx::thread_idx() < Config::kDqTurns)
+        ptx::store(dq_turns<Config>(accum, head, tile) + ptx::thread_idx(), int32_t(0));
+}
+
+// f(row, sum) for every row of the tiles, by one thread: the diagonal of dout * out^T, by the very instructions that
+// make dP of dout and V. For a query that sees one key, out is that row of V, and dP - dsoftmax_sum must be exactly
+// zero.
+template <class Config, class F>
+FA_DEVICE void for_each_row_product(typename Config::TileOut dout, typename Config::TileOut out, F f) {
+    using Element = typename Config::Element;
+    if constexpr (Config::kDpByWgmma) {
+        const int row0 = warpgroup_id() * kWarpgroupRows, warp_row0 = warp_id() % 4 * 16;
+        // The warpgroup's rows of a tile of one panel are a tile of their own.
+        static_assert(Config::kBlockM == kWarpgroupRows || Config::TileOut::kPanels == 1);
+        const WideTile<kWarpgroupRows, Config::kHeadDim> columns{dout.base + dout.row_offset(row0)};
+        AccTile<16, kWarpgroupRows> products;
+        wgmma_abt<Element, Config::kHeadDim>(products, out, row0, columns, 0);
+        ptx::wgmma_wait<0>();
+        pin_tile(products);
+        products.for_each([&](int r, int column, float& sum) {
+            if (warp_row0 + lane_row(r) == column) f(row0 + column, sum);
+        });
+    } else {
+        const int warp_row0 = warp_id() * 16;
+        AccTile<16, 16> products;
+        products.clear();
+        mma_abt<Element>(products, dout, warp_row0, out, warp_row0);
+        products.for_each([&](int r, int column, float& sum) {
+            if (lane_row(r) == column) f(warp_row0 + column, sum);
+        });
+    }
+}
+
+template <class Config> FA_KERNEL(Config::kPreprocessThreads, 1)
+bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
+    if constexpr (Config::kOverlap) ptx::grid_launch_dependents();
+    using Element = typename Config::Element;
+    constexpr int M = Config::kBlockM, kThreads = Config::kPreprocessThreads;
+    const BwdParams& pass = params.pass;
+    const Problem& p = pass.problem;
+    const auto [m, head, batch] = query_grid(p, M).at(ptx::block_idx());
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const int m0 = m * M;
+    if (m0 >= seq.seqlen_q) return;
+
+    const int64_t tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
+    clear_dq_tile<Config>(params.accum, head, tile);
+    const typename Config::TileOut sOut{ptx::smem()}, sDout{sOut.end()};
+    const int64_t row0 = seq.first_row_q + m0;
+    const int valid_rows = seq.seqlen_q - m0;
+    load_tile<kThreads>(sOut, rows_from<Element>(pass.out, batch, head, row0), valid_rows, p.head_dim_v);
+    load_tile<kThreads>(sDout, rows_from<Element>(pass.dout, batch, head, row0), valid_rows, p.head_dim_v);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    if constexpr (Config::kDpByWgmma) ptx::fence_proxy_async();
+    ptx::sync_threads();  // both have landed, for every thread's part
+
+    const float* const lse = row_of(pass.softmax_lse, batch, head, row0);
+    for_each_row_product<Config>(sDout, sOut, [&](int row, float sum) {
+        const bool is_query = row < valid_rows;
+        const float row_lse = is_query ? ptx::load(lse + row) : ptx::infinity();
+        // Rows that see no key have a log-sum-exp of -infinity, or +infinity, as others write it.
+        const bool empty = fabsf(row_lse) == ptx::infinity();
+        const float dlse = is_query && pass.dlse.data ? ptx::load(row_of(pass.dlse, batch, head, row0) + row) : 0.f;
+        const float dsoftmax_sum = empty ? 0.f : sum - dlse;
+        if (is_query) ptx::store(row_of(pass.dsoftmax_sum, batch, head, row0) + row, dsoftmax_sum);
+        if constexpr (Config::kPadsRows) {
+            const int64_t padded = dq_rows<Config>(params.accum, head, tile) + row;
+            ptx::store(params.accum.lse_log2 + padded, lse_log2_of(row_lse));
+            ptx::store(params.accum.dsoftmax_sum + padded, dsoftmax_sum);
+        }
+    });
+}
+
+}  // namespace flash_attn

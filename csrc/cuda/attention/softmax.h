@@ -1,0 +1,100 @@
+// The running softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018),
+// and FlashAttention-2, section 3.1. A thread keeps the statistics of its own rows, in the log2 domain.
+#pragma once
+#include "cuda/attention/coordinates.h"
+#include "cuda/ptx/math.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/tile/acc_tile.h"
+#include "policy/score.h"
+
+namespace flash_attn {
+
+// What is_hidden(query, key) is true of gets the score -infinity.
+template <int kRows, int kCols, class At, class IsHidden>
+FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidden) {
+    const auto hide = [&](int r, int column, float& x) {
+        if (is_hidden(at.query(r, column), at.key(r, column))) x = -ptx::infinity();
+    };
+    s.for_each(hide, at.first_column());
+}
+// What the mask hides.
+template <int kRows, int kCols, class Mask, class At>
+FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
+    hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
+}
+// The same with half of the comparisons for most tiles, which meet one edge of the mask only. Takes a few registers.
+template <int kRows, int kCols, class Mask, class At>
+FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
+    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
+    if (mask.hides_after(queries, keys))
+        hide_if(s, at, [&](int query, int key) { return mask.hides_after(query, key); });
+    if constexpr (Mask::kMasked)
+        if (mask.hides_before(queries, keys))
+            hide_if(s, at, [&](int query, int key) { return mask.hides_before(query, key); });
+}
+
+// Over the four lanes that share a row.
+FA_DEVICE float quad_max(float x) {
+    x = fmaxf(x, ptx::shfl_xor(x, 1));
+    return fmaxf(x, ptx::shfl_xor(x, 2));
+}
+FA_DEVICE float quad_sum(float x) {
+    x += ptx::shfl_xor(x, 1);
+    return x + ptx::shfl_xor(x, 2);
+}
+
+template <int kLaneRows> struct OnlineSoftmax {
+    float row_max[kLaneRows], row_sum[kLaneRows];  // sums are of this lane's columns only, until finish()
+    float offset[kLaneRows];                       // row_max in the log2 domain
+    float rescale_factor[kLaneRows];               // what was summed up before the last update_max() is to be scaled by
+
+    FA_DEVICE OnlineSoftmax() {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            row_max[r] = -ptx::infinity();
+            row_sum[r] = offset[r] = 0.f;
+        }
+    }
+    // Takes account of the greatest of these scores. What was summed up before is rescaled, which rescale() has to do
+    // to the output as well.
+    template <int kRows, int kCols> FA_DEVICE void update_max(const AccTile<kRows, kCols>& s, float scale_log2) {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) rescale_factor[r] = row_max[r];
+        s.for_each([&](int r, int, float x) { row_max[r] = fmaxf(row_max[r], x); });
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            row_max[r] = quad_max(row_max[r]);
+            // Where nothing is visible yet, infinity - infinity must not come up.
+            offset[r] = row_max[r] == -ptx::infinity() ? 0.f : row_max[r] * scale_log2;
+            // Exactly 1 where the maximum stays: a product less a rounded product is off by a rounding error, the same
+            // one in every tile.
+            rescale_factor[r] =
+                rescale_factor[r] == row_max[r] ? 1.f : ptx::exp2(rescale_factor[r] * scale_log2 - offset[r]);
+            row_sum[r] *= rescale_factor[r];
+        }
+    }
+    template <int kRows, int kCols> FA_DEVICE void rescale(AccTile<kRows, kCols>& out) const {
+        out.for_each([&](int r, int, float& x) { x *= rescale_factor[r]; });
+    }
+    // Turns scores into weights relative to the greatest, and adds them up.
+    template <int kRows, int kCols> FA_DEVICE void exp_and_sum(AccTile<kRows, kCols>& s, float scale_log2) {
+        s.for_each([&](int r, int, float& x) {
+            x = ptx::exp2(x * scale_log2 - offset[r]);
+            row_sum[r] += x;
+        });
+    }
+    // Divides by the sums; a row without a visible key becomes 0. lse: natural logarithm of the sum of exponentials.
+    template <int kRows, int kCols>
+    FA_DEVICE void finish(AccTile<kRows, kCols>& out, float weight_scale, float (&lse)[kLaneRows]) {
+        float factor[kLaneRows];
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+            row_sum[r] = quad_sum(row_sum[r]);
+            factor[r] = row_sum[r] == 0.f ? 0.f : weight_scale * ptx::reciprocal(row_sum[r]);
+            lse[r] = (offset[r] + ptx::log2(row_sum[r])) * float(1 / kLog2e);
+        }
+        out.for_each([&](int r, int, float& x) { x *= factor[r]; });
+    }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,53 @@
+// The softmax of the backward pass: FlashAttention-2, algorithm 2. What a query has to know of its other keys is in two
+// numbers, its log-sum-exp and dsoftmax_sum.
+#pragma once
+#include "cuda/attention/score_tile.h"
+#include "cuda/attention/softmax.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/math.h"
+#include "cuda/tile/acc_tile.h"
+
+namespace flash_attn {
+
+// In the log2 domain. What sees no key has -infinity, or +infinity, as others write it: +infinity makes every weight
+// zero.
+FA_DEVICE float lse_log2_of(float lse) { return lse == -ptx::infinity() ? ptx::infinity() : lse * float(kLog2e); }
+
+// Scores become weights: zero where lse_log2 is +infinity. kSelect: and where scores are -infinity, even for a query
+// with a log-sum-exp that is NaN, because one of the keys that it does see is.
+template <bool kSelect, int kRows, int kCols, class Numbers>
+FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, Numbers lse_log2, float scale_log2) {
+    s.for_each_octet([&](int n) { lse_log2.select(n); },
+                     [&](int r, int b, int, float& x) {
+                         const float log2_weight = x * scale_log2 - lse_log2(r, b);
+                         x = ptx::exp2(kSelect && x == -ptx::infinity() ? x : log2_weight);
+                     });
+}
+
+// dP becomes dS, the gradient of scaled products; weights that mark_dropped() marked become what dV is made of.
+// kSelect: pairs that do not attend may have a dP that is not finite.
+template <bool kSelect, class Scores, class At, class Numbers, int kRows, int kCols>
+FA_DEVICE void score_gradient(AccTile<kRows, kCols>& p, AccTile<kRows, kCols>& dp, Numbers dsoftmax_sum,
+                              Numbers lse_log2, const Scores& scores, const At& at) {
+    const auto select = [&](int n) {
+        dsoftmax_sum.select(n);
+        if constexpr (Scores::kModified) lse_log2.select(n);
+    };
+    dp.zip_octets(p, select, [&](int r, int b, int column, float& x, float& weight) {
+        float w = weight;
+        if constexpr (Scores::kModified) {
+            x = is_dropped(weight) ? 0.f : x * scores.dropout_scale;
+            weight = is_dropped(weight) ? 0.f : weight * scores.dropout_scale;
+            w = fabsf(w);
+        }
+        x = kSelect && w == 0.f ? 0.f : w * (x - dsoftmax_sum(r, b));
+        if constexpr (Scores::kModified) {
+            if (scores.softcap > 0.f && w != 0.f) {
+                const float score = (ptx::log2(w) + lse_log2(r, b)) * float(1 / kLog2e);
+                x *= scores.cap_derivative(score, at.query(r, column), at.key(r, column));
+            }
+        }
+    });
+}
+
+}  // namespace flash_attn

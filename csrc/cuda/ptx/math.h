@@ -1,0 +1,29 @@
+// The approximate functions of the special function unit. PTX ISA, "Floating Point Instructions: ex2, lg2, rcp".
+// Denormal inputs and results count as zero (.ftz), which spares the scaling around each of them.
+#pragma once
+#include "cuda/ptx/types.h"
+
+namespace flash_attn::ptx {
+
+// 2^x, relative error 2^-22; exp2(-infinity) is 0.
+FA_DEVICE float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Absolute error 2^-22 for x in [0.5, 2], relative error 2^-22 elsewhere; log2(0) is -infinity.
+FA_DEVICE float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x, at most 1 unit in the last place off; reciprocal(0) is infinity.
+FA_DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace flash_attn::ptx

@@ -1,0 +1,116 @@
+// Forward pass for compute capability 8.0 and later: FlashAttention-2, algorithm 1. A block computes a tile of queries,
+// each warp some of its rows, and walks over the tiles of keys from the last to the first. K and V have one buffer
+// each: V is loaded while Q K^T is computed, the next K during softmax and P V.
+#pragma once
+#include "cuda/attention/rows.h"
+#include "cuda/attention/score_tile.h"
+#include "cuda/attention/softmax.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/tile/gemm_sm80.h"
+#include "cuda/tile/nonfinite.h"
+#include "cuda/tile/store_rows.h"
+#include "policy/mask.h"
+
+namespace flash_attn {
+
+template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps> struct FwdConfigSm80 {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
+    static constexpr int kThreads = kWarps * kWarpThreads, kWarpRows = kBlockM / kWarps;
+    using TileQ = SmemTile<kBlockM, kHeadDim>;
+    using TileK = SmemTile<kBlockN, kHeadDim>;
+    static constexpr int kSmemBytes = TileQ::kBytes + 2 * TileK::kBytes;
+};
+
+template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
+    using Element = typename Config::Element;
+    constexpr int M = Config::kBlockM, N = Config::kBlockN, D = Config::kHeadDim, kThreads = Config::kThreads;
+    // How many keys get their weights at a time, shortly before their product: fewer need fewer registers, but random
+    // numbers are drawn for whole tiles.
+    constexpr int kStepKeys = Scores::kModified ? N : min(N, 32);
+    const Problem& p = params.problem;
+    const TileGrid grid = query_grid(p, M);
+    const auto [tile, head, batch] = grid.at(ptx::block_idx());
+    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const int m0 = (grid.num_tiles - 1 - tile) * M;  // under a causal mask the last tiles have most to do
+    if (m0 >= seq.seqlen_q) return;
+    const Mask mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
+    const Scores scores(p, batch, head, seq);
+    const Range rows{m0, m0 + M};
+    const Range tiles = tiles_of(mask.kv_range(rows), N);
+
+    const typename Config::TileQ sQ{ptx::smem()};
+    const typename Config::TileK sK{sQ.end()}, sV{sK.end()};
+    const int head_k = head / (p.num_heads / p.num_heads_k), warp_row0 = warp_id() * Config::kWarpRows;
+    const auto load_k = [&](int n) {
+        load_keys<Element, kThreads>(sK, p, p.k, batch, head_k, seq, n * N, p.head_dim);
+        ptx::cp_async_commit();
+    };
+    const auto load_v = [&](int n) {
+        load_keys<Element, kThreads>(sV, p, p.v, batch, head_k, seq, n * N, p.head_dim_v);
+        ptx::cp_async_commit();
+    };
+
+    AccTile<Config::kWarpRows, D> acc_o;
+    acc_o.clear();
+    OnlineSoftmax<acc_o.kLaneRows> softmax;
+    if (!tiles.empty()) {
+        const auto queries = rows_from<Element>(p.q, batch, head, seq.first_row_q + m0);
+        load_tile<kThreads>(sQ, queries, seq.seqlen_q - m0, p.head_dim);
+        load_k(tiles.end - 1);
+    }
+    for (int n = tiles.end - 1; n >= tiles.begin; --n) {
+        const int n0 = n * N;
+        const bool is_full = mask.is_full_block(rows, {n0, n0 + N});
+        ptx::cp_async_wait<0>();
+        ptx::sync_threads();  // K has landed, for every thread's part; all warps are done with the previous V
+        load_v(n);
+        AccTile<Config::kWarpRows, N> acc_s;
+        acc_s.clear();
+        mma_abt<Element>(acc_s, sQ, warp_row0, sK, 0);
+
+        ptx::cp_async_wait<0>();
+        bool nonfinite = false;
+        // V has landed, for every thread's part; all warps are done with K.
+        if (Mask::kMasked && !is_full)
+            nonfinite = ptx::sync_threads_or(holds_nonfinite<Element, kThreads>(sV));
+        else
+            ptx::sync_threads();
+        if (n > tiles.begin) load_k(n - 1);
+
+        const QueryRows at{m0 + warp_row0, n0};
+        scores.apply(acc_s, at);
+        if (!is_full) apply_mask(acc_s, mask, at);
+        softmax.update_max(acc_s, scores.scale_log2);
+        softmax.rescale(acc_o);
+        if (Mask::kMasked && nonfinite) {
+            const auto attends = [&](int r, int k) { return mask.keep(m0 + warp_row0 + lane_row(r), n0 + k); };
+            add_nonfinite<Element>(acc_o, sV, 0, attends);
+            ptx::sync_threads();  // all warps have seen what is about to be cleared
+            clear_nonfinite<Element, kThreads>(sV);
+            ptx::sync_threads();  // V is finite
+        }
+#pragma unroll
+        for (int i = 0; i < N / kStepKeys; ++i) {
+            AccTile<Config::kWarpRows, kStepKeys> weights = acc_s.template columns<kStepKeys>(i);
+            softmax.exp_and_sum(weights, scores.scale_log2);
+            if constexpr (Scores::kModified) scores.drop(weights, QueryRows{at.row0, n0 + i * kStepKeys});
+            mma_ab<Element>(acc_o, PackedTile<Element, Config::kWarpRows, kStepKeys>(weights), sV, i * kStepKeys);
+        }
+    }
+
+    float lse[acc_o.kLaneRows], weight_scale = 1.f;
+    if constexpr (Scores::kModified) weight_scale = scores.dropout_scale;
+    softmax.finish(acc_o, weight_scale, lse);
+    const int64_t first_row = seq.first_row_q + m0 + warp_row0;
+    const int valid_rows = seq.seqlen_q - m0 - warp_row0;
+    store_rows(acc_o, row_of<Element>(params.out, batch, head, first_row), params.out.row_stride, valid_rows,
+               p.head_dim_v);
+    float* const softmax_lse = row_of(params.softmax_lse, batch, head, first_row);
+#pragma unroll
+    for (int r = 0; r < acc_o.kLaneRows; ++r)
+        if (lane_id() % 4 == 0 && lane_row(r) < valid_rows) ptx::store(softmax_lse + lane_row(r), lse[r]);
+}
+
+}  // namespace flash_attn

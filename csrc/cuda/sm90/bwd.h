@@ -1,0 +1,128 @@
+// Main kernel of the backward pass for compute capability 9.0: FlashAttention-3 (2024), section 3.1 and appendix B.1. A
+// block owns a tile of keys of one head of K and V and walks over the tiles of queries of all query heads that share
+// it. One warp loads them by TMA, and two or three warpgroups, the consumers, compute.
+#pragma once
+#include "cuda/ptx/grid.h"
+#include "cuda/sm90/bwd_columns.h"
+#include "cuda/sm90/bwd_keys.h"
+
+namespace flash_attn {
+
+// What a block asks for at first, of the one that is going to take this one's place: many begin at once, and would wait
+// for memory together.
+template <class Config, class Mask> FA_DEVICE void prefetch_next_block(const BwdKernelParamsSm90& params) {
+    const int64_t next = int64_t(ptx::block_idx()) + params.blocks_at_a_time;
+    if (next >= params.order.grid.num_blocks()) return;
+    const BwdTileSm90<Config, Mask> tile(params, static_cast<int>(next));
+    if (tile.is_outside() || tile.tiles().empty()) return;
+    const int m0 = tile.tiles().begin * Config::kBlockM;
+    using TileK = typename Config::TileK;
+    using TileQ = typename Config::TileQ;
+    tile.key_rows(params.k).template prefetch<TileK>(tile.n0);
+    tile.query_rows(params.q, tile.first_head).template prefetch<TileQ>(m0);
+    tile.key_rows(params.v).template prefetch<TileK>(tile.n0);
+    tile.query_rows(params.dout, tile.first_head).template prefetch<TileQ>(m0);
+}
+
+// One thread: Q and dO of every tile of queries. K comes with the first Q, and V with the first dO, in the order in
+// which they are multiplied.
+template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
+                                                              const BwdKernelParamsSm90& params,
+                                                              const BwdTileSm90<Config, Mask>& tile) {
+    constexpr int M = Config::kBlockM, kStageBytes = Config::TileQ::kBytes + Config::kRowBytes;
+    const Problem& p = params.common.pass.problem;
+    const DqAccum& accum = params.common.accum;
+    const int64_t first_tile = first_query_tile(p, M, tile.batch, tile.seq.first_row_q);
+    typename Config::PipelineQ::Index at_q;
+    typename Config::PipelineDout::Index at_dout;
+    bool is_first = true;
+#pragma unroll 1
+    for (int i = 0; i < params.heads_per_key_head; ++i) {
+        const int head = tile.first_head + i;
+        const TmaRows q = tile.query_rows(params.q, head), dout = tile.query_rows(params.dout, head);
+#pragma unroll 1  // this thread has 24 registers
+        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m, at_q.advance(), at_dout.advance()) {
+            const int64_t row = dq_rows<Config>(accum, head, first_tile + m);
+            const int key_bytes = is_first ? Config::TileK::kBytes : 0;
+            const auto load_q = [&] {
+                const ptx::SmemPtr full = smem.pipe_q.acquire(at_q, kStageBytes + key_bytes);
+                if (is_first) tile.key_rows(params.k).load(smem.k, full, tile.n0);
+                q.load(smem.q(at_q.stage), full, m * M);
+                ptx::bulk_load(smem.lse_log2(at_q.stage), accum.lse_log2 + row, Config::kRowBytes, full);
+            };
+            const auto load_dout = [&] {
+                const ptx::SmemPtr full = smem.pipe_dout.acquire(at_dout, kStageBytes + key_bytes);
+                if (is_first) tile.key_rows(params.v).load(smem.v, full, tile.n0);
+                dout.load(smem.dout(at_dout.stage), full, m * M);
+                ptx::bulk_load(smem.dsoftmax_sum(at_dout.stage), accum.dsoftmax_sum + row, Config::kRowBytes, full);
+            };
+            // Later on first what is free first: dO, which is done with before Q, unless it has fewer stages.
+            const bool q_first = Config::kStagesDout < Config::kStagesQ || is_first;
+            if (q_first) load_q();
+            load_dout();
+            if (!q_first) load_q();
+            is_first = false;
+        }
+    }
+    if (!Config::kOwnsColumns) prefetch_next_block<Config, Mask>(params);
+}
+
+// The other warps of the same warpgroup: say whether anything in K, Q or dO is not finite where the mask hides
+// something. K is searched before it is first asked for, since afterwards consumers clear it and restore it. Consumers
+// wait for what is said here, and then fence before TMA overwrites the tiles, which is enough for all.
+template <class Config, class Mask>
+FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) {
+    using Element = typename Config::Element;
+    const BwdTileSm90<Config, Mask> tile(params);
+    constexpr int kThreads = kScanWarps * kWarpThreads;
+    const int thread = ptx::thread_idx() - kWarpThreads;
+    typename Config::PipelineQ::Index at_q;
+    typename Config::PipelineDout::Index at_dout;
+    bool k_searched = false, k_nonfinite = false;
+    for (int i = 0; i < params.heads_per_key_head; ++i)
+        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m, at_q.advance(), at_dout.advance()) {
+            const bool is_full = tile.is_full_block(m);
+            bool found = false;
+            smem.pipe_q.wait(at_q);
+            if (!is_full) {
+                if (!k_searched) k_nonfinite = holds_nonfinite_share<Element, kThreads>(smem.k, thread);
+                k_searched = true;
+                found = k_nonfinite || holds_nonfinite_share<Element, kThreads>(smem.q(at_q.stage), thread);
+            }
+            smem.pipe_dout.wait(at_dout);
+            if (!is_full) {
+                found = found || holds_nonfinite_share<Element, kThreads>(smem.dout(at_dout.stage), thread);
+                found = ptx::barrier_sync_or(BwdBarriersSm90::kScanWarps, kThreads, found);
+                if (thread == 0) ptx::store_shared(smem.has_nonfinite(at_dout.stage), found);
+            }
+            if (thread == 0) ptx::mbarrier_arrive(smem.scanned(at_dout.stage));
+            if (lane_id() == 0) {
+                smem.pipe_dout.release(at_dout);
+                smem.pipe_q.release(at_q);
+            }
+        }
+}
+
+template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
+    using Consumer = std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Mask, Scores>,
+                                        BwdKeysSm90<Config, Mask, Scores>>;
+    ptx::grid_launch_dependents();  // they get no place before the last of these blocks has one
+    const BwdSmemSm90<Config> smem(ptx::smem());
+    const BwdTileSm90<Config, Mask> tile(params);  // the other roles make their own
+    if (!tile.is_outside() && ptx::thread_idx() == 0) {
+        smem.init_barriers(Mask::kMasked ? kScanWarps : 0);
+        const int64_t first =
+            first_query_tile(params.common.pass.problem, Config::kBlockM, tile.batch, tile.seq.first_row_q);
+        for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(smem.times_cleared(i), 0);
+        smem.store_first_query_tile(tile.first_head * params.common.accum.num_tiles + first);
+    }
+    ptx::grid_wait();  // the workspace is ready
+    if (tile.is_outside()) return;
+    ptx::sync_threads();  // barriers are initialised, and the number is there
+    warp_specialize<Config::kConsumers, Mask::kMasked>([&] { load_tiles<Config, Mask>(smem, params, tile); },
+                                                       [&] { scan_tiles<Config, Mask>(smem, params); },
+                                                       [&] { Consumer(smem, params).run(); });
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,167 @@
+// Consumers that own columns of head_dim of dK, dV and dQ, for head_dims with which 64 keys each would be too much for
+// their registers. Each computes the scores of its share of the keys, and P and dS pass through shared memory, since
+// every consumer needs all of them. dK and dV are computed transposed, dV^T += dO^T P and dK^T += Q^T dS, so that the
+// number of keys need not be a multiple of 64. dQ = dS K is added to the workspace straight from registers, 16 bytes at
+// a time: there is no room to gather it.
+#pragma once
+#include "cuda/sm90/bwd_consumer.h"
+#include "cuda/tile/smem_rows.h"
+#include "cuda/tile/store_tile.h"
+
+namespace flash_attn {
+
+template <class Config, class Mask, class Scores> class BwdColumnsSm90 : BwdConsumerSm90<Config, Mask> {
+    using Base = BwdConsumerSm90<Config, Mask>;
+    using Base::M, Base::N, Base::D;
+    using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_, Base::at_dout_;
+    using typename Base::Element, typename Base::Tile;
+    static constexpr int kPanels = Config::kDqCols / 64;  // that a consumer owns, of 64 columns
+    static constexpr int kKeys = N / Config::kConsumers;  // whose scores it computes
+    static_assert(M == kWarpgroupRows && kKeys % 8 == 0 && N % 16 == 0 && kPanels <= 2);
+    using Numbers = RowNumbers<2>;
+
+public:
+    FA_DEVICE BwdColumnsSm90(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) : Base(smem, params) {}
+
+    FA_DEVICE void run() {
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+            acc_dk_[j].clear();
+            acc_dv_[j].clear();
+        }
+        this->for_each_tile([&](int i, int m) { step(i, m); });
+        this->for_each_cleared([&](const Tile& tile, int m, const Element* dout, int rows) {
+            const auto attends = [&](int k, int column) { return tile.mask.keep(m * M + k, tile.n0 + column); };
+#pragma unroll
+            for (int j = 0; j < kPanels; ++j) {
+                const int first_column = column0(j) + this->warp_row0();
+                add_nonfinite_columns(acc_dv_[j], dout + first_column, params_.common.pass.dout.row_stride, rows,
+                                      params_.common.pass.problem.head_dim_v - first_column, attends);
+            }
+        });
+        store();
+    }
+
+private:
+    // One tile of queries of the i-th head.
+    FA_DEVICE void step(int i, int m) {
+        const Scores scores(params_.common.pass.problem, tile_.batch, tile_.first_head + i, tile_.seq);
+        const int key0 = consumer_ * kKeys, row0 = this->warp_row0();
+        const QueryRows at{m * M + row0, ptx::opaque(tile_.n0 + key0)};
+        const bool is_full = tile_.is_full_block(m);
+        const auto q = smem_.q(at_q_.stage), dout = smem_.dout(at_dout_.stage);
+        AccTile<16, kKeys> acc_s, acc_dp;
+        smem_.pipe_q.wait(at_q_);
+        wgmma_abt<Element, D>(acc_s, q, 0, smem_.k, key0);
+        smem_.pipe_dout.wait(at_dout_);
+        wgmma_abt<Element, D>(acc_dp, dout, 0, smem_.v, key0);
+        ptx::wgmma_wait<1>();  // S is there, dP goes on
+        pin_tile(acc_s);
+        const Numbers lse_log2 = numbers(smem_.lse_log2(at_q_.stage), row0);
+        const Numbers dsoftmax_sum = numbers(smem_.dsoftmax_sum(at_dout_.stage), row0);
+        scores.apply(acc_s, at);
+        if (!is_full) apply_mask_by_edge(acc_s, tile_.mask, at);
+        recompute_weights<Mask::kMasked>(acc_s, lse_log2, scores.scale_log2);
+        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
+        smem_.pipe_dout.wait(at_dout_);  // waited for above already: only ends the basic block, as in fwd_sm90.h
+        ptx::wgmma_wait<0>();
+        pin_tile(acc_dp);
+        score_gradient<Mask::kMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
+        const bool cleared = Mask::kMasked && !is_full && this->clear_if_nonfinite();
+
+        const auto weights = smem_.ds(0), ds = smem_.ds(1);
+        this->sync_consumers();  // all are done with the last P and dS
+        store_shared<Element>(acc_s, weights, row0, key0);
+        store_shared<Element>(acc_dp, ds, row0, key0);
+        ptx::fence_proxy_async();  // for P and dS, and for the numbers per query, which TMA will overwrite
+        this->sync_consumers();    // P and dS are complete
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) wgmma_atb<Element>(acc_dv_[j], dout, column0(j), weights);
+        AccTile<16, 64> acc_dq;
+        wgmma_ab<Element>(acc_dq, ds, 0, smem_.k, column0(0));
+        ptx::wgmma_wait<1>();  // dV is done, dQ goes on
+        this->release(smem_.pipe_dout, at_dout_);
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) wgmma_atb<Element>(acc_dk_[j], q, column0(j), ds);
+        ptx::wgmma_wait<kPanels>();  // the first panel of dQ is done, dK goes on
+        pin_tile(acc_dq);
+        const DqAccum& accum = params_.common.accum;
+        const int64_t dq_tile = smem_.load_first_query_tile() + m;  // counted from the first head
+        wait_for_turn(i, dq_tile, m);
+        float* const sums = dq_sums<Config>(accum, i, dq_tile) + consumer_ * Config::kDqBlockElements;
+        add_dq(acc_dq, sums, 0);
+        if constexpr (kPanels == 2) wgmma_ab<Element>(acc_dq, ds, 0, smem_.k, column0(1));
+        ptx::wgmma_wait<0>();
+        if constexpr (kPanels == 2) {
+            pin_tile(acc_dq);
+            add_dq(acc_dq, sums, 1);
+        }
+        pass_turn(i, dq_tile);
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+            pin_tile(acc_dk_[j]);
+            pin_tile(acc_dv_[j]);
+        }
+        this->release(smem_.pipe_q, at_q_);
+        if (Mask::kMasked && cleared) this->restore_keys();
+    }
+
+    FA_DEVICE static Numbers numbers(ptx::SmemPtr rows, int row0) {
+        Numbers numbers;
+        SmemRows<M>{rows}.get(numbers.x, row0);
+        return numbers;
+    }
+    // One panel of this consumer's block to the workspace.
+    FA_DEVICE static void add_dq(const AccTile<16, 64>& dq, float* sums, int panel) {
+        float* const mine = sums + fresh_thread_idx() % kWarpgroupThreads * 4;
+#pragma unroll
+        for (int j = 0; j < dq.kPerBlock; j += 4) {
+            const float* const x = &dq.x[0][j];
+            ptx::red_add_16(mine + Config::dq_element(panel * dq.kPerBlock + j), {x[0], x[1], x[2], x[3]});
+        }
+    }
+    // In a fixed order: until the tiles of keys that come before this one have added theirs.
+    FA_DEVICE void wait_for_turn(int i, int64_t dq_tile, int m) const {
+        if (!params_.common.pass.deterministic) return;
+        const int32_t* const turn = dq_turns<Config>(params_.common.accum, i, dq_tile) + consumer_;
+        if (this->is_leader()) ptx::wait_for_turn(turn, Tile(params_).turn(params_, m));
+        this->sync_group();  // the block of dQ is this consumer's
+    }
+    FA_DEVICE void pass_turn(int i, int64_t dq_tile) const {
+        if (!params_.common.pass.deterministic) return;
+        this->sync_group();  // every thread has added its part
+        if (this->is_leader()) ptx::pass_turn(dq_turns<Config>(params_.common.accum, i, dq_tile) + consumer_);
+    }
+
+    // dK and dV, by way of the memory of K and V.
+    FA_DEVICE void store() {
+        const float scale = params_.common.pass.problem.scalars.scale;
+        this->sync_consumers();  // all are done with K and V
+        const int first_panel = consumer_ * kPanels;
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+            acc_dk_[j].for_each([&](int, int, float& x) { x *= scale; });
+            store_matrices_transposed(PackedTile<Element, 16, N>(acc_dk_[j]), smem_.k.panel(first_panel + j));
+            store_matrices_transposed(PackedTile<Element, 16, N>(acc_dv_[j]), smem_.v.panel(first_panel + j));
+        }
+        ptx::fence_proxy_async();
+        this->sync_group();  // this consumer's columns are there
+        if (!this->is_leader()) return;
+        const Tile tile(params_);
+        const TmaRows dk = tile.key_rows(params_.dk), dv = tile.key_rows(params_.dv);
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+            dk.store_panel(smem_.k, first_panel + j, 0, tile.n0);
+            dv.store_panel(smem_.v, first_panel + j, 0, tile.n0);
+        }
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+    }
+
+    // Of the j-th panel that this consumer owns.
+    FA_DEVICE int column0(int j) const { return Config::dq_column0(consumer_) + 64 * j; }
+
+    AccTile<16, N> acc_dk_[kPanels], acc_dv_[kPanels];  // transposed: 64 columns of head_dim x keys
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,62 @@
+// What a block of the backward pass for compute capability 9.0 is given, and which tiles it works on.
+#pragma once
+#include "cuda/attention/bwd_preprocess.h"
+#include "cuda/attention/rows.h"
+#include "cuda/sm90/bwd_config.h"
+#include "policy/mask.h"
+
+namespace flash_attn {
+
+struct BwdKernelParamsSm90 {
+    BwdKernelParams common;
+    TmaTensor q, k, v, dout;  // boxes of kBlockM, kBlockN, kBlockN and kBlockM rows
+    TmaTensor dk, dv;         // of kOutRows
+    TileOrder order;
+    int heads_per_key_head;
+    int blocks_at_a_time;  // as many as there are multiprocessors
+};
+
+// The tile of keys of a block, and which tiles of queries see it, for each of the heads that share it.
+template <class Config, class Mask> struct BwdTileSm90 {
+    int n0, head_k, batch, first_head;
+    Sequence seq;
+    Mask mask;
+
+    // Computed anew wherever it is needed apart from the main loop: registers are short there.
+    FA_DEVICE explicit BwdTileSm90(const BwdKernelParamsSm90& params, int block = ptx::opaque(ptx::block_idx())) {
+        const Problem& p = params.common.pass.problem;
+        const WorkTile at = params.order.at(block);
+        const int n = adds_backwards(params) ? at.tile : params.order.grid.num_tiles - 1 - at.tile;
+        n0 = n * Config::kBlockN, head_k = at.head, batch = at.batch;
+        first_head = head_k * params.heads_per_key_head;
+        seq = sequence_at(p.seqlens, p.paged_kv, batch);
+        mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
+    }
+    // Rows of keys, of K and of what has its shape.
+    FA_DEVICE TmaRows key_rows(const TmaTensor& t) const {
+        return TmaRows(t, batch, head_k, seq.first_row_k, seq.seqlen_k);
+    }
+    // Rows of the queries of a head.
+    FA_DEVICE TmaRows query_rows(const TmaTensor& t, int head) const {
+        return TmaRows(t, batch, head, seq.first_row_q, seq.seqlen_q);
+    }
+    FA_DEVICE Range tiles() const { return tiles_of(mask.q_range(keys()), Config::kBlockM); }
+    FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // sequences differ in length
+    FA_DEVICE Range keys() const { return {n0, n0 + Config::kBlockN}; }
+    FA_DEVICE Range rows(int m) const { return {m * Config::kBlockM, (m + 1) * Config::kBlockM}; }
+    FA_DEVICE bool is_full_block(int m) const { return mask.is_full_block(rows(m), keys()); }
+    // Tiles of keys that are seen by a tile of queries add to its dQ, in a fixed order, in ascending order. Under a
+    // mask in descending order: causal tiles of queries are seen by the tile on the diagonal first, which so need not
+    // wait.
+    FA_DEVICE static bool adds_backwards(const BwdKernelParamsSm90& params) {
+        return Mask::kMasked && params.common.pass.deterministic;
+    }
+    // How many tiles of keys come before this one. They belong to blocks with smaller indices, which start earlier, so
+    // that waiting for them ends.
+    FA_DEVICE int turn(const BwdKernelParamsSm90& params, int m) const {
+        const int n = n0 / Config::kBlockN;
+        return adds_backwards(params) ? tiles_of(mask.kv_range(rows(m)), Config::kBlockN).end - 1 - n : n;
+    }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,72 @@
+// Which problems the kernels for compute capability 9.0 take. The others are served by those for 8.0 and later.
+#pragma once
+#include <bit>
+#include <limits>
+#include "cuda/api.h"
+#include "cuda/attention/workspace.h"
+#include "cuda/sm90/tma_strides.h"
+#include "policy/host_device.h"
+#include "policy/tile_order.h"
+
+namespace flash_attn::cuda {
+
+// Sizes of q, of k and of what has their rows, with so many columns.
+inline TensorSize query_size(const Problem& p, int columns) {
+    const bool packed = p.seqlens.cu_seqlens_q;
+    return {packed ? 1 : p.batch_size, p.num_heads, packed ? p.seqlens.total_q : p.seqlens.seqlen_q, columns};
+}
+inline TensorSize key_size(const Problem& p, int columns) {
+    const bool packed = p.seqlens.cu_seqlens_k;
+    return {packed ? 1 : p.batch_size, p.num_heads_k, packed ? p.seqlens.total_k : p.seqlens.seqlen_k, columns};
+}
+
+// Keys and values in pages are not taken, nor tensors that TMA cannot see.
+inline bool can_implement(const Problem& p, const Device& device) {
+    return device.compute_capability == 90 && !p.paged_kv.block_table &&
+           TmaStrides(p.q, query_size(p, p.head_dim)).fit() && TmaStrides(p.k, key_size(p, p.head_dim)).fit() &&
+           TmaStrides(p.v, key_size(p, p.head_dim_v)).fit();
+}
+inline bool can_implement(const FwdParams& params, const Device& device) {
+    const Problem& p = params.problem;
+    return can_implement(p, device) && TmaStrides(params.out, query_size(p, p.head_dim_v)).fit();
+}
+
+inline bool can_implement(const BwdParams& params, const Device& device) {
+    const Problem& p = params.problem;
+    return can_implement(p, device) && TmaStrides(params.dout, query_size(p, p.head_dim_v)).fit() &&
+           TmaStrides(params.dk, key_size(p, p.head_dim)).fit() &&
+           TmaStrides(params.dv, key_size(p, p.head_dim_v)).fit();
+}
+
+inline const char* check_tiles(int64_t tiles) {
+    return tiles > std::numeric_limits<int32_t>::max() ? "the problem has more than 2^31 - 1 tiles" : nullptr;
+}
+
+// How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go
+// first: of as many as share half of the L2 cache. Where that is not all of them, a power of two, since that leaves no
+// smaller section at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
+// that share keys and values read again and again; heads_per_key_head: how many of the grid that is.
+inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& device, int64_t key_head_bytes,
+                         int heads_per_key_head) {
+    if (is_full(p.window)) return 1;
+    const int64_t all = max<int64_t>(int64_t(grid.num_heads) * grid.batch_size, 1);
+    const auto key_heads = uint64_t(max<int64_t>(device.l2_bytes / 2 / max<int64_t>(key_head_bytes, 1), 1));
+    if (int64_t(key_heads) * heads_per_key_head >= all) return int(all);
+    return int(std::bit_floor(key_heads)) * heads_per_key_head;
+}
+
+// The workspace of the forward pass: how many tiles have been taken and, where a mask hides something, a place for
+// every 64 queries of a head (FwdRepeats).
+constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8, kFwdRepeatRows = 64;
+inline int64_t fwd_repeat_places(const Problem& p) {
+    return is_full(p.window) ? 0 : p.num_heads * num_query_tiles(p, kFwdRepeatRows);
+}
+
+// The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.
+constexpr WorkspaceShape hopper_workspace(int head_dim, bool modified) {
+    const int block_m = head_dim <= 64 && !modified ? 128 : 64;
+    const int turns = head_dim <= 128 ? 1 : head_dim == 192 ? 3 : 2;
+    return {block_m, block_m * head_dim, turns, true};
+}
+
+}  // namespace flash_attn::cuda

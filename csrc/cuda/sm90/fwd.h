@@ -1,0 +1,368 @@
+// Forward pass for compute capability 9.0: FlashAttention-3 (2024), algorithms 1 and 2. One warp loads tiles by TMA,
+// and two or three warpgroups, the consumers, compute 64 queries each, walking over the tiles of keys from the last to
+// the first. While the tensor cores multiply the weights of one tile with V, the consumer computes the weights of the
+// next.
+//
+// A block works on tiles of queries until there are none left (cuda/sm90/tile_queue.h), and begins to load for the
+// next before it has stored the last.
+#pragma once
+#include "cuda/attention/rows.h"
+#include "cuda/attention/score_tile.h"
+#include "cuda/attention/softmax.h"
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/sm90/fwd_config.h"
+#include "cuda/tile/scan.h"
+#include "policy/mask.h"
+
+namespace flash_attn {
+
+struct FwdKernelParamsSm90 {
+    FwdParams pass;
+    TmaTensor q, k, v, out;  // boxes of 64, kBlockN, kBlockN and 64 rows
+    TileShares shares;
+    FwdRepeats repeats;
+};
+
+// What is announced of a tile of queries (TileQueueSm90): kEnd comes after the last, kPause after the last that is
+// computed for the first time.
+enum class FwdWorkKind : int { kEnd, kTile, kRepeat, kPause };
+struct FwdWorkSm90 {
+    Sequence seq;
+    Range tiles;  // of keys that it sees
+    int m0, head, batch;
+    int index;  // in the order in which tiles are begun
+    FwdWorkKind kind;
+
+    FA_DEVICE bool is_end() const { return kind == FwdWorkKind::kEnd; }
+};
+
+// A tile of queries.
+template <class Config, class Mask> struct FwdTileSm90 : FwdWorkSm90 {
+    static constexpr int N = Config::kBlockN;
+    Mask mask;
+
+    FA_DEVICE FwdTileSm90(const FwdWorkSm90& work, const Problem& p)
+        : FwdWorkSm90(work), mask(make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window)) {}
+    FA_DEVICE FwdTileSm90(int index, const WorkTile& at, FwdWorkKind kind, const Problem& p)
+        : FwdTileSm90({sequence_at(p.seqlens, p.paged_kv, at.batch),
+                       {},
+                       at.tile * Config::kBlockM,
+                       at.head,
+                       at.batch,
+                       index,
+                       kind},
+                      p) {
+        tiles = tiles_of(mask.kv_range(rows()), N);
+    }
+    FA_DEVICE Range rows() const { return {m0, m0 + Config::kBlockM}; }
+    FA_DEVICE int head_k(const Problem& p) const { return head / (p.num_heads / p.num_heads_k); }
+    FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // sequences differ in length
+    FA_DEVICE bool is_repeat() const { return Mask::kMasked && kind == FwdWorkKind::kRepeat; }
+    FA_DEVICE bool is_full_block(int n) const { return mask.is_full_block(rows(), {n * N, (n + 1) * N}); }
+    FA_DEVICE bool is_full_block() const { return mask.is_full_block(rows(), {tiles.begin * N, tiles.end * N}); }
+};
+
+// One thread: announces tiles, and loads what they need.
+template <class Config, class Mask> class FwdLoaderSm90 {
+    using Tile = FwdTileSm90<Config, Mask>;
+    static constexpr int N = Config::kBlockN;
+
+public:
+    FA_DEVICE FwdLoaderSm90(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params)
+        : smem_(smem), params_(params) {}
+
+    FA_DEVICE void run() {
+        const TileShares& shares = params_.shares;
+        for (int64_t i = shares.first(); shares.has(i); i = shares.after(i))
+            load(static_cast<int>(i), FwdWorkKind::kTile);
+        if constexpr (Mask::kMasked) repeat();
+        announce(FwdWorkKind::kEnd);
+    }
+
+private:
+    FA_DEVICE void announce(FwdWorkKind kind) {
+        FwdWorkSm90 work{};
+        work.kind = kind;
+        smem_.queue.announce(at_tile_, work);
+    }
+    // After all tiles, those that turned out to need a search of V.
+    FA_DEVICE void repeat() {
+        announce(FwdWorkKind::kPause);
+        ptx::mbarrier_wait(smem_.repeats_known(), 0);
+        int32_t index = static_cast<int32_t>(params_.shares.order.grid.num_blocks());
+        for (;;) {
+            index = params_.repeats.take(smem_.repeats(), index);
+            if (index == FwdRepeats::kNone) return;
+            load(index, FwdWorkKind::kRepeat);
+        }
+    }
+    // The first K, for which there is room before there is for Q, then Q, then V and the other K of the tiles that are
+    // seen, K one tile ahead, which is how they are used.
+    FA_DEVICE void load(int index, FwdWorkKind kind) {
+        const Tile tile(index, params_.shares.order.at(index), kind, params_.pass.problem);
+        if (tile.is_outside()) return;
+        smem_.queue.template announce<FwdWorkSm90>(at_tile_, tile);
+        const Sequence& seq = tile.seq;
+        const int head_k = tile.head_k(params_.pass.problem);
+        const TmaRows q(params_.q, tile.batch, tile.head, seq.first_row_q, seq.seqlen_q);
+        const TmaRows k(params_.k, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
+        const TmaRows v(params_.v, tile.batch, head_k, seq.first_row_k, seq.seqlen_k);
+        const bool sees_keys = !tile.tiles.empty();
+        const auto load_k = [&](int n) {
+            k.load(smem_.k(at_k_.stage), smem_.pipe_k.acquire(at_k_, Config::TileK::kBytes), n * N);
+            at_k_.advance();
+        };
+        if (sees_keys) load_k(tile.tiles.end - 1);
+        // Without keys a tile is done once Q is there, and two phases look like none.
+        if (!sees_keys) wait_until_out_left();
+#pragma unroll
+        for (int i = 0; i < Config::kConsumers; ++i, at_q_.advance()) {
+            const ptx::SmemPtr full = smem_.pipe_q.acquire(at_q_, sees_keys ? Config::TileQ::kBytes : 0);
+            if (sees_keys) q.load(smem_.q(at_q_.stage), full, tile.m0 + i * kWarpgroupRows);
+        }
+        if (sees_keys) wait_until_out_left();
+        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n, at_v_.advance()) {
+            const bool has_next = n > tile.tiles.begin;
+            if (Config::kNextKFirst && has_next) load_k(n - 1);
+            v.load(smem_.v(at_v_.stage), smem_.pipe_v.acquire(at_v_, Config::TileV::kBytes), n * N);
+            if (!Config::kNextKFirst && has_next) load_k(n - 1);
+        }
+    }
+
+    // The output of the tile before has left the memory of V; at once for the first.
+    FA_DEVICE void wait_until_out_left() {
+        if (Config::kOutApart) return;
+        ptx::mbarrier_wait(smem_.out_left(), out_left_ ^ 1);
+        out_left_ ^= 1;
+    }
+
+    const FwdSmemSm90<Config>& smem_;
+    const FwdKernelParamsSm90& params_;
+    Pipeline<1>::Index at_tile_;
+    typename Config::PipelineQ::Index at_q_;
+    typename Config::Stages::Index at_k_, at_v_;
+    int out_left_ = 0;  // parity of the phase that this tile's output completes
+};
+
+// Ping-pong scheduling (FlashAttention-3, section 3.1): consumers issue their products one after another, so that the
+// softmax of one runs beside the products of another. The last consumer lets the first one begin.
+template <class Config> class PingPongSm90 {
+public:
+    FA_DEVICE explicit PingPongSm90(int consumer) : mine_(consumer), next_((consumer + 1) % Config::kConsumers) {
+        if (Config::kPingPong && next_ == 0) pass();
+    }
+    FA_DEVICE void wait() const {
+        if (Config::kPingPong) ptx::barrier_sync(FwdBarriersSm90::ping_pong(mine_), 2 * kWarpgroupThreads);
+    }
+    FA_DEVICE void pass() const {
+        if (Config::kPingPong) ptx::barrier_arrive(FwdBarriersSm90::ping_pong(next_), 2 * kWarpgroupThreads);
+    }
+    // After the last products: the last consumer has let the first one go on.
+    FA_DEVICE void finish() const {
+        if (mine_ == 0) wait();
+    }
+
+private:
+    int mine_, next_;
+};
+
+// A consumer: one of the warpgroups that compute.
+template <class Config, class Mask, class Scores> class FwdConsumerSm90 {
+    using Element = typename Config::Element;
+    using Tile = FwdTileSm90<Config, Mask>;
+    static constexpr int N = Config::kBlockN;
+    using Weights = PackedTile<Element, 16, N>;
+
+public:
+    FA_DEVICE FwdConsumerSm90(const FwdSmemSm90<Config>& smem, const FwdKernelParamsSm90& params)
+        : smem_(smem), params_(params), consumer_(warpgroup_id() - 1), warp_row0_(ptx::uniform(warp_id() - 4) * 16),
+          ping_pong_(consumer_) {
+        for (int i = 0; i < consumer_; ++i) at_q_.advance();
+    }
+
+    FA_DEVICE void run() {
+        smem_.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
+            if (Mask::kMasked && work.kind == FwdWorkKind::kPause) {
+                if (looks() && is_leader()) ptx::mbarrier_arrive(smem_.repeats_known());
+                return;
+            }
+            const Tile tile(work, params_.pass.problem);
+            const Scores scores(params_.pass.problem, tile.batch, tile.head, tile.seq);
+            acc_o_.clear();
+            OnlineSoftmax<2> softmax;
+            smem_.pipe_q.wait(at_q_);
+            if (tile.tiles.empty()) {
+                release(smem_.pipe_q, at_q_);
+            } else if (tile.is_repeat()) {
+                attend<true>(tile, scores, softmax);
+            } else {
+                attend<false>(tile, scores, softmax);
+            }
+            store(tile, scores, softmax);
+#pragma unroll
+            for (int i = 0; i < Config::kConsumers; ++i) at_q_.advance();
+        });
+        ping_pong_.finish();
+        ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+    }
+
+private:
+    // A tile that is repeated has a loop of its own: every branch in the other would be felt.
+    template <bool kRepeats> FA_DEVICE void attend(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
+        int n = tile.tiles.end - 1;
+        smem_.pipe_k.wait(at_k_);
+        AccTile<16, N> acc_s;
+        gemm_qk(acc_s);
+        ptx::wgmma_wait<0>();
+        keys_done(acc_s);
+        update_softmax(acc_s, tile, scores, softmax, n);
+        Weights weights(acc_s);
+        for (--n; n >= tile.tiles.begin; --n) {
+            const bool cleared = kRepeats && clear_values(tile, n + 1);
+            smem_.pipe_k.wait(at_k_);
+            ping_pong_.wait();
+            gemm_qk(acc_s);
+            smem_.pipe_v.wait(at_v_);
+            gemm_pv(weights);
+            ping_pong_.pass();
+            ptx::wgmma_wait<1>();  // the scores are there, the product with V goes on
+            keys_done(acc_s);
+            update_softmax(acc_s, tile, scores, softmax, n);
+            // V of this tile, a little early: this ends the basic block, in which ptxas would hoist the wait for the
+            // product above the softmax, and nothing would run beside it.
+            auto next_v = at_v_;
+            next_v.advance();
+            smem_.pipe_v.wait(next_v);
+            ptx::wgmma_wait<0>();
+            values_done(tile, n + 1, cleared);
+            softmax.rescale(acc_o_);
+            weights = Weights(acc_s);
+        }
+        release(smem_.pipe_q, at_q_);  // all products with Q are done
+        const bool cleared = kRepeats && clear_values(tile, n + 1);
+        smem_.pipe_v.wait(at_v_);
+        gemm_pv(weights);
+        ptx::wgmma_wait<0>();
+        values_done(tile, n + 1, cleared);
+    }
+
+    // S = Q K^T
+    FA_DEVICE void gemm_qk(AccTile<16, N>& acc_s) {
+        wgmma_abt<Element, Config::kHeadDim>(acc_s, smem_.q(at_q_.stage), 0, smem_.k(at_k_.stage), 0);
+    }
+    FA_DEVICE void keys_done(AccTile<16, N>& acc_s) {
+        pin_tile(acc_s);
+        release(smem_.pipe_k, at_k_);
+        at_k_.advance();
+    }
+    // Scores become weights.
+    FA_DEVICE void update_softmax(AccTile<16, N>& acc_s, const Tile& tile, const Scores& scores,
+                                  OnlineSoftmax<2>& softmax, int n) const {
+        const QueryRows at{tile.m0 + warp_row0_, n * N};
+        scores.apply(acc_s, at);
+        if (!tile.is_full_block(n)) apply_mask_by_edge(acc_s, tile.mask, at);
+        softmax.update_max(acc_s, scores.scale_log2);
+        softmax.exp_and_sum(acc_s, scores.scale_log2);
+        if constexpr (Scores::kModified) scores.drop(acc_s, at);
+    }
+    // All consumers, before the products of a tile that is repeated: what is not finite in V becomes zero. Returns
+    // whether there was any.
+    FA_DEVICE bool clear_values(const Tile& tile, int n) const {
+        if (tile.is_full_block(n)) return false;
+        constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
+        const int thread = ptx::thread_idx() - kWarpgroupThreads;
+        smem_.pipe_v.wait(at_v_);
+        const auto v = smem_.v(at_v_.stage);
+        const bool found = holds_nonfinite_share<Element, kThreads>(v, thread);
+        if (found) clear_nonfinite_share<Element, kThreads>(v, thread);
+        ptx::fence_proxy_async();  // V is to be read by wgmma, and overwritten by TMA
+        return ptx::barrier_sync_or(FwdBarriersSm90::kConsumers, kThreads, found);
+    }
+    // O += P V
+    FA_DEVICE void gemm_pv(const Weights& weights) { wgmma_ab<Element>(acc_o_, weights, smem_.v(at_v_.stage)); }
+    FA_DEVICE void values_done(const Tile& tile, int n, bool cleared) {
+        pin_tile(acc_o_);
+        if (cleared) add_nonfinite_values(tile, n);
+        release(smem_.pipe_v, at_v_);
+        at_v_.advance();
+    }
+    FA_DEVICE void add_nonfinite_values(const Tile& tile, int n) {
+        const Problem& p = params_.pass.problem;
+        const auto attends = [&](int r, int k) {
+            return tile.mask.keep(tile.m0 + warp_row0_ + lane_row(r), n * N + k);
+        };
+        add_nonfinite_rows(acc_o_, row_of<Element>(p.v, tile.batch, tile.head_k(p), tile.seq.first_row_k + n * N),
+                           p.v.row_stride, min(N, tile.seq.seqlen_k - n * N), p.head_dim_v, attends);
+    }
+
+    // Output and log-sum-exp of the tile.
+    FA_DEVICE void store(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
+        float lse[2], weight_scale = 1.f;
+        if constexpr (Scores::kModified) weight_scale = scores.dropout_scale;
+        softmax.finish(acc_o_, weight_scale, lse);
+        const int64_t first_row = tile.seq.first_row_q + tile.m0 + warp_row0_;
+        const int valid_rows = tile.seq.seqlen_q - tile.m0 - warp_row0_;
+        float* const softmax_lse = row_of(params_.pass.softmax_lse, tile.batch, tile.head, first_row);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (lane_id() % 4 == 0 && lane_row(r) < valid_rows) ptx::store(softmax_lse + lane_row(r), lse[r]);
+
+        const int barrier = FwdBarriersSm90::group(consumer_);
+        if (Config::kOutApart) {
+            ptx::bulk_wait_read<0>();
+            ptx::barrier_sync(barrier, kWarpgroupThreads);  // this warpgroup's last output has left shared memory
+        } else {
+            constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
+            ptx::barrier_sync(FwdBarriersSm90::kConsumers, kThreads);  // all are done with V
+        }
+        const PackedTile<Element, 16, Config::kHeadDimV> out(acc_o_);
+        const auto tile_out = smem_.out(consumer_);
+        store_matrices(out, tile_out, warp_row0_ % kWarpgroupRows);
+        ptx::fence_proxy_async();
+        const bool found = looks() && !tile.is_repeat() && row_holds_nonfinite(out);
+        ptx::barrier_sync(barrier, kWarpgroupThreads);  // the output is there
+        if (!is_leader()) return;
+        const TmaRows rows(params_.out, tile.batch, tile.head, tile.seq.first_row_q, tile.seq.seqlen_q);
+        if (tile.is_repeat()) ptx::bulk_wait<0>();  // the first output of the tile has been written
+        rows.store(tile_out, 0, tile.m0 + consumer_ * kWarpgroupRows);
+        ptx::bulk_commit();
+        if (found && !tile.is_full_block()) put_repeat(tile);
+        if (Config::kOutApart) return;
+        ptx::bulk_wait_read<0>();
+        ptx::mbarrier_arrive(smem_.out_left());
+    }
+    // Whether this warp looks for NaN in the output: one does.
+    FA_DEVICE bool looks() const { return Mask::kMasked && warp_row0_ == 0; }
+    FA_DEVICE void put_repeat(const Tile& tile) const {
+        const int32_t place =
+            FwdRepeats::place(params_.pass.problem, tile.batch, tile.head, tile.seq.first_row_q, tile.m0);
+        params_.repeats.put(smem_.repeats(), place, tile.index);
+    }
+
+    template <int kStages> FA_DEVICE static void release(const Pipeline<kStages>& pipe, StageIndex<kStages> at) {
+        if (lane_id() == 0) pipe.release(at);
+    }
+    // The thread that stores for its warpgroup, and waits for what it has stored.
+    FA_DEVICE static bool is_leader() { return ptx::thread_idx() % kWarpgroupThreads == 0; }
+
+    const FwdSmemSm90<Config>& smem_;
+    const FwdKernelParamsSm90& params_;
+    const int consumer_, warp_row0_;
+    PingPongSm90<Config> ping_pong_;
+    typename Config::PipelineQ::Index at_q_;
+    typename Config::Stages::Index at_k_, at_v_;
+    AccTile<16, Config::kHeadDimV> acc_o_;
+};
+
+template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+fwd_sm90(FA_GRID_CONSTANT FwdKernelParamsSm90 params) {
+    const FwdSmemSm90<Config> smem(ptx::smem());
+    if (ptx::thread_idx() == 0) smem.init();
+    ptx::sync_threads();  // barriers are initialised
+    warp_specialize<Config::kConsumers, false>([&] { FwdLoaderSm90<Config, Mask>(smem, params).run(); }, [] {},
+                                               [&] { FwdConsumerSm90<Config, Mask, Scores>(smem, params).run(); });
+}
+
+}  // namespace flash_attn

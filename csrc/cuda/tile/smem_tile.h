@@ -1,0 +1,53 @@
+// A tile of 16-bit elements in shared memory: panels of 64 columns, or 32 where half of the tile is not whole panels of
+// 64, in which the 16-byte chunks of a row are permuted by XOR with the row, so that eight rows of one column of
+// chunks, which is what ldmatrix reads at once, lie in different banks.
+#pragma once
+#include "cuda/tile/lane.h"
+
+namespace flash_attn {
+
+template <int kRows, int kCols, int kPanelCols_ = kCols == 64 || kCols % 128 == 0 ? 64 : 32> struct SmemTile {
+    static_assert(kRows % 16 == 0 && kCols % kPanelCols_ == 0);
+    static constexpr int kPanelCols = kPanelCols_;
+    static constexpr int kPanels = kCols / kPanelCols, kPanelChunks = kPanelCols / 8;
+    static constexpr int kRowBytes = kPanelCols * 2, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
+    ptx::SmemPtr base;
+
+    FA_DEVICE ptx::SmemPtr end() const { return base + kBytes; }
+
+    // An address is a thread's part and what is known at compile time. The permutation repeats every 8 rows, so rows,
+    // as multiples of 8, and panels are added; chunks within a panel are flipped bits. Kept apart like this, one
+    // register serves a whole tile.
+    FA_DEVICE static constexpr int row_offset(int rows) { return rows * kRowBytes; }
+    FA_DEVICE static constexpr int panel_offset(int panel) { return panel * kPanelBytes; }
+    // A chunk of panel 0.
+    FA_DEVICE ptx::SmemPtr chunk(int row, int c) const {
+        // Rows of 64 bytes fill the banks in pairs.
+        const int key = kPanelCols == 64 ? row % 8 : row / 2 % 4;
+        return ptx::pin(base + (row_offset(row) + ((c ^ key) << 4)));
+    }
+    // Of the 8 columns 8 c + 8 lane_half of the kWidth columns from col0 on, a multiple of kWidth: c even and known at
+    // compile time, or lane_half zero.
+    template <int kWidth> FA_DEVICE ptx::SmemPtr chunk_at(int row, int col0, int c, int lane_half) const {
+        if constexpr (kPanelCols % kWidth == 0 || kWidth % kPanelCols == 0) {
+            const SmemTile columns{base + panel_offset(col0 / kPanelCols)};
+            const ptx::SmemPtr p = columns.chunk(row, col0 / 8 % kPanelChunks + lane_half);
+            return ptx::flip_bits(p, c % kPanelChunks << 4) + panel_offset(c / kPanelChunks);
+        } else {
+            const int at = col0 / 8 + c;
+            return ptx::flip_bits(chunk(row, lane_half), at % kPanelChunks << 4) + panel_offset(at / kPanelChunks);
+        }
+    }
+    FA_DEVICE SmemTile<kRows, kPanelCols, kPanelCols> panel(int i) const { return {base + panel_offset(i)}; }
+    // The pair of elements that a lane of an accumulator of kWidth columns has in row row0 + lane / 4 and the n-th 8
+    // columns.
+    template <int kWidth> FA_DEVICE ptx::SmemPtr lane_pair(int row0, int col0, int n) const {
+        return chunk_at<kWidth>(row0 + lane_id() / 4, col0, n, 0) + lane_column() * 2;
+    }
+};
+
+// Of panels of 64 columns only, which is how TMA with the 128-byte swizzle writes a tile and wgmma reads it. Has to
+// start at a multiple of 1024 bytes.
+template <int kRows, int kCols> using WideTile = SmemTile<kRows, (kCols + 63) / 64 * 64, 64>;
+
+}  // namespace flash_attn

@@ -1,0 +1,77 @@
+// Rows of a register tile to global memory, as 16-bit elements.
+#pragma once
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/tile/acc_tile.h"
+
+namespace flash_attn {
+
+// Rows and columns past the valid ones are dropped. dst is the tile's corner and may lie anywhere; where it and its
+// rows start at multiples of four bytes, elements are stored in pairs.
+template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
+                                                                         int64_t row_stride, int valid_rows,
+                                                                         int valid_cols) {
+    const bool aligned = reinterpret_cast<uintptr_t>(dst) % 4 == 0 && row_stride % 2 == 0;
+#pragma unroll
+    for (int r = 0; r < t.kLaneRows; ++r) {
+        if (lane_row(r) >= valid_rows) continue;
+        Element* const row = dst + lane_row(r) * row_stride;
+#pragma unroll
+        for (int n = 0; n < kCols / 8; ++n) {
+            const int column = 8 * n + lane_column();
+            const uint32_t pair = ptx::pack<Element>(t.x[r / 2][4 * n + r % 2 * 2], t.x[r / 2][4 * n + r % 2 * 2 + 1]);
+            if (aligned && column + 1 < valid_cols) {
+                ptx::store(reinterpret_cast<uint32_t*>(row + column), pair);
+                continue;
+            }
+            if (column < valid_cols) ptx::store(row + column, Element{uint16_t(pair)});
+            if (column + 1 < valid_cols) ptx::store(row + column + 1, Element{uint16_t(pair >> 16)});
+        }
+    }
+}
+
+// The four lanes that share a row each have a pair of every 8 columns, and get all of one of 32: lane i of the i-th 8.
+FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int step = 1; step <= 2; ++step) {
+        const bool upper = lane & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const uint32_t low = pairs[i], high = pairs[i | step];
+            const uint32_t received = ptx::float_bits(ptx::shfl_xor(ptx::bits_float(upper ? low : high), step));
+            pairs[i] = upper ? received : low;
+            pairs[i | step] = upper ? high : received;
+        }
+    }
+}
+
+// As store_rows(), by eights where dst, its rows and the valid columns are multiples of 16 bytes. For kernels that have
+// registers to spare.
+template <class Element, int kRows, int kCols> FA_DEVICE void store_rows_by_eights(const AccTile<kRows, kCols>& t,
+                                                                                   Element* dst, int64_t row_stride,
+                                                                                   int valid_rows, int valid_cols) {
+    const auto address = reinterpret_cast<uintptr_t>(dst);
+    const bool aligned = address % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0;
+    if (!aligned || kCols % 32 != 0) return store_rows(t, dst, row_stride, valid_rows, valid_cols);
+    if constexpr (kCols % 32 == 0) {
+#pragma unroll
+        for (int r = 0; r < t.kLaneRows; ++r)
+#pragma unroll
+            for (int n = 0; n < kCols / 8; n += 4) {
+                uint32_t eight[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float* const x = &t.x[r / 2][4 * (n + i) + r % 2 * 2];
+                    eight[i] = ptx::pack<Element>(x[0], x[1]);
+                }
+                transpose_quad(eight);
+                const int column = 8 * (n + lane_id() % 4);
+                if (lane_row(r) < valid_rows && column < valid_cols)
+                    ptx::store_16(dst + lane_row(r) * row_stride + column, eight);
+            }
+    }
+}
+
+}  // namespace flash_attn

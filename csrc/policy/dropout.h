@@ -1,0 +1,59 @@
+// Which weights dropout drops: Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with a
+// counter made of (batch, head, row, key), so that the answer does not depend on tiles, threads or the device.
+//
+// One call yields eight 16-bit numbers. They belong to the pairs {row, row + 8} x {key, key + 8, key + 16, key + 24} of
+// a 16 x 32 block. A thread of mma.sync or wgmma holds both rows and all of those keys in its accumulators, so it uses
+// every number that it computes; with transposed scores it holds half of the keys and uses half of the numbers.
+#pragma once
+#include "policy/host_device.h"
+#include "problem.h"
+
+namespace flash_attn {
+
+// Seven rounds are the fewest that pass BigCrush (table 2 of the paper).
+constexpr int kPhiloxRounds = 7;
+constexpr int kDropoutBlockRows = 16, kDropoutBlockKeys = 32;
+
+struct PhiloxOutput { uint32_t word[4]; };
+
+FA_HOST_DEVICE PhiloxOutput philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+        c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+        c1 = uint32_t(p1);
+        c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c3 = uint32_t(p0);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// The dropout mask of one batch entry and head.
+struct DropoutMask {
+    uint32_t threshold, batch_head, seed_low, seed_high, offset;
+
+    FA_HOST_DEVICE DropoutMask(const DropoutParams& p, int batch, int head, int num_heads)
+        : threshold(p.threshold), batch_head(uint32_t(batch) * uint32_t(num_heads) + uint32_t(head)) {
+        const uint64_t seed = p.state ? uint64_t(p.state[0]) : p.seed;
+        const uint64_t full_offset = p.state ? uint64_t(p.state[1]) : p.offset;
+        seed_low = uint32_t(seed);
+        seed_high = uint32_t(seed >> 32) ^ uint32_t(full_offset >> 32);
+        offset = uint32_t(full_offset);
+    }
+
+    // The eight numbers that (row, key) shares with its block: word i holds row (low half) and row + 8 (high half)
+    // of key + 8 i, for row and key in the first octet of the block.
+    FA_HOST_DEVICE PhiloxOutput block(uint32_t row, uint32_t key) const {
+        return philox(row / 16 * 8 + row % 8, key / 32 * 8 + key % 8, batch_head, offset, seed_low, seed_high);
+    }
+    FA_HOST_DEVICE bool drops(uint32_t row, uint32_t key) const {
+        const uint32_t word = block(row, key).word[key / 8 % 4];
+        return (row / 8 % 2 ? word >> 16 : word & 0xffffu) < threshold;
+    }
+};
+
+// What kept weights are multiplied with, by the probability really used, so that the expectation is exact.
+FA_HOST_DEVICE double dropout_rescale(const DropoutParams& p) { return 65536.0 / (65536.0 - double(p.threshold)); }
+
+}  // namespace flash_attn

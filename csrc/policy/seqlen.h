@@ -1,0 +1,48 @@
+// Where one sequence of the batch lies. Device metadata is clamped to the true sizes of the tensors: a wrong length
+// gives a wrong answer for that sequence, never an access outside.
+#pragma once
+#include "policy/host_device.h"
+#include "problem.h"
+
+namespace flash_attn {
+
+struct Sequence {
+    int64_t first_row_q, first_row_k;  // within the batch entry of a dense tensor, or within a packed tensor
+    int32_t seqlen_q, seqlen_k;
+};
+
+// Rows inside [0, total]: from cu_seqlens[batch] to its successor or, where the numbers of rows in use are given, as
+// many as those. Then sequences may leave gaps and lie in any order.
+FA_HOST_DEVICE Sequence packed_range(const int32_t* cu_seqlens, const int32_t* used, int batch, int64_t total,
+                                     int32_t max_seqlen, Sequence s, bool is_q) {
+    const int64_t begin = clamp<int64_t>(cu_seqlens[batch], 0, total);
+    const int64_t length = used ? used[batch] : cu_seqlens[batch + 1] - begin;
+    (is_q ? s.first_row_q : s.first_row_k) = begin;
+    (is_q ? s.seqlen_q : s.seqlen_k) = int32_t(clamp<int64_t>(length, 0, min<int64_t>(max_seqlen, total - begin)));
+    return s;
+}
+
+FA_HOST_DEVICE Sequence sequence_at(const Seqlens& p, const PagedKv& paged, int batch) {
+    Sequence s{0, 0, p.seqlen_q, p.seqlen_k};
+    if (p.cu_seqlens_q) s = packed_range(p.cu_seqlens_q, nullptr, batch, p.total_q, p.seqlen_q, s, true);
+    if (p.cu_seqlens_k) {
+        // The rows of a paged sequence are counted from its first page, wherever cu_seqlens_k says it starts.
+        const int64_t capacity = int64_t(paged.max_pages) * paged.page_size;
+        const int64_t total = paged.block_table ? int64_t(kMaxSeqlen) * 2 : p.total_k;
+        s = packed_range(p.cu_seqlens_k, p.seqused_k, batch, total, p.seqlen_k, s, false);
+        if (paged.block_table) {
+            s.first_row_k = 0;
+            s.seqlen_k = int32_t(min<int64_t>(s.seqlen_k, capacity));
+        }
+    } else if (p.seqused_k) {
+        s.seqlen_k = clamp(p.seqused_k[batch], 0, s.seqlen_k);
+    }
+    if (p.leftpad_k) {
+        const int32_t leftpad = clamp(p.leftpad_k[batch], 0, s.seqlen_k);
+        s.first_row_k += leftpad;
+        s.seqlen_k -= leftpad;
+    }
+    return s;
+}
+
+}  // namespace flash_attn

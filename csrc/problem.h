@@ -1,0 +1,105 @@
+// One attention problem as plain data: all that the torch code, the CPU backend and the CUDA kernels share.
+// No torch, no CUDA headers. Strides count elements; every offset into a tensor is computed in 64 bits.
+#pragma once
+#include <cstdint>
+
+namespace flash_attn {
+
+enum class ElementType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Lengths stay below this, and unbounded windows are this wide, so that sums of two of them fit in 32 bits.
+constexpr int32_t kMaxSeqlen = 1 << 30;
+
+// [batch_size, seqlen, heads, head_dim] or, packed, [total, heads, head_dim] with batch_stride 0.
+// The last dimension is contiguous.
+struct TensorView {
+    void* data;
+    int64_t batch_stride, row_stride, head_stride;
+};
+
+// One number per query and head: [batch_size, num_heads, seqlen_q] or, packed, [num_heads, total_q] with batch_stride
+// 0. Queries are contiguous. fp32, or fp64 where the elements are fp64. data may be null where a field is optional.
+struct RowView {
+    void* data;
+    int64_t batch_stride, head_stride;
+};
+
+// How long each sequence is and where it starts. Dense: all pointers but seqused_k and leftpad_k are null.
+struct Seqlens {
+    const int32_t* cu_seqlens_q;  // [batch_size + 1], or null
+    const int32_t* cu_seqlens_k;  // [batch_size + 1], or null; with seqused_k only where sequences start
+    const int32_t* seqused_k;     // [batch_size]: keys in use, counted from the start of the sequence, or null
+    const int32_t* leftpad_k;     // [batch_size]: keys to pass over at the start, or null
+    int64_t total_q, total_k;     // packed: rows of q and of k; dense: unused
+    int32_t seqlen_q, seqlen_k;   // dense: rows; packed: no sequence is longer than this
+};
+
+// Keys and values in pages: row j of sequence b is row j % page_size of page block_table[b][j / page_size].
+struct PagedKv {
+    const int32_t* block_table;  // [batch_size, max_pages], or null
+    int64_t batch_stride;        // of block_table
+    int32_t max_pages, num_pages, page_size;
+};
+
+// Query i sees key j iff i + shift - left <= j <= i + shift + right, with shift = seqlen_k - seqlen_q.
+struct Window {
+    int32_t left, right;  // kMaxSeqlen: unbounded
+};
+
+struct ScoreParams {
+    double softmax_scale;        // > 0
+    double softcap;              // scores become softcap * tanh(score / softcap); 0: off
+    const float* alibi_slopes;   // [num_heads] or [batch_size, num_heads], or null
+    int64_t alibi_batch_stride;  // 0 for [num_heads]
+};
+
+struct DropoutParams {
+    uint32_t threshold;  // a weight is dropped iff its 16 random bits are below: probability threshold / 2^16; 0: off
+    uint64_t seed, offset;
+    const int64_t* state;  // [2]: seed and offset in device memory, or null where the two fields above hold
+};
+
+// The two above as GPUs compute with them, rounded once on the host by round_scalars() (policy/scalars.h):
+// softmax_scale, softmax_scale * log2(e), softcap, and the factor of kept weights.
+struct Fp32Scalars { float scale, scale_log2, softcap, dropout_rescale; };
+
+// What every pass is given.
+struct Problem {
+    ElementType type;
+    int32_t batch_size, num_heads, num_heads_k, head_dim, head_dim_v;
+    TensorView q;  // [batch_size, seqlen_q, num_heads, head_dim] or [total_q, num_heads, head_dim]
+    TensorView k;  // [batch_size, seqlen_k, num_heads_k, head_dim] or [total_k, ...] or [num_pages, page_size, ...]
+    TensorView v;  // as k, with head_dim_v
+    Seqlens seqlens;
+    PagedKv paged_kv;
+    Window window;
+    ScoreParams score;
+    DropoutParams dropout;
+    Fp32Scalars scalars;
+};
+
+struct FwdParams {
+    Problem problem;
+    TensorView out;       // as q, with head_dim_v
+    RowView softmax_lse;  // natural logarithm; -infinity for a query that sees no key
+};
+
+struct BwdParams {
+    Problem problem;       // not paged
+    TensorView out, dout;  // as q, with head_dim_v
+    RowView softmax_lse;   // of the forward pass; +infinity is taken like -infinity
+    RowView dlse;          // gradient of softmax_lse, or null
+    TensorView dq, dk, dv;
+    RowView dsoftmax_sum;  // written: rowsum(dout * out) - dlse; 0 of a query that sees no key
+    bool deterministic;
+};
+
+// The matrix that attention avoids, for tests and return_attn_probs: [batch_size, num_heads, seqlen_q, seqlen_k],
+// contiguous, in the type of q. Dropped weights have their sign bit set; what lies outside of a sequence is 0.
+struct ProbsParams {
+    Problem problem;
+    RowView softmax_lse;
+    void* probs;
+};
+
+}  // namespace flash_attn
