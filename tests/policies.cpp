@@ -19,7 +19,7 @@ extern "C" {
 // Masks are four numbers: seqlen_q, seqlen_k, left, right.
 bool mask_keep(const int32_t* mask, int row, int key) { return make_mask(mask).keep(row, key); }
 
-void mask_keys_of(const int32_t* mask, int begin, int end, int32_t* out) {
+void mask_kv_range(const int32_t* mask, int begin, int end, int32_t* out) {
     const Range keys = make_mask(mask).kv_range({begin, end});
     out[0] = keys.begin, out[1] = keys.end;
 }
@@ -29,23 +29,23 @@ void mask_q_range(const int32_t* mask, int begin, int end, int32_t* out) {
     out[0] = rows.begin, out[1] = rows.end;
 }
 
-bool mask_covers(const int32_t* mask, int row_begin, int row_end, int key_begin, int key_end) {
+bool mask_is_full_block(const int32_t* mask, int row_begin, int row_end, int key_begin, int key_end) {
     return make_mask(mask).is_full_block({row_begin, row_end}, {key_begin, key_end});
 }
 
 // Answers for all rows and keys, and for all ranges begin < end in the order of begin, then end.
-void mask_tables(const int32_t* m, uint8_t* keep, int32_t* keys_of, int32_t* rows_of, uint8_t* covers) {
+void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_range, uint8_t* is_full_block) {
     const WindowMask mask = make_mask(m);
     for (int row = 0; row < mask.seqlen_q; ++row)
         for (int key = 0; key < mask.seqlen_k; ++key) *keep++ = mask.keep(row, key);
     for (int begin = 0; begin < mask.seqlen_q; ++begin)
-        for (int end = begin + 1; end <= mask.seqlen_q; ++end, keys_of += 2) mask_keys_of(m, begin, end, keys_of);
+        for (int end = begin + 1; end <= mask.seqlen_q; ++end, kv_range += 2) mask_kv_range(m, begin, end, kv_range);
     for (int begin = 0; begin < mask.seqlen_k; ++begin)
-        for (int end = begin + 1; end <= mask.seqlen_k; ++end, rows_of += 2) mask_q_range(m, begin, end, rows_of);
+        for (int end = begin + 1; end <= mask.seqlen_k; ++end, q_range += 2) mask_q_range(m, begin, end, q_range);
     for (int a = 0; a < mask.seqlen_q; ++a)
         for (int b = a + 1; b <= mask.seqlen_q; ++b)
             for (int c = 0; c < mask.seqlen_k; ++c)
-                for (int d = c + 1; d <= mask.seqlen_k; ++d) *covers++ = mask.is_full_block({a, b}, {c, d});
+                for (int d = c + 1; d <= mask.seqlen_k; ++d) *is_full_block++ = mask.is_full_block({a, b}, {c, d});
 }
 
 // sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether there is

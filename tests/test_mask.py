@@ -34,7 +34,7 @@ def policies(tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.mask_keep.restype = loaded.mask_covers.restype = ctypes.c_bool
+    loaded.mask_keep.restype = loaded.mask_is_full_block.restype = ctypes.c_bool
     loaded.row_offset.restype = ctypes.c_int64
     loaded.rescale.restype = ctypes.c_double
     return loaded
@@ -72,18 +72,18 @@ def brute_range(lines: np.ndarray, ranges: np.ndarray):
 
 
 def check_mask(policies, seqlen_q, seqlen_k, left, right):
-    """keep, keys_of, rows_of and covers for every row, key and range of them."""
+    """keep, kv_range, q_range and is_full_block for every row, key and range of them."""
     mask = brute_mask(seqlen_q, seqlen_k, left, right)
     rows, keys = spans(seqlen_q), spans(seqlen_k)
     keep = np.zeros(mask.shape, np.uint8)
-    keys_of, rows_of = np.zeros((len(rows), 2), np.int32), np.zeros((len(keys), 2), np.int32)
-    covers = np.zeros((len(rows), len(keys)), np.uint8)
-    arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (keep, keys_of, rows_of, covers)]
+    kv_range, q_range = np.zeros((len(rows), 2), np.int32), np.zeros((len(keys), 2), np.int32)
+    is_full_block = np.zeros((len(rows), len(keys)), np.uint8)
+    arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (keep, kv_range, q_range, is_full_block)]
     unbounded = [UNBOUNDED if side < 0 else side for side in (left, right)]
     policies.mask_tables(ints([seqlen_q, seqlen_k, *unbounded]), *arrays)
     where = f"seqlens {seqlen_q}, {seqlen_k}, window {left}, {right}"
     assert np.array_equal(keep, mask), where
-    for found, lines, ranges in [(keys_of, mask, rows), (rows_of, mask.T, keys)]:
+    for found, lines, ranges in [(kv_range, mask, rows), (q_range, mask.T, keys)]:
         if lines.shape[1] == 0:
             assert (found[:, 0] >= found[:, 1]).all(), where
             continue
@@ -94,7 +94,7 @@ def check_mask(policies, seqlen_q, seqlen_k, left, right):
     total[1:, 1:] = mask.cumsum(0).cumsum(1)
     (a, b), (c, d) = rows.T[:, :, None], keys.T[:, None, :]
     seen = total[b, d] - total[a, d] - total[b, c] + total[a, c]
-    assert np.array_equal(covers, seen == (b - a) * (d - c)), where
+    assert np.array_equal(is_full_block, seen == (b - a) * (d - c)), where
 
 
 @pytest.mark.parametrize("seqlen_q", range(10))
@@ -126,8 +126,8 @@ def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right):
     rows[1], keys[1] = rows[1] + 1, keys[1] + 1
     row, key = data.draw(st.integers(rows[0], rows[1] - 1)), data.draw(st.integers(keys[0], keys[1] - 1))
     of_rows, of_keys = ints([0, 0]), ints([0, 0])
-    policies.mask_keys_of(mask, *rows, of_rows)
-    policies.mask_rows_of(mask, *keys, of_keys)
+    policies.mask_kv_range(mask, *rows, of_rows)
+    policies.mask_q_range(mask, *keys, of_keys)
     assert policies.mask_keep(mask, row, key) == sees(row, key)
     if sees(row, key):
         assert of_rows[0] <= key < of_rows[1]
@@ -137,7 +137,7 @@ def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right):
     assert of_keys[0] >= 0
     assert of_keys[1] <= seqlen_q
     corners = sees(rows[0], keys[1] - 1) and sees(rows[1] - 1, keys[0])
-    assert policies.mask_covers(mask, *rows, *keys) == corners
+    assert policies.mask_is_full_block(mask, *rows, *keys) == corners
 
 
 HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sampled_from([-(2**31), 2**31 - 1]))
