@@ -53,7 +53,7 @@ ENTRY = re.compile(
 )
 # What share of a loop's exponentials is computed while a product of wgmma is under way.
 LEAST_OVERLAP = 0.7
-POLICY = re.compile(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Scores))E")
+POLICY = re.compile(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Score))(?:E|If)")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Kernel:
     head_dim_v: int
     block_m: int
     block_n: int
-    variant: str  # the mask and the scores: "FullMask PlainScores"
+    variant: str  # the mask and the scores: "FullMask PlainScore"
     architecture: str
     threads: int
     smem_bytes: int
@@ -103,7 +103,7 @@ class Kernel:
         Not where it was measured to be slower: the backward pass up to head_dim 128, plain scores, on an H200
         (benchmarks/results/nvidia-h200, experiment 1).
         """
-        return not (self.kernel == "bwd_sm90" and self.head_dim <= 128 and self.variant.endswith("PlainScores"))
+        return not (self.kernel == "bwd_sm90" and self.head_dim <= 128 and self.variant.endswith("PlainScore"))
 
     @property
     def name(self) -> str:

@@ -17,20 +17,18 @@ FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidde
     };
     s.for_each(hide, at.first_column());
 }
-// What the mask hides.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
 }
-// The same with half of the comparisons for most tiles, which meet one edge of the mask only. Takes a few registers.
-template <int kRows, int kCols, class Mask, class At>
+// The same with half of the comparisons for most tiles, which one edge of the mask crosses. Takes a few registers.
+template <int kEdge = 0, int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-    if (mask.hides_after(queries, keys))
-        hide_if(s, at, [&](int query, int key) { return mask.hides_after(query, key); });
-    if constexpr (Mask::kMasked)
-        if (mask.hides_before(queries, keys))
-            hide_if(s, at, [&](int query, int key) { return mask.hides_before(query, key); });
+    if constexpr (kEdge < Mask::kEdges) {
+        if (mask.template crosses<kEdge>(at.queries(kRows, kCols), at.keys(kRows, kCols)))
+            hide_if(s, at, [&](int query, int key) { return mask.template hides<kEdge>(query, key); });
+        apply_mask_by_edge<kEdge + 1>(s, mask, at);
+    }
 }
 
 // Over the four lanes that share a row.

@@ -1,12 +1,13 @@
 // Tile shapes by head_dim and by how much shared memory a block may have.
 //
 // Small: within 99 KB, which is all that compute capability 8.6, 8.9 and 12.x give to a block. Large: within 163 KB,
-// which 8.0 gives, and 9.0 more; LargeModified: the same for ModifiedScores.
+// which 8.0 gives, and 9.0 more; LargeModified: the same for ModifiedScore.
 #pragma once
 #include <type_traits>
-#include "cuda/attention/dispatch.h"
+#include "cuda/instances.h"
 #include "cuda/sm80/bwd_config.h"
 #include "cuda/sm80/fwd.h"
+#include "policy/variant.h"
 
 namespace flash_attn {
 
@@ -70,9 +71,9 @@ template <class Element> struct BwdTilesSm80<Element, 256> {
 };
 
 // f(Type<Config>) for what a device has room for.
-template <class Tiles, class Scores, class F> auto with_tiles(const cuda::Device& device, F f) {
+template <class Tiles, class Variant, class F> auto with_tiles(const cuda::Device& device, F f) {
     using Small = typename Tiles::Small;
-    using Large = std::conditional_t<Scores::kModified, typename Tiles::LargeModified, typename Tiles::Large>;
+    using Large = std::conditional_t<Variant::kModified, typename Tiles::LargeModified, typename Tiles::Large>;
     static_assert(Small::kSmemBytes <= kSmallSmemBytes && Large::kSmemBytes <= kLargeSmemBytes);
     if constexpr (!std::is_same_v<Small, Large>)
         if (device.smem_per_block >= kLargeSmemBytes) return f(cuda::Type<Large>());

@@ -1,7 +1,6 @@
 // The backward pass for compute capability 9.0, for one FA_ELEMENT and FA_HEAD_DIM: three kernels, one after another.
 #include "cuda/attention/bwd_postprocess.h"
 #include "cuda/attention/bwd_preprocess.h"
-#include "cuda/attention/dispatch.h"
 #include "cuda/attention/place_workspace.h"
 #include "cuda/instances.h"
 #include "cuda/launch.h"
@@ -26,10 +25,10 @@ template <class Config> const char* make_tensors(BwdKernelParamsSm90& kernel_par
     return error;
 }
 
-template <class Config, class Mask, class Scores>
+template <class Config, class Variant>
 const char* launch_bwd(const BwdParams& params, void* workspace, const Device& device) {
     const Problem& p = params.problem;
-    static_assert(workspace_shape<Config>() == hopper_workspace(Config::kHeadDim, Scores::kModified));
+    static_assert(workspace_shape<Config>() == hopper_workspace(Config::kHeadDim, Variant::kModified));
     BwdKernelParamsSm90 kernel_params{};
     kernel_params.common = {params, place_workspace(workspace, p, workspace_shape<Config>())};
     const int64_t query_blocks = query_grid(p, Config::kBlockM).num_blocks();
@@ -46,7 +45,7 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
         error = launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads, Config::kPreprocessSmemBytes,
                        device, kernel_params.common);
     if (!error)
-        error = launch_pdl(bwd_sm90<Config, Mask, Scores>, key_tiles.num_blocks(), Config::kThreads, Config::kSmemBytes,
+        error = launch_pdl(bwd_sm90<Config, Variant>, key_tiles.num_blocks(), Config::kThreads, Config::kSmemBytes,
                            device, kernel_params);
     if (!error)
         error = launch_pdl(bwd_postprocess<Config>, query_blocks, Config::kPostprocessThreads, 0, device,
@@ -58,11 +57,11 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
 
 template <class Element, int kHeadDim>
 const char* run_bwd_sm90(const BwdParams& params, void* workspace, const Device& device) {
-    return with_policies(params.problem, [&](auto mask, auto scores) {
-        using Scores = typename decltype(scores)::type;
+    return with_variant(params.problem, [&](auto variant) {
+        using Variant = typename decltype(variant)::type;
         using Tiles = BwdTilesSm90<Element, kHeadDim>;
-        using Config = std::conditional_t<Scores::kModified, typename Tiles::Modified, typename Tiles::Plain>;
-        return launch_bwd<Config, typename decltype(mask)::type, Scores>(params, workspace, device);
+        using Config = std::conditional_t<Variant::kModified, typename Tiles::Modified, typename Tiles::Plain>;
+        return launch_bwd<Config, Variant>(params, workspace, device);
     });
 }
 

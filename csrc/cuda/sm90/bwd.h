@@ -10,10 +10,10 @@ namespace flash_attn {
 
 // What a block asks for at first, of the one that is going to take this one's place: many begin at once, and would wait
 // for memory together.
-template <class Config, class Mask> FA_DEVICE void prefetch_next_block(const BwdKernelParamsSm90& params) {
+template <class Config, class Variant> FA_DEVICE void prefetch_next_block(const BwdKernelParamsSm90& params) {
     const int64_t next = int64_t(ptx::block_idx()) + params.blocks_at_a_time;
     if (next >= params.order.grid.num_blocks()) return;
-    const BwdTileSm90<Config, Mask> tile(params, static_cast<int>(next));
+    const BwdTileSm90<Config, Variant> tile(params, static_cast<int>(next));
     if (tile.is_outside() || tile.tiles().empty()) return;
     const int m0 = tile.tiles().begin * Config::kBlockM;
     using TileK = typename Config::TileK;
@@ -26,9 +26,9 @@ template <class Config, class Mask> FA_DEVICE void prefetch_next_block(const Bwd
 
 // One thread: Q and dO of every tile of queries. K comes with the first Q, and V with the first dO, in the order in
 // which they are multiplied.
-template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
-                                                              const BwdKernelParamsSm90& params,
-                                                              const BwdTileSm90<Config, Mask>& tile) {
+template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
+                                                                 const BwdKernelParamsSm90& params,
+                                                                 const BwdTileSm90<Config, Variant>& tile) {
     constexpr int M = Config::kBlockM, kStageBytes = Config::TileQ::kBytes + Config::kRowBytes;
     const Problem& p = params.common.pass.problem;
     const DqAccum& accum = params.common.accum;
@@ -64,16 +64,16 @@ template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<
             is_first = false;
         }
     }
-    if (!Config::kOwnsColumns) prefetch_next_block<Config, Mask>(params);
+    if (!Config::kOwnsColumns) prefetch_next_block<Config, Variant>(params);
 }
 
 // The other warps of the same warpgroup: say whether anything in K, Q or dO is not finite where the mask hides
 // something. K is searched before it is first asked for, since afterwards consumers clear it and restore it. Consumers
 // wait for what is said here, and then fence before TMA overwrites the tiles, which is enough for all.
-template <class Config, class Mask>
+template <class Config, class Variant>
 FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) {
     using Element = typename Config::Element;
-    const BwdTileSm90<Config, Mask> tile(params);
+    const BwdTileSm90<Config, Variant> tile(params);
     constexpr int kThreads = kScanWarps * kWarpThreads;
     const int thread = ptx::thread_idx() - kWarpThreads;
     typename Config::PipelineQ::Index at_q;
@@ -103,15 +103,15 @@ FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParams
         }
 }
 
-template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1)
 bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
-    using Consumer = std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Mask, Scores>,
-                                        BwdKeysSm90<Config, Mask, Scores>>;
+    using Consumer =
+        std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Variant>, BwdKeysSm90<Config, Variant>>;
     ptx::grid_launch_dependents();  // they get no place before the last of these blocks has one
     const BwdSmemSm90<Config> smem(ptx::smem());
-    const BwdTileSm90<Config, Mask> tile(params);  // the other roles make their own
+    const BwdTileSm90<Config, Variant> tile(params);  // the other roles make their own
     if (!tile.is_outside() && ptx::thread_idx() == 0) {
-        smem.init_barriers(Mask::kMasked ? kScanWarps : 0);
+        smem.init_barriers(Variant::kMasked ? kScanWarps : 0);
         const int64_t first =
             first_query_tile(params.common.pass.problem, Config::kBlockM, tile.batch, tile.seq.first_row_q);
         for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(smem.times_cleared(i), 0);
@@ -120,9 +120,9 @@ bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
     ptx::grid_wait();  // the workspace is ready
     if (tile.is_outside()) return;
     ptx::sync_threads();  // barriers are initialised, and the number is there
-    warp_specialize<Config::kConsumers, Mask::kMasked>([&] { load_tiles<Config, Mask>(smem, params, tile); },
-                                                       [&] { scan_tiles<Config, Mask>(smem, params); },
-                                                       [&] { Consumer(smem, params).run(); });
+    warp_specialize<Config::kConsumers, Variant::kMasked>([&] { load_tiles<Config, Variant>(smem, params, tile); },
+                                                          [&] { scan_tiles<Config, Variant>(smem, params); },
+                                                          [&] { Consumer(smem, params).run(); });
 }
 
 }  // namespace flash_attn

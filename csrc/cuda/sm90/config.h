@@ -48,7 +48,7 @@ template <class Config> double estimated_time(const Problem& p) {
     static_assert(Config::kHeadDim == 64 && Config::kBlockN == 128);
     static_assert(Config::kBlockM == 128 || Config::kBlockM == 192);
     constexpr double kTileTime = Config::kBlockM == 192 ? 1.96 : 1.74, kKeysTime = Config::kBlockM == 192 ? 1.51 : 1.15;
-    const auto mask = make_mask<WindowMask>(p.seqlens.seqlen_q, p.seqlens.seqlen_k, p.window);
+    const auto mask = WindowMask::of(p, {0, 0, p.seqlens.seqlen_q, p.seqlens.seqlen_k}, 0, 0);
     double time = 0;
     for (int m0 = 0; m0 < p.seqlens.seqlen_q; m0 += Config::kBlockM) {
         const Range tiles = tiles_of(mask.kv_range({m0, m0 + Config::kBlockM}), Config::kBlockN);

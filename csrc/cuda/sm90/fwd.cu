@@ -1,5 +1,4 @@
 // The forward pass for compute capability 9.0, for one FA_ELEMENT and FA_HEAD_DIM.
-#include "cuda/attention/dispatch.h"
 #include "cuda/instances.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/can_implement.h"
@@ -16,7 +15,7 @@ const char* divide_tiles(TileShares& shares, const TileGrid& grid, int section_h
                          const Device& device) {
     const int64_t tiles = grid.num_blocks();
     if (const char* error = check_tiles(tiles)) return error;
-    const bool alike = is_full(p.window) && !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
+    const bool alike = !masks_keys(p) && !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
     const bool fixed = alike || tiles <= device.multiprocessors;
     shares = {make_tile_order(grid, section_heads), static_cast<int>(min<int64_t>(tiles, device.multiprocessors)),
               fixed ? nullptr : taken};
@@ -30,7 +29,7 @@ FwdRepeats place_repeats(const Problem& p, void* workspace) {
     return {reinterpret_cast<FwdRepeat*>(places), static_cast<int32_t>(fwd_repeat_places(p))};
 }
 
-template <class Config, class Mask, class Scores>
+template <class Config, class Variant>
 const char* launch_fwd(const FwdParams& params, void* workspace, const Device& device) {
     const Problem& p = params.problem;
     FwdKernelParamsSm90 kernel_params{};
@@ -48,20 +47,19 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
     if (!error) error = divide_tiles(kernel_params.shares, grid, section, p, static_cast<int32_t*>(workspace), device);
     kernel_params.repeats = place_repeats(p, workspace);
     if (error) return error;
-    return launch(fwd_sm90<Config, Mask, Scores>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
+    return launch(fwd_sm90<Config, Variant>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
                   device, kernel_params);
 }
 
 template <class Tiles> const char* run_with(const FwdParams& params, void* workspace, const Device& device) {
-    return with_policies(params.problem, [&](auto mask, auto scores) {
-        using Mask = typename decltype(mask)::type;
-        using Scores = typename decltype(scores)::type;
-        if constexpr (Scores::kModified) {
-            return launch_fwd<typename Tiles::Modified, Mask, Scores>(params, workspace, device);
+    return with_variant(params.problem, [&](auto variant) {
+        using Variant = typename decltype(variant)::type;
+        if constexpr (Variant::kModified) {
+            return launch_fwd<typename Tiles::Modified, Variant>(params, workspace, device);
         } else {
             return prefers_short<Tiles>(params.problem)
-                       ? launch_fwd<typename Tiles::Short, Mask, Scores>(params, workspace, device)
-                       : launch_fwd<typename Tiles::Plain, Mask, Scores>(params, workspace, device);
+                       ? launch_fwd<typename Tiles::Short, Variant>(params, workspace, device)
+                       : launch_fwd<typename Tiles::Plain, Variant>(params, workspace, device);
         }
     });
 }
