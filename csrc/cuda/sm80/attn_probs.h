@@ -1,5 +1,5 @@
-// The matrix that attention avoids: softmax(score), for tests and return_attn_probs. One block per tile of queries, as
-// in the forward pass, with the log-sum-exp that it returned. Every policy is the general one: nobody waits for this.
+// P = exp(S - softmax_lse) as a full matrix in global memory, for tests and return_attn_probs. One block per tile of
+// queries, S recomputed tile by tile as in the backward pass. One instance serves every variant: speed does not matter.
 #pragma once
 #include "cuda/attention/rows.h"
 #include "cuda/attention/softmax_bwd.h"

@@ -44,7 +44,7 @@ inline const char* check_tiles(int64_t tiles) {
 
 // How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go
 // first: of as many as share half of the L2 cache. Where that is not all of them, a power of two, since that leaves no
-// smaller section at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
+// smaller group at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
 // that share keys and values read again and again; heads_per_key_head: how many of the grid that is.
 inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& device, int64_t key_head_bytes,
                          int heads_per_key_head) {
