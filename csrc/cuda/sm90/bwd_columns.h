@@ -1,5 +1,5 @@
 // Consumers that own columns of head_dim of dK, dV and dQ, for head_dims with which 64 keys each would be too much for
-// their registers. Each computes the score of its share of the keys, and P and dS pass through shared memory, since
+// their registers. Each computes the scores of its share of the keys, and P and dS pass through shared memory, since
 // every consumer needs all of them. dK and dV are computed transposed, dV^T += dO^T P and dK^T += Q^T dS, so that the
 // number of keys need not be a multiple of 64. dQ = dS K is added to the workspace straight from registers, 16 bytes at
 // a time: there is no room to gather it.
@@ -16,7 +16,7 @@ template <class Config, class Variant> class BwdColumnsSm90 : BwdConsumerSm90<Co
     using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_, Base::at_dout_;
     using typename Base::Element, typename Base::Tile;
     static constexpr int kPanels = Config::kDqCols / 64;  // that a consumer owns, of 64 columns
-    static constexpr int kKeys = N / Config::kConsumers;  // whose score it computes
+    static constexpr int kKeys = N / Config::kConsumers;  // whose scores it computes
     static_assert(M == kWarpgroupRows && kKeys % 8 == 0 && N % 16 == 0 && kPanels <= 2);
     using Numbers = RowNumbers<2>;
 

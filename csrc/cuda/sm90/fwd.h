@@ -228,7 +228,7 @@ private:
             smem_.pipe_v.wait(at_v_);
             gemm_pv(weights);
             ping_pong_.pass();
-            ptx::wgmma_wait<1>();  // the score are there, the product with V goes on
+            ptx::wgmma_wait<1>();  // the scores are there, the product with V goes on
             keys_done(acc_s);
             update_softmax(acc_s, tile, score, softmax, n);
             // V of this tile, a little early: this ends the basic block, in which ptxas would hoist the wait for the
