@@ -1,6 +1,6 @@
 // Which keys a query sees. A mask answers for ranges what can be seen at all (kv_range, q_range) and whether a block
-// needs no masking (is_full_block), and for one pair whether it attends (keep). The edges of a mask are what keep() is
-// made of: a block of scores is compared with those only that pass through it.
+// needs no masking (is_full_block), and for one pair whether it attends (keep). A block of scores is compared with those
+// edges of the mask only that cross it.
 //
 // Aligned bottom-right: the last query and the last key are on the diagonal. Causal is a window with right = 0.
 // FlashAttention-2, section 3.1.1 (blocks wholly above the diagonal are skipped).
@@ -29,6 +29,8 @@ template <class Int> struct VisibleKeys {
     FA_HOST_DEVICE void set(int lane, const VisibleKeys<int>& row) { first[lane] = row.first, last[lane] = row.last; }
 };
 
+enum class Edge { kAfter, kBefore };  // the keys that it hides are after what a query sees, or before it
+
 struct WindowMask {
     static constexpr bool kMasked = true;  // hides keys from some queries and not from others
     int seqlen_q, seqlen_k;
@@ -39,11 +41,15 @@ struct WindowMask {
         return {seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right};
     }
 
-    FA_HOST_DEVICE int diagonal(int row) const { return row + seqlen_k - seqlen_q; }
-    FA_HOST_DEVICE int first_key(int row) const { return max(diagonal(row) - left, 0); }
-    FA_HOST_DEVICE int last_key(int row) const { return min(diagonal(row) + right, seqlen_k - 1); }
+    // The position of a query among the keys; negative if it is before all of them.
+    FA_HOST_DEVICE int position(int row) const { return row + seqlen_k - seqlen_q; }
+    // What one query sees, and by which queries one key is seen. Either is a range, and may be empty or end outside.
+    FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, 0); }
+    FA_HOST_DEVICE int last_key(int row) const { return min(position(row) + right, seqlen_k - 1); }
+    FA_HOST_DEVICE int first_query(int key) const { return key < seqlen_k ? key - right - position(0) : kMaxSeqlen; }
+    FA_HOST_DEVICE int last_query(int key) const { return key + left - position(0); }
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const { return {first_key(row), last_key(row)}; }
-    FA_HOST_DEVICE bool keep(int row, int key) const { return !hides<0>(row, key) && !hides<1>(row, key); }
+    FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
 
     // Keys that at least one of the rows may see. Rows past the last one change nothing: it sees the last key. An empty
     // range ends at or before 0.
@@ -51,22 +57,26 @@ struct WindowMask {
     // Rows that may see at least one of the keys. Keys past the last one change nothing: the last row sees it. An empty
     // range ends at or before 0.
     FA_HOST_DEVICE Range q_range(Range keys) const {
-        const int shift = seqlen_k - seqlen_q;
-        return {max(keys.begin - shift - right, 0), min(keys.end - shift + left, seqlen_q)};
-    }
-    // Every one of the rows sees every one of the keys.
-    FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
-        return !crosses<0>(rows, keys) && !crosses<1>(rows, keys);
+        const int last = min(keys.end, seqlen_k) - 1;
+        return {max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)};
     }
 
-    // Edge 0 hides the keys after it, edge 1 those before it.
-    static constexpr int kEdges = 2;
-    template <int kEdge> FA_HOST_DEVICE bool hides(int row, int key) const {
-        return kEdge == 0 ? key > last_key(row) : key < first_key(row);
+    // Whether an edge hides some key of a block from some row of it, and whether it hides one key from one row. Each has
+    // two forms that agree: kByKey computes bounds of keys, which is less for those who have few keys and many queries,
+    // the other one bounds of queries.
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
+        return kEdge == Edge::kAfter ? hides<kEdge, kByKey>(rows.begin, keys.end - 1)
+                                     : hides<kEdge, kByKey>(rows.end - 1, keys.begin);
     }
-    // Whether the edge hides any of the keys from any of the rows.
-    template <int kEdge> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
-        return kEdge == 0 ? hides<0>(rows.begin, keys.end - 1) : hides<1>(rows.end - 1, keys.begin);
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool hides(int row, int key) const {
+        if constexpr (kByKey)
+            return kEdge == Edge::kAfter ? row < first_query(key) : row > last_query(key);
+        else
+            return kEdge == Edge::kAfter ? key > last_key(row) : key < first_key(row);
+    }
+    // Every one of the rows sees every one of the keys.
+    template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
+        return !crosses<Edge::kAfter, kByKey>(rows, keys) && !crosses<Edge::kBefore, kByKey>(rows, keys);
     }
 };
 
@@ -82,11 +92,15 @@ struct FullMask {
     FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
     FA_HOST_DEVICE Range kv_range(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range q_range(Range) const { return {0, seqlen_q}; }
-    FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const { return !crosses<0>(rows, keys); }
-
-    static constexpr int kEdges = 1;
-    template <int> FA_HOST_DEVICE bool hides(int, int key) const { return key >= seqlen_k; }
-    template <int> FA_HOST_DEVICE bool crosses(Range, Range keys) const { return keys.end > seqlen_k; }
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range, Range keys) const {
+        return kEdge == Edge::kAfter && keys.end > seqlen_k;
+    }
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool hides(int, int key) const {
+        return kEdge == Edge::kAfter && key >= seqlen_k;
+    }
+    template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range, Range keys) const {
+        return keys.end <= seqlen_k;
+    }
 };
 
 // Whether a problem needs more than FullMask.

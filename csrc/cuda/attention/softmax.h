@@ -17,24 +17,18 @@ FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidde
     };
     s.for_each(hide, at.first_column());
 }
-// Edges from kEdge on, each where it crosses the tile. Most tiles are crossed by one, which is half of the comparisons of
-// apply_mask(); takes a few registers.
-template <int kEdge = 0, int kRows, int kCols, class Mask, class At>
-FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    if constexpr (kEdge < Mask::kEdges) {
-        if (mask.template crosses<kEdge>(at.queries(kRows, kCols), at.keys(kRows, kCols)))
-            hide_if(s, at, [&](int query, int key) { return mask.template hides<kEdge>(query, key); });
-        apply_mask_by_edge<kEdge + 1>(s, mask, at);
-    }
-}
-// The edges of the window at once, whether they cross the tile or not, and then the others.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    constexpr int kLast = min(Mask::kEdges, 2) - 1;
-    hide_if(s, at, [&](int query, int key) {
-        return mask.template hides<0>(query, key) || mask.template hides<kLast>(query, key);
-    });
-    apply_mask_by_edge<2>(s, mask, at);
+    hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
+}
+// The same with half of the comparisons for most tiles, which one edge of the mask crosses. Takes a few registers.
+template <int kRows, int kCols, class Mask, class At>
+FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
+    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
+    if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
+        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
+    if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
+        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
 }
 
 // Over the four lanes that share a row.

@@ -77,7 +77,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         const int m0 = m * M;
         const QueryRows at{m0 + GridS::row0(), n0 + GridS::col0()};
         const Range rows{m0, m0 + M};
-        const bool is_full = mask.is_full_block(rows, {n0, n0 + N});
+        const bool is_full = mask.template is_full_block<true>(rows, {n0, n0 + N});
         const typename Variant::Score score(p, seq, batch, head);
         ptx::cp_async_wait<0>();
         bool nonfinite = false;

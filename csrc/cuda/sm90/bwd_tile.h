@@ -44,7 +44,7 @@ template <class Config, class Variant> struct BwdTileSm90 {
     FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // sequences differ in length
     FA_DEVICE Range keys() const { return {n0, n0 + Config::kBlockN}; }
     FA_DEVICE Range rows(int m) const { return {m * Config::kBlockM, (m + 1) * Config::kBlockM}; }
-    FA_DEVICE bool is_full_block(int m) const { return mask.is_full_block(rows(m), keys()); }
+    FA_DEVICE bool is_full_block(int m) const { return mask.template is_full_block<true>(rows(m), keys()); }
     // Tiles of keys that are seen by a tile of queries add to its dQ, in a fixed order, in ascending order. Under a
     // mask in descending order: causal tiles of queries are seen by the tile on the diagonal first, which so need not
     // wait.
