@@ -56,8 +56,7 @@ def calls(shape: tuple[int, ...], dtype: str, device: str, backward: bool) -> di
     }
     if hasattr(torch.ops.flash_attn, "fwd"):
         op = torch.ops.flash_attn.fwd.default
-        options = (None, None, 0, 0, None, None, None, None, None, False, -1, -1, 0.0, 0.0, None)
-        functions[OP] = lambda: op(q, k, v, *options)
+        functions[OP] = lambda: op(q, k, v)
     return functions
 
 
