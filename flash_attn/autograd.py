@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash_attn import _checks, _library
 
+_eager_call = _library.function("attention")
 _fwd = _library.op("fwd")
 _attn_probs = _library.op("attn_probs")
 _attention = _library.op("_attention")
@@ -26,8 +27,6 @@ _varlen_backward = _library.op("_flash_attn_varlen_backward")
 SEPARATE = "q, k, v"
 KV_PACKED = "q, kv"
 QKV_PACKED = "qkv"
-
-_STRIDED = torch.strided
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,44 +100,6 @@ def _convert_arguments(
     return _checks.convert_arguments(function, tensors, optional_tensors, scalars, max_seqlen_names)
 
 
-def _are_plain(sequences: Sequences) -> bool:
-    return (
-        isinstance(sequences.cu_seqlens_q, Tensor)
-        and isinstance(sequences.cu_seqlens_k, Tensor)
-        and type(sequences.max_seqlen_q) is int
-        and type(sequences.max_seqlen_k) is int
-        and (sequences.block_table is None or isinstance(sequences.block_table, Tensor))
-    )
-
-
-def _is_plain(
-    inputs: tuple[Any, ...],
-    sequences: Sequences | None,
-    alibi_slopes: Any,
-    dropout_p: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-) -> bool:
-    """Every argument has the type that the operators want. Others may still be converted; see _convert_arguments."""
-    for x in inputs:
-        if not isinstance(x, Tensor) or x.is_nested or x.layout is not _STRIDED:
-            return False
-    return (
-        type(dropout_p) is float
-        and (softmax_scale is None or type(softmax_scale) is float)
-        and type(causal) is bool
-        and type(window_size) is tuple
-        and len(window_size) == 2
-        and type(window_size[0]) is int
-        and type(window_size[1]) is int
-        and type(softcap) is float
-        and (alibi_slopes is None or isinstance(alibi_slopes, Tensor))
-        and (sequences is None or _are_plain(sequences))
-    )
-
-
 def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -207,13 +168,27 @@ def attention(
         layout: SEPARATE, KV_PACKED or QKV_PACKED: what inputs are.
         sequences: None for a dense call.
     """
-    if not _is_plain(inputs, sequences, alibi_slopes, dropout_p, softmax_scale, causal, window_size, softcap):
-        max_seqlens: tuple[Any, Any] = (0, 0) if sequences is None else (sequences.max_seqlen_q, sequences.max_seqlen_k)
-        scalars = _checks.Scalars(*max_seqlens, dropout_p, softmax_scale, causal, window_size, softcap)
-        scalars = _convert_arguments(function, layout, inputs, sequences, alibi_slopes, scalars)
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap = scalars
-        if sequences is not None:
-            sequences = sequences._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    if not torch.compiler.is_compiling():
+        result = _eager_call(
+            inputs,
+            sequences,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+        if result is not None:
+            return result
+    max_seqlens: tuple[Any, Any] = (0, 0) if sequences is None else (sequences.max_seqlen_q, sequences.max_seqlen_k)
+    scalars = _checks.Scalars(*max_seqlens, dropout_p, softmax_scale, causal, window_size, softcap)
+    scalars = _convert_arguments(function, layout, inputs, sequences, alibi_slopes, scalars)
+    max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap = scalars
+    if sequences is not None:
+        sequences = sequences._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     if layout != SEPARATE:
         _check_packing(function, layout, inputs, sequences is not None)
     first = inputs[0]

@@ -2,6 +2,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
+#include "ops/attention.h"
 #include "ops/backward_node.h"
 #include "ops/calls.h"
 #include "ops/derivatives.h"
@@ -106,6 +107,8 @@ AttentionResult run_attention(at::TensorList inputs, AttentionArgs args) {
     return {std::move(out), std::move(softmax_lse), std::move(rng_state)};
 }
 
+template <class... Tail> struct AttentionSignature { using type = AttentionResult(at::TensorList, Tail..., bool); };
+
 template <class... Tail> struct DifferentiableOps {
     static FwdResult fwd(c10::DispatchKeySet keys, const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
         static const auto op = find_op<Signatures::Fwd>("flash_attn::fwd");
@@ -125,6 +128,15 @@ template <class... Tail> struct DifferentiableOps {
 using Differentiable = WithTail<DifferentiableOps>;
 
 }  // namespace
+
+AttentionResult attention(at::TensorList inputs, const AttentionArgs& args, bool deterministic) {
+    static const auto op = find_op<WithTail<AttentionSignature>::type>("flash_attn::_attention");
+    if (!requires_grad(inputs) || (inputs.size() == 3 && !deterministic && fits_original(args))) {
+        return run_attention(inputs, args);
+    }
+    return std::apply([&](const auto&... tail) { return op.call(inputs, tail..., deterministic); },
+                      AttentionArgs::fields(args));
+}
 
 TORCH_LIBRARY_IMPL(flash_attn, Autograd, m) {
     m.impl("fwd", Differentiable::fwd);
