@@ -84,9 +84,10 @@ def _convert_arguments(
     inputs: Sequence[Any],
     sequences: Sequences | None,
     alibi_slopes: Any,
-    scalars: _checks.Scalars,
-) -> _checks.Scalars:
-    """Arguments that are not of the plainest types: as such, or a TypeError."""
+    *numbers: Any,
+) -> tuple[Any, ...]:
+    """sequences and numbers as the plainest types, or a TypeError."""
+    max_seqlens: tuple[Any, Any] = (0, 0) if sequences is None else (sequences.max_seqlen_q, sequences.max_seqlen_k)
     tensors = dict(zip(layout.split(", "), inputs, strict=True))
     optional_tensors = {"alibi_slopes": alibi_slopes}
     max_seqlen_names: tuple[str, ...] = ()
@@ -97,7 +98,13 @@ def _convert_arguments(
         tensors.update(cu_seqlens_q=sequences.cu_seqlens_q, cu_seqlens_k=sequences.cu_seqlens_k)
         optional_tensors["block_table"] = sequences.block_table
         max_seqlen_names = ("max_seqlen_q", "max_seqlen_k")
-    return _checks.convert_arguments(function, tensors, optional_tensors, scalars, max_seqlen_names)
+    scalars = _checks.Scalars(*max_seqlens, *numbers)
+    max_seqlen_q, max_seqlen_k, *rest = _checks.convert_arguments(
+        function, tensors, optional_tensors, scalars, max_seqlen_names
+    )
+    if sequences is not None:
+        sequences = sequences._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    return sequences, *rest
 
 
 def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor | None) -> bool:
@@ -183,12 +190,10 @@ def attention(
         )
         if result is not None:
             return result
-    max_seqlens: tuple[Any, Any] = (0, 0) if sequences is None else (sequences.max_seqlen_q, sequences.max_seqlen_k)
-    scalars = _checks.Scalars(*max_seqlens, dropout_p, softmax_scale, causal, window_size, softcap)
-    scalars = _convert_arguments(function, layout, inputs, sequences, alibi_slopes, scalars)
-    max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap = scalars
-    if sequences is not None:
-        sequences = sequences._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    sequences, dropout_p, softmax_scale, causal, window_size, softcap = _convert_arguments(
+        *(function, layout, inputs, sequences, alibi_slopes),
+        *(dropout_p, softmax_scale, causal, window_size, softcap),
+    )
     if layout != SEPARATE:
         _check_packing(function, layout, inputs, sequences is not None)
     first = inputs[0]

@@ -286,3 +286,42 @@ def test_torch_function_modes_see_the_op():
         out = flash_attn.flash_attn_func(*inputs)
     assert "flash_attn._flash_attn_forward.default" in names
     assert_same([out], [flash_attn.flash_attn_func(*inputs)])
+
+
+@pytest.mark.parametrize("form", [*FUNCTIONS, *PACKED])
+def test_compiled_autograd(form):
+    """The backward pass is traced through the node."""
+    function, shapes, lengths = PACKED.get(form, (None, None, ()))
+    inputs = inputs_of() if shapes is None else leaves(*shapes)
+
+    def loss():
+        out = FUNCTIONS[form](*inputs) if function is None else function(*inputs, *lengths, causal=True)
+        return out.square().sum()
+
+    expected = torch.autograd.grad(loss(), inputs)
+    torch.compiler.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss().backward()
+    assert_same([x.grad for x in inputs], expected)
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_packed_by_func_grad(form):
+    function, shapes, lengths = PACKED[form]
+    inputs = leaves(*shapes)
+    expected = torch.autograd.grad(function(*inputs, *lengths, causal=True).sum(), inputs)
+    argnums = tuple(range(len(inputs)))
+    found = torch.func.grad(lambda *x: function(*x, *lengths, causal=True).sum(), argnums)(
+        *(x.detach() for x in inputs)
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("form", PACKED)
+def test_opcheck_of_packed_inputs(form, deterministic):
+    _, shapes, lengths = PACKED[form]
+    given = {"causal": True, "softmax_scale": 0.3, "deterministic": deterministic}
+    if lengths:
+        given |= {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 5, "max_seqlen_k": 5}
+    torch.library.opcheck(torch.ops.flash_attn._attention.default, (leaves(*shapes),), given)

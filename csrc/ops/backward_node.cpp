@@ -4,6 +4,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include "ops/calls.h"
 #include "ops/derivatives.h"
 
@@ -40,7 +41,10 @@ Three split_inputs(at::TensorList inputs) {
     return {packed.select(-3, 0), packed.select(-3, 1), packed.select(-3, 2)};
 }
 
-struct FlashAttentionBackward::Call {
+namespace {
+
+// A call as it was, and what autograd asks of it.
+struct Call {
     variable_list inputs;
     Three qkv;
     Tensor out, softmax_lse, dout;
@@ -49,7 +53,26 @@ struct FlashAttentionBackward::Call {
     BackwardOps ops;
     bool deterministic;
 
-    // The gradients of the inputs.
+    // tensors: what a node saves.
+    Call(const variable_list& tensors, size_t num_inputs, AttentionArgs args, BackwardOps ops, bool deterministic)
+        : inputs(tensors.begin(), tensors.begin() + num_inputs), qkv(split_inputs(inputs)), out(tensors[num_inputs]),
+          softmax_lse(tensors[num_inputs + 1]), args(std::move(args)), ops(ops), deterministic(deterministic) {
+        auto next = tensors.begin() + num_inputs + 2;
+        for_each_tensor(this->args, [&](OptionalTensor& tensor) {
+            if (next->defined()) tensor = *next;
+            ++next;
+        });
+    }
+
+    // The gradients of the inputs, of those of out and softmax_lse, each of which may be undefined.
+    variable_list differentiate(const variable_list& grads) {
+        dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
+        if (grads[1].defined()) dlse = grads[1];
+        if (dlse || args.seqused_k || args.leftpad_k) ops = BackwardOps::kOurs;
+        return gradients();
+    }
+
+private:
     variable_list gradients() const {
         // The gradient of a packed input is written in one piece, through views of it. Not where autograd looks on
         // (create_graph), which lets nobody write to views of no history.
@@ -64,8 +87,6 @@ struct FlashAttentionBackward::Call {
         write(parts);
         return join_inputs(parts, inputs.size());
     }
-
-private:
     Three compute() const {
         static const auto bwd = find_op<Signatures::Bwd>("flash_attn::bwd");
         const auto& [q, k, v] = qkv;
@@ -109,63 +130,110 @@ private:
     }
 };
 
+void keep_needed(variable_list& gradients, const std::vector<bool>& needed) {
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        if (!needed[i]) gradients[i].reset();
+    }
+}
+
+}  // namespace
+
 void FlashAttentionBackward::record(at::TensorList inputs, const AttentionArgs& args, const Tensor& out,
                                     const Tensor& softmax_lse, BackwardOps ops, bool deterministic) {
-    auto* const node = new FlashAttentionBackward(args, ops, deterministic);
+    auto* const node = new FlashAttentionBackward(inputs.size(), args, ops, deterministic);
     const auto pointer = held(node);
     node->set_next_edges(torch::autograd::collect_next_edges(inputs));
     torch::autograd::set_history(out, pointer);
     torch::autograd::set_history(softmax_lse, pointer);
-    node->save(inputs, out, softmax_lse);
-}
-
-void FlashAttentionBackward::save(at::TensorList inputs, const Tensor& out, const Tensor& softmax_lse) {
-    inputs_.reserve(inputs.size());
-    for (const Tensor& x : inputs) inputs_.emplace_back(x, /*is_output=*/false);
-    out_ = SavedVariable(out, /*is_output=*/true);
-    softmax_lse_ = SavedVariable(softmax_lse, /*is_output=*/true);
-    for_each_tensor(args_, [&](OptionalTensor& tensor) {
-        args_tensors_.emplace_back(tensor, /*is_output=*/false);
+    node->saved_.reserve(inputs.size() + 2 + std::tuple_size_v<decltype(AttentionArgs::fields(node->args_))>);
+    for (const Tensor& x : inputs) node->save(x, /*is_output=*/false);
+    node->save(out, /*is_output=*/true);
+    node->save(softmax_lse, /*is_output=*/true);
+    for_each_tensor(node->args_, [&](OptionalTensor& tensor) {
+        node->save(tensor.value_or(Tensor()), /*is_output=*/false);
         tensor.reset();
     });
 }
 
-FlashAttentionBackward::Call FlashAttentionBackward::unpack() {
-    Call call;
-    for (const SavedVariable& x : inputs_) call.inputs.push_back(x.unpack());
-    call.qkv = split_inputs(call.inputs);
-    call.out = out_.unpack(getptr());
-    call.softmax_lse = softmax_lse_.unpack(getptr());
-    call.args = args_;
-    auto saved = args_tensors_.begin();
-    for_each_tensor(call.args, [&](OptionalTensor& tensor) {
-        Tensor unpacked = (saved++)->unpack();
-        if (unpacked.defined()) tensor = std::move(unpacked);
-    });
-    return call;
+variable_list FlashAttentionBackward::unpack() {
+    variable_list tensors;
+    tensors.reserve(saved_.size());
+    for (const SavedVariable& x : saved_) tensors.push_back(x.unpack(getptr()));
+    return tensors;
+}
+
+bool FlashAttentionBackward::is_deterministic() const {
+    return deterministic_ || at::globalContext().deterministicAlgorithms();
+}
+
+std::vector<bool> FlashAttentionBackward::needed() const {
+    std::vector<bool> needed;
+    for (size_t i = 0; i < num_inputs_; ++i) needed.push_back(task_should_compute_output(i));
+    return needed;
 }
 
 variable_list FlashAttentionBackward::apply(variable_list&& grads) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Call call = unpack();
-    call.dout = grads[0].defined() ? std::move(grads[0]) : at::zeros_like(call.out);
-    if (grads[1].defined()) call.dlse = std::move(grads[1]);
-    const bool fits_original = !call.dlse && !call.args.seqused_k && !call.args.leftpad_k;
-    call.ops = fits_original ? ops_ : BackwardOps::kOurs;
-    call.deterministic = deterministic_ || at::globalContext().deterministicAlgorithms();
-    variable_list gradients = call.gradients();
-    for (size_t i = 0; i < gradients.size(); ++i) {
-        if (!task_should_compute_output(i)) gradients[i].reset();
-    }
+    variable_list gradients = Call(unpack(), num_inputs_, args_, ops_, is_deterministic()).differentiate(grads);
+    keep_needed(gradients, needed());
     return gradients;
 }
 
 void FlashAttentionBackward::release_variables() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    out_.reset_data();
-    softmax_lse_.reset_data();
-    for (SavedVariable& x : inputs_) x.reset_data();
-    for (SavedVariable& x : args_tensors_) x.reset_data();
+    for (SavedVariable& x : saved_) x.reset_data();
+}
+
+// Compiled autograd keeps a graph for each set of what is collected here.
+void FlashAttentionBackward::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    args.collect(saved_, /*is_output=*/true);
+    std::apply([&](const auto&... field) { (args.collect(field), ...); }, AttentionArgs::fields(args_));
+    args.collect(ops_ == BackwardOps::kOurs);
+    args.collect(is_deterministic());
+}
+
+// It calls a function of the gradients and of packed arguments, those that vary: tensors and maximal lengths.
+variable_list FlashAttentionBackward::apply_with_saved(const variable_list& grads,
+                                                       torch::dynamo::autograd::SwapSavedVariables& saved) {
+    using torch::dynamo::autograd::PackedArgs;
+    saved.before(saved_), saved.before(args_.max_seqlen_q), saved.before(args_.max_seqlen_k);
+    variable_list given;
+    std::vector<bool> is_given;
+    for (Tensor& x : unpack()) {
+        is_given.push_back(x.defined());
+        if (x.defined()) given.push_back(std::move(x));
+    }
+    PackedArgs packed;
+    packed.pack(given), packed.pack(args_.max_seqlen_q), packed.pack(args_.max_seqlen_k);
+    const auto run = [num_inputs = num_inputs_, args = args_, ops = ops_, deterministic = is_deterministic(),
+                      needed = needed(), is_given](const variable_list& grads, const std::vector<c10::IValue>& values) {
+        PackedArgs packed(values);
+        const auto given = packed.unpack<variable_list>();
+        AttentionArgs own = args;
+        own.max_seqlen_q = packed.unpack<c10::SymInt>();
+        own.max_seqlen_k = packed.unpack<c10::SymInt>();
+        variable_list tensors;
+        auto next = given.begin();
+        for (const bool is : is_given) tensors.push_back(is ? *next++ : Tensor());
+        variable_list gradients = Call(tensors, num_inputs, own, ops, deterministic).differentiate(grads);
+        keep_needed(gradients, needed);
+        return gradients;
+    };
+    const auto values = std::move(packed).vec();
+    std::vector<at::TypePtr> types;
+    for (const c10::IValue& value : values) {
+        types.push_back(value.isTensor() ? at::TypePtr(at::TensorType::get()) : value.type());
+    }
+    using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
+    const auto metadata = torch::dynamo::autograd::IValuePacker<Metadata>::pack(
+        torch::dynamo::autograd::get_input_metadata(next_edges()));
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const std::string function = compiler->bind_function(saved.get_py_compiler(), name(), run, types,
+                                                         /*is_custom_function=*/true, /*is_traceable=*/true);
+    variable_list gradients =
+        compiler->call_function(saved.get_py_compiler(), "apply_functional", function, grads, values, metadata);
+    saved.after(saved_), saved.after(args_.max_seqlen_q), saved.after(args_.max_seqlen_k);
+    return gradients;
 }
 
 }  // namespace flash_attn

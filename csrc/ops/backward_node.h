@@ -26,19 +26,22 @@ public:
     torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
     void release_variables() override;
     std::string name() const override { return "FlashAttentionBackward"; }
+    // For compiled autograd: all that apply depends on, and apply with other tensors in place of the saved ones.
+    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override;
+    torch::autograd::variable_list apply_with_saved(const torch::autograd::variable_list& grads,
+                                                    torch::dynamo::autograd::SwapSavedVariables& saved) override;
 
 private:
-    // The call as it was, and what autograd asks of it.
-    struct Call;
-    FlashAttentionBackward(const AttentionArgs& args, BackwardOps ops, bool deterministic)
-        : args_(args), ops_(ops), deterministic_(deterministic) {}
-    void save(at::TensorList inputs, const Tensor& out, const Tensor& softmax_lse);
-    Call unpack();
+    FlashAttentionBackward(size_t num_inputs, const AttentionArgs& args, BackwardOps ops, bool deterministic)
+        : num_inputs_(num_inputs), args_(args), ops_(ops), deterministic_(deterministic) {}
+    void save(const Tensor& tensor, bool is_output) { saved_.emplace_back(tensor, is_output); }
+    torch::autograd::variable_list unpack();
+    bool is_deterministic() const;
+    std::vector<bool> needed() const;  // of the inputs, which want their gradient
 
-    std::vector<torch::autograd::SavedVariable> inputs_;
-    torch::autograd::SavedVariable out_, softmax_lse_;
-    AttentionArgs args_;                                        // without its tensors
-    std::vector<torch::autograd::SavedVariable> args_tensors_;  // one for each field that may be a tensor
+    size_t num_inputs_;
+    AttentionArgs args_;                                 // without its tensors
+    std::vector<torch::autograd::SavedVariable> saved_;  // inputs, out, softmax_lse, and the tensors of the arguments
     BackwardOps ops_;
     bool deterministic_;
 };
