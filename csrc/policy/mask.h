@@ -1,6 +1,6 @@
 // Which keys a query sees. A mask answers for ranges what can be seen at all (kv_range, q_range) and whether a block
-// needs no masking (is_full_block), and for one pair whether it attends (keep). A block of scores is compared with those
-// edges of the mask only that cross it.
+// needs no masking (is_full_block), and for one pair whether it attends (keep). A block of scores is compared only with
+// those edges of the mask that cross it.
 //
 // Aligned bottom-right: the last query and the last key are on the diagonal. Causal is a window with right = 0.
 // FlashAttention-2, section 3.1.1 (blocks wholly above the diagonal are skipped).
@@ -61,9 +61,9 @@ struct WindowMask {
         return {max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)};
     }
 
-    // Whether an edge hides some key of a block from some row of it, and whether it hides one key from one row. Each has
-    // two forms that agree: kByKey computes bounds of keys, which is less for those who have few keys and many queries,
-    // the other one bounds of queries.
+    // Whether an edge hides some key of a block from some row of it, and whether it hides one key from one row. There
+    // are two forms, which agree: kByKey computes bounds of keys, which is less where there are few keys and many
+    // queries, the other one bounds of queries.
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
         return kEdge == Edge::kAfter ? hides<kEdge, kByKey>(rows.begin, keys.end - 1)
                                      : hides<kEdge, kByKey>(rows.end - 1, keys.begin);
