@@ -126,8 +126,7 @@ private:
 
     void mask_scores(int row0, Range part, int vectors) {
         for (int g = 0; g < vectors; ++g) {
-            VisibleKeys<IntVec<T>> seen{splat_int<T>(0), splat_int<T>(-1)};
-            for (int i = 0; i < L; ++i) seen.set(i, mask_.visible(row0 + g * L + i));
+            const auto seen = visible_lanes<T>(mask_, row0 + g * L);
             for (int key = part.begin; key < part.end; ++key) {
                 T* s = b_.s + key * kPanel + g * L;
                 const IntVec<T> keep = seen.keep(splat_int<T>(tile_.begin + key));

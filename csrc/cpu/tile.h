@@ -59,6 +59,19 @@ template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedSco
     }
 };
 
+// What each of the queries from row0 on sees, a query in every lane.
+template <class T> FA_INLINE VisibleKeys<IntVec<T>> visible_lanes(const WindowMask& mask, int row0) {
+    IntLane<T> first[kLanes<T>], last[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) {
+        const VisibleKeys<int> row = mask.visible(row0 + i);
+        first[i] = row.first, last[i] = row.last;
+    }
+    VisibleKeys<IntVec<T>> seen;
+    memcpy(&seen.first, first, sizeof first);
+    memcpy(&seen.last, last, sizeof last);
+    return seen;
+}
+
 // 16 bits of ones for every pair that dropout keeps, computed for tiles that start at multiples of 16 rows and 32 keys.
 // kLanesAreRows: out[key][row], else out[row][key]; stride is the length of a line of out.
 template <bool kLanesAreRows> static __attribute__((noinline)) void dropout_keep(const DropoutMask& mask, int row0,

@@ -26,7 +26,6 @@ template <class Int> struct VisibleKeys {
     }
 
     template <class Key> FA_HOST_DEVICE auto keep(Key key) const { return (key >= first) & (key <= last); }
-    FA_HOST_DEVICE void set(int lane, const VisibleKeys<int>& row) { first[lane] = row.first, last[lane] = row.last; }
 };
 
 enum class Edge { kAfter, kBefore };  // the keys that it hides are after what a query sees, or before it
