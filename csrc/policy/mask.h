@@ -46,7 +46,7 @@ struct WindowMask {
     FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, 0); }
     FA_HOST_DEVICE int last_key(int row) const { return min(position(row) + right, seqlen_k - 1); }
     FA_HOST_DEVICE int first_query(int key) const { return key < seqlen_k ? key - right - position(0) : kMaxSeqlen; }
-    FA_HOST_DEVICE int last_query(int key) const { return key + left - position(0); }
+    FA_HOST_DEVICE int last_query(int key) const { return key - position(0) + left; }
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const { return {first_key(row), last_key(row)}; }
     FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
 
