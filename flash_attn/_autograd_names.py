@@ -20,7 +20,8 @@ class AutogradName:
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Call the function."""
-        names = list(inspect.signature(cls.function).parameters)
+        parameters = inspect.signature(cls.function).parameters.values()
+        names = [each.name for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
         arguments = dict(zip([*names, "is_grad_enabled"], args, strict=False))
         is_grad_enabled = arguments.pop("is_grad_enabled", True)
         with torch.set_grad_enabled(is_grad_enabled and torch.is_grad_enabled()):
