@@ -116,6 +116,7 @@ class Workshop:
         shutil.rmtree(self.root, ignore_errors=True)
         for folder in ("policy", "cuda"):
             shutil.copytree(CSRC / folder, self.csrc / folder)
+        shutil.copy(CSRC / "problem.h", self.csrc)
         self.mutations = all_mutations(self.csrc)
         for flavour, capability in itertools.product(FLAVOURS, COMPUTE_CAPABILITIES):
             # Sequences that overlap are written by several blocks: a race that is no fault of kernels.
@@ -185,6 +186,7 @@ class Workshop:
             f"-DFA_HEAD_DIM={head_dim}",
             "-w",
         ]
+        target.parent.mkdir(exist_ok=True)
         flags = shlex.split(self.tools.compile_flags[flavour])
         what = ["-x", "c++", "-c", str(self.csrc / f"cuda/{source}.cu"), "-o", str(target)]
         return subprocess.run([self.tools.cxx, *instance, *flags, *what], capture_output=True).returncode == 0
