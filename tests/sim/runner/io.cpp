@@ -17,12 +17,18 @@ struct TileShape {
 bool modifies_scores(const Case& c) { return c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0; }
 bool has_large_smem(const Case& c) { return c.smem >= kLargeSmemBytes; }
 
+// Of the largest kernels, for a case that none runs.
+template <size_t kCount> int kernel_head_dim(const Problem& p, const int (&head_dims)[kCount]) {
+    const int found = cuda::instance_head_dim(p, head_dims);
+    return found ? found : head_dims[kCount - 1];
+}
+
 template <class Shape> TileShape tiles_of(const Shape& shape) { return {shape.block_m, shape.block_n, shape.head_dim}; }
 
 TileShape fwd_tiles(const Inputs& x, bool hopper) {
     const Problem p = x.problem();
-    if (!hopper) return tiles_of(fwd_shape_sm80(cuda::instance_head_dim(p, kHeadDimsSm80), has_large_smem(x.c)));
-    const int head_dim = cuda::instance_head_dim(p, kHeadDimsSm90);
+    if (!hopper) return tiles_of(fwd_shape_sm80(kernel_head_dim(p, kHeadDimsSm80), has_large_smem(x.c)));
+    const int head_dim = kernel_head_dim(p, kHeadDimsSm90);
     const int head_dim_v = fwd_head_dim_v_sm90(head_dim, p.head_dim_v);
     return tiles_of(fwd_shape_sm90(head_dim, head_dim_v, modifies_scores(x.c),
                                    !modifies_scores(x.c) && prefers_short(p, head_dim, head_dim_v)));
@@ -65,9 +71,8 @@ Traffic forward_traffic(const Inputs& x, bool hopper) {
 Traffic backward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
     const Problem p = x.problem();
-    const auto shape80 =
-        bwd_shape_sm80(cuda::instance_head_dim(p, kHeadDimsSm80), has_large_smem(c), modifies_scores(c));
-    const auto shape90 = bwd_shape_sm90(cuda::instance_head_dim(p, kHeadDimsSm90), modifies_scores(c));
+    const auto shape80 = bwd_shape_sm80(kernel_head_dim(p, kHeadDimsSm80), has_large_smem(c), modifies_scores(c));
+    const auto shape90 = bwd_shape_sm90(kernel_head_dim(p, kHeadDimsSm90), modifies_scores(c));
     const TileShape t = hopper ? tiles_of(shape90) : tiles_of(shape80);
     const cuda::WorkspaceShape workspace = hopper ? workspace_shape(shape90) : workspace_shape(shape80);
     // A tile of dQ, and counters of turns; where the main kernel wants them, two numbers per query are written once
@@ -104,7 +109,7 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
 
 Traffic probs_traffic(const Inputs& x) {
     const Case& c = x.c;
-    const TileShape t = tiles_of(fwd_shape_sm80(cuda::instance_head_dim(x.problem(), kHeadDimsSm80), false));
+    const TileShape t = tiles_of(fwd_shape_sm80(kernel_head_dim(x.problem(), kHeadDimsSm80), false));
     Traffic bytes;
     for (const Sequence& s : sequences(c))
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {
