@@ -26,16 +26,15 @@ def _forward_with_generator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    where: tuple[Any, ...],
-    policy: tuple[Any, ...],
     return_softmax: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What _flash_attn_forward returns, with a dropout mask from the generator. where, policy: arguments of the op."""
+    """What _flash_attn_forward returns, with a dropout mask from the generator. options: arguments of the op."""
     rng_state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device, generator=generator)
-    out, softmax_lse = autograd._fwd(q, k, v, *where, *policy, rng_state)
+    out, softmax_lse = autograd._fwd(q, k, v, **options, rng_state=rng_state)
     if not return_softmax:
         return out, softmax_lse, q.new_empty(0), rng_state
-    return out, softmax_lse, autograd._attn_probs(q, k, softmax_lse, *where, *policy, rng_state), rng_state
+    return out, softmax_lse, autograd._attn_probs(q, k, softmax_lse, **options, rng_state=rng_state), rng_state
 
 
 def _finish_forward(results: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor | None) -> list[Tensor]:
@@ -61,14 +60,19 @@ def fwd(
     gen_: torch.Generator | None,
 ) -> list[Tensor]:
     """Forward pass, dense: [out, softmax_lse, S_dmask, rng_state]. gen_ draws the dropout mask, if given."""
-    window = (window_size_left, window_size_right)
+    options: dict[str, Any] = {
+        "dropout_p": p_dropout,
+        "softmax_scale": softmax_scale,
+        "causal": is_causal,
+        "window_size_left": window_size_left,
+        "window_size_right": window_size_right,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes_,
+    }
     if gen_ is not None and p_dropout > 0:
-        policy = (alibi_slopes_, softmax_scale, is_causal, *window, softcap, p_dropout)
-        where = (None, None, 0, 0, None, None, None)
-        results = _forward_with_generator(gen_, q, k, v, where, policy, return_softmax)
+        results = _forward_with_generator(gen_, q, k, v, return_softmax, **options)
     else:
-        options = (p_dropout, softmax_scale, is_causal, *window, softcap, alibi_slopes_, return_softmax)
-        results = _flash_attn_forward(q, k, v, *options)
+        results = _flash_attn_forward(q, k, v, **options, return_softmax=return_softmax)
     return _finish_forward(results, out_)
 
 
@@ -96,19 +100,26 @@ def varlen_fwd(
     gen_: torch.Generator | None,
 ) -> list[Tensor]:
     """Forward pass, packed: [out, softmax_lse, S_dmask, rng_state]. zero_tensors is without effect."""
-    lengths, window = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
+    options: dict[str, Any] = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "dropout_p": p_dropout,
+        "softmax_scale": softmax_scale,
+        "causal": is_causal,
+        "window_size_left": window_size_left,
+        "window_size_right": window_size_right,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes_,
+        "block_table": block_table_,
+        "leftpad_k": leftpad_k_,
+        "seqused_k": seqused_k,
+    }
     if gen_ is not None and p_dropout > 0:
-        policy = (alibi_slopes_, softmax_scale, is_causal, *window, softcap, p_dropout)
-        where = (*lengths, seqused_k, leftpad_k_, block_table_)
-        results = _forward_with_generator(gen_, q, k, v, where, policy, return_softmax)
+        results = _forward_with_generator(gen_, q, k, v, return_softmax, **options)
     else:
-        results = _flash_attn_varlen_forward(
-            *(q, k, v, *lengths, p_dropout, softmax_scale, is_causal, *window, softcap, alibi_slopes_),
-            return_softmax=return_softmax,
-            block_table=block_table_,
-            leftpad_k=leftpad_k_,
-            seqused_k=seqused_k,
-        )
+        results = _flash_attn_varlen_forward(q, k, v, **options, return_softmax=return_softmax)
     return _finish_forward(results, out_)
 
 

@@ -46,19 +46,17 @@ def libraries() -> dict[str, Any]:
 
 def arguments_of(head_dim: int, causal: bool) -> dict[str, Any]:
     """Of fwd and of bwd, but for the tensors."""
-    nothing = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "alibi_slopes", "rng_state")
-    numbers = {"max_seqlen_q": 0, "max_seqlen_k": 0, "softcap": 0.0, "dropout_p": 0.0}
-    window = {"causal": causal, "window_size_left": -1, "window_size_right": -1}
-    return {**dict.fromkeys(nothing), **numbers, **window, "softmax_scale": head_dim**-0.5}
+    return {"causal": causal, "softmax_scale": head_dim**-0.5}
 
 
 def of_build(ops: Any, tensors: list[torch.Tensor], options: dict[str, Any]) -> tuple[Calls, list[torch.Tensor]]:
     """Its passes, and what they compute: output, log-sum-exp, dQ, dK, dV."""
     q, k, v, dout = tensors
-    forward = lambda: ops.fwd(q, k, v, **options, block_table=None)  # noqa: E731
+    forward = lambda: ops.fwd(q, k, v, **options)  # noqa: E731
     out, lse = forward()
     grads = [torch.empty_like(each) for each in (q, k, v)]
-    backward = lambda: ops.bwd(dout, None, q, k, v, out, lse, *grads, **options, deterministic=False)  # noqa: E731
+    written = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    backward = lambda: ops.bwd.out(dout, q, k, v, out, lse, **written, **options)  # noqa: E731
     backward()
     return {"forward": forward, "backward": backward}, [out, lse, *(each.clone() for each in grads)]
 

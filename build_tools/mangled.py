@@ -23,5 +23,5 @@ def config_of(mangled: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def variant_of(mangled: str) -> str:
-    """The mask and the scores: "FullMask PlainScores"."""
-    return " ".join(re.findall(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Scores))E", mangled))
+    """The mask and the score: "FullMask PlainScore"."""
+    return " ".join(re.findall(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Score))(?:E|If)", mangled))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from build_tools.static_report import Kernel, Report
 
 LOOP_KEYS = ("element", "head_dim", "head_dim_v", "block_m", "block_n", "variant", "architecture", "threads")
-PLAIN, PLAIN_WINDOW = "FullMask PlainScores", "WindowMask PlainScores"
+PLAIN, PLAIN_WINDOW = "FullMask PlainScore", "WindowMask PlainScore"
 
 INTRODUCTION = """# Static report of the CUDA kernels
 
@@ -216,9 +216,7 @@ def hopper_table(loops: Sequence[dict[str, Any]]) -> str:
 
 def overlap_table(overlaps: Sequence[tuple[Kernel, float]]) -> str:
     """One row per kernel and shape of tiles."""
-    variants = [
-        f"{mask} {scores}" for scores in ("PlainScores", "ModifiedScores") for mask in ("FullMask", "WindowMask")
-    ]
+    variants = [f"{mask} {scores}" for scores in ("PlainScore", "ModifiedScore") for mask in ("FullMask", "WindowMask")]
     least: dict[str, dict[str, float]] = {}
     for kernel, share in overlaps:
         row = least.setdefault(title(kernel), {})

@@ -87,7 +87,7 @@ class Kernel:
     head_dim_v: int
     block_m: int
     block_n: int
-    variant: str  # the mask and the scores: "FullMask PlainScores"
+    variant: str  # the mask and the scores: "FullMask PlainScore"
     architecture: str
     threads: int
     smem_bytes: int
@@ -103,7 +103,7 @@ class Kernel:
         Not where it was measured to be slower: the backward pass up to head_dim 128, plain scores, on an H200
         (benchmarks/results/nvidia-h200, experiment 1).
         """
-        return not (self.kernel == "bwd_sm90" and self.head_dim <= 128 and self.variant.endswith("PlainScores"))
+        return not (self.kernel == "bwd_sm90" and self.head_dim <= 128 and self.variant.endswith("PlainScore"))
 
     @property
     def name(self) -> str:

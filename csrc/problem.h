@@ -59,9 +59,9 @@ struct DropoutParams {
     const int64_t* state;  // [2]: seed and offset in device memory, or null where the two fields above hold
 };
 
-// The two above as GPUs compute with them, rounded once on the host by round_scalars() (policy/scalars.h):
-// softmax_scale, softmax_scale * log2(e), softcap, and the factor of kept weights.
-struct Fp32Scalars { float scale, scale_log2, softcap, dropout_rescale; };
+// The two above as kernels compute with them (policy/scalars.h): softmax_scale, softmax_scale * log2(e),
+// softmax_scale / softcap (0: no cap), softcap, and the factor of weights that dropout keeps.
+template <class Real> struct Scalars { Real scale, scale_log2, scale_over_cap, softcap, dropout_rescale; };
 
 // What every pass is given.
 struct Problem {
@@ -75,7 +75,7 @@ struct Problem {
     Window window;
     ScoreParams score;
     DropoutParams dropout;
-    Fp32Scalars scalars;
+    Scalars<float> scalars;
 };
 
 struct FwdParams {

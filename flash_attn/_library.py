@@ -49,11 +49,16 @@ def op(name: str) -> Callable[..., Any]:
     """The operator ``torch.ops.flash_attn.<name>``, or a stand-in that raises when it is called."""
     if _extension is not None and hasattr(torch.ops.flash_attn, name):
         return getattr(torch.ops.flash_attn, name).default
+    return _unavailable
 
-    def unavailable(*args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(_trouble)
 
-    return unavailable
+def function(name: str) -> Callable[..., Any]:
+    """A function of the extension module, or a stand-in that raises when it is called."""
+    return getattr(_extension, name, _unavailable)
+
+
+def _unavailable(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(_trouble)
 
 
 def build_info() -> dict[str, Any]:

@@ -5,8 +5,7 @@ flash_attn_func is documented in full; the others say in what they differ from i
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_cuda
 import flash_attn_2_cuda as flash_attn_gpu
+from flash_attn._autograd_names import autograd_name
 from flash_attn._kernel_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -24,7 +24,7 @@ from flash_attn._kernel_interface import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from flash_attn.autograd import KV_PACKED, QKV_PACKED, SEPARATE, attention
+from flash_attn.autograd import KV_PACKED, QKV_PACKED, SEPARATE, Sequences, attention
 
 __all__ = [
     "FlashAttnFunc",
@@ -122,8 +122,19 @@ def flash_attn_func(
         ValueError: a dtype, device, shape or value is not as said above. All reasons are listed, nothing is computed.
         RuntimeError: the compiled extension is missing; gradients of gradients are asked for.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return attention("flash_attn_func", SEPARATE, (q, k, v), (), (0, 0), *options)
+    return attention(
+        "flash_attn_func",
+        SEPARATE,
+        (q, k, v),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+    )
 
 
 def flash_attn_kvpacked_func(
@@ -146,8 +157,19 @@ def flash_attn_kvpacked_func(
 
     Everything else is as in flash_attn_func.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return attention("flash_attn_kvpacked_func", KV_PACKED, (q, kv), (), (0, 0), *options)
+    return attention(
+        "flash_attn_kvpacked_func",
+        KV_PACKED,
+        (q, kv),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+    )
 
 
 def flash_attn_qkvpacked_func(
@@ -168,8 +190,19 @@ def flash_attn_qkvpacked_func(
 
     Everything else is as in flash_attn_func.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return attention("flash_attn_qkvpacked_func", QKV_PACKED, (qkv,), (), (0, 0), *options)
+    return attention(
+        "flash_attn_qkvpacked_func",
+        QKV_PACKED,
+        (qkv,),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+    )
 
 
 def flash_attn_varlen_func(
@@ -208,14 +241,19 @@ def flash_attn_varlen_func(
     Everything else is as in flash_attn_func, with out (total_q, num_heads, head_dim_v), softmax_lse
     (num_heads, total_q) and S_dmask (batch_size, num_heads, max_seqlen_q, max_seqlen_k).
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return attention(
         "flash_attn_varlen_func",
         SEPARATE,
         (q, k, v),
-        (cu_seqlens_q, cu_seqlens_k, block_table),
-        (max_seqlen_q, max_seqlen_k),
-        *options,
+        Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
     )
 
 
@@ -243,14 +281,19 @@ def flash_attn_varlen_kvpacked_func(
 
     Everything else is as in flash_attn_varlen_func.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return attention(
         "flash_attn_varlen_kvpacked_func",
         KV_PACKED,
         (q, kv),
-        (cu_seqlens_q, cu_seqlens_k, None),
-        (max_seqlen_q, max_seqlen_k),
-        *options,
+        Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
     )
 
 
@@ -275,14 +318,19 @@ def flash_attn_varlen_qkvpacked_func(
 
     Everything else is as in flash_attn_varlen_func.
     """
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return attention(
         "flash_attn_varlen_qkvpacked_func",
         QKV_PACKED,
         (qkv,),
-        (cu_seqlens, cu_seqlens, None),
-        (max_seqlen, max_seqlen),
-        *options,
+        Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
     )
 
 
@@ -317,59 +365,12 @@ def flash_attn_with_kvcache(
     )
 
 
-class _AutogradName:
-    """A public function under the name of the autograd class that 2.8.3 has behind it.
-
-    ``apply`` takes all arguments of the function by position, and then, perhaps, is_grad_enabled: whether anything is
-    kept for a backward pass.
-    """
-
-    function: Callable[..., Any]
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """Call the function."""
-        names = list(inspect.signature(cls.function).parameters)
-        arguments = dict(zip([*names, "is_grad_enabled"], args, strict=False))
-        is_grad_enabled = arguments.pop("is_grad_enabled", True)
-        with torch.set_grad_enabled(is_grad_enabled and torch.is_grad_enabled()):
-            return cls.function(**arguments)
-
-
-class FlashAttnFunc(_AutogradName):
-    """flash_attn_func."""
-
-    function = staticmethod(flash_attn_func)
-
-
-class FlashAttnKVPackedFunc(_AutogradName):
-    """flash_attn_kvpacked_func."""
-
-    function = staticmethod(flash_attn_kvpacked_func)
-
-
-class FlashAttnQKVPackedFunc(_AutogradName):
-    """flash_attn_qkvpacked_func."""
-
-    function = staticmethod(flash_attn_qkvpacked_func)
-
-
-class FlashAttnVarlenFunc(_AutogradName):
-    """flash_attn_varlen_func."""
-
-    function = staticmethod(flash_attn_varlen_func)
-
-
-class FlashAttnVarlenKVPackedFunc(_AutogradName):
-    """flash_attn_varlen_kvpacked_func."""
-
-    function = staticmethod(flash_attn_varlen_kvpacked_func)
-
-
-class FlashAttnVarlenQKVPackedFunc(_AutogradName):
-    """flash_attn_varlen_qkvpacked_func."""
-
-    function = staticmethod(flash_attn_varlen_qkvpacked_func)
+FlashAttnFunc = autograd_name("FlashAttnFunc", flash_attn_func)
+FlashAttnKVPackedFunc = autograd_name("FlashAttnKVPackedFunc", flash_attn_kvpacked_func)
+FlashAttnQKVPackedFunc = autograd_name("FlashAttnQKVPackedFunc", flash_attn_qkvpacked_func)
+FlashAttnVarlenFunc = autograd_name("FlashAttnVarlenFunc", flash_attn_varlen_func)
+FlashAttnVarlenKVPackedFunc = autograd_name("FlashAttnVarlenKVPackedFunc", flash_attn_varlen_kvpacked_func)
+FlashAttnVarlenQKVPackedFunc = autograd_name("FlashAttnVarlenQKVPackedFunc", flash_attn_varlen_qkvpacked_func)
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:

@@ -44,21 +44,17 @@ def paged() -> dict:
 
 
 def backward() -> dict:
-    """bwd of dense."""
-    call = dense()
-    del call["block_table"]
+    """bwd.out of dense."""
     grads = {"dq": rows(2, 5, 4, 8), "dk": rows(2, 7, 2, 8), "dv": rows(2, 7, 2, 6)}
     results = {"dout": rows(2, 5, 4, 6), "dlse": None, "out": rows(2, 5, 4, 6), "softmax_lse": rows(2, 4, 5)}
-    return {**call, **results, **grads, "deterministic": False}
+    return {**dense(), **results, **grads, "deterministic": False}
 
 
 def varlen_backward() -> dict:
-    """bwd of varlen."""
-    call = varlen()
-    del call["block_table"]
+    """bwd.out of varlen."""
     grads = {"dq": rows(6, 4, 8), "dk": rows(8, 2, 8), "dv": rows(8, 2, 6)}
     results = {"dout": rows(6, 4, 6), "dlse": None, "out": rows(6, 4, 6), "softmax_lse": rows(4, 6)}
-    return {**call, **results, **grads, "deterministic": False}
+    return {**varlen(), **results, **grads, "deterministic": False}
 
 
 def probs() -> dict:
@@ -72,10 +68,17 @@ CALLS = {
     "dense": (dense, "fwd", "flash_attn_func: "),
     "varlen": (varlen, "fwd", "flash_attn_varlen_func: "),
     "paged": (paged, "fwd", "flash_attn_varlen_func: "),
-    "backward": (backward, "bwd", "flash_attn backward: "),
-    "varlen_backward": (varlen_backward, "bwd", "flash_attn varlen backward: "),
+    "backward": (backward, "bwd.out", "flash_attn backward: "),
+    "varlen_backward": (varlen_backward, "bwd.out", "flash_attn varlen backward: "),
     "probs": (probs, "attn_probs", "flash_attn attn_probs: "),
 }
+
+
+def op_of(call: str):
+    """The op that a call is one of."""
+    packet, _, overload = CALLS[call][1].partition(".")
+    return getattr(getattr(torch.ops.flash_attn, packet), overload or "default")
+
 
 # (call, what is changed, [(argument, part of what is expected, part of what came)])
 SHAPES = [
@@ -150,6 +153,8 @@ SHAPES = [
     ("backward", {"dropout_p": 0.5, "rng_state": None}, [("rng_state", "int64", "None")]),
     ("backward", {"softmax_scale": -1.0}, [("softmax_scale", "above 0", "-1")]),
     ("varlen_backward", {"softmax_lse": rows(6, 4)}, [("softmax_lse", "(num_heads=4, total_q=6)", "(6, 4)")]),
+    ("varlen_backward", {"block_table": ints([0, 1], [2, 3]), "k": rows(5, 2, 2, 8), "v": rows(5, 2, 2, 6)},
+     [("dk", "", ""), ("dv", "", ""), ("block_table", "None, for pages of keys get no gradients", "a tensor")]),
     ("varlen_backward", {"dk": rows(7, 2, 8)}, [("dk", "total_k=8", "(7, 2, 8)")]),
     ("probs", {"softmax_lse": rows(2, 4, 4)}, [("softmax_lse", "seqlen_q=5", "(2, 4, 4)")]),
     ("dense", {"k": rows(3, 7, 2, 9), "dropout_p": 1.0, "softmax_scale": -2.0},

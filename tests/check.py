@@ -71,12 +71,13 @@ def op_bwd(
     grads: Tensors | None = None,
     deterministic: bool = True,
 ) -> Tensors:
-    """(dq, dk, dv, dsoftmax_sum) of the op."""
-    dq, dk, dv = grads or tuple(torch.empty_like(t) for t in (x.q, x.k, x.v))
-    dlse = x.dlse if case.lse_grad else None
+    """(dq, dk, dv, dsoftmax_sum) of the op, written into grads if they are given."""
+    head = (x.dout, x.q, x.k, x.v, out, lse, x.dlse if case.lse_grad else None)
     arguments = {**lengths_of(case, x), **scores_of(case, x), "deterministic": deterministic}
-    dsoftmax_sum = torch.ops.flash_attn.bwd(x.dout, dlse, x.q, x.k, x.v, out, lse, dq, dk, dv, **arguments)
-    return dq, dk, dv, dsoftmax_sum
+    if grads is None:
+        return torch.ops.flash_attn.bwd(*head, **arguments)
+    dq, dk, dv = grads
+    return *grads, torch.ops.flash_attn.bwd.out(*head, **arguments, dq=dq, dk=dk, dv=dv)
 
 
 def op_probs(case: Case, x: Inputs, lse: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,22 @@ namespace {
 
 WindowMask make_mask(const int32_t* m) { return {m[0], m[1], m[2], m[3]}; }
 
+// The same by the bounds of the key.
+bool keep_by_key(const WindowMask& mask, int row, int key) {
+    return !mask.hides<Edge::kAfter, true>(row, key) && !mask.hides<Edge::kBefore, true>(row, key);
+}
+
+// 0 or 1; 2 if two answers differ.
+uint8_t agreed(bool a, bool b) { return a == b ? a : 2; }
+
 }  // namespace
 
 extern "C" {
 
 // Masks are four numbers: seqlen_q, seqlen_k, left, right.
-bool mask_keep(const int32_t* mask, int row, int key) { return make_mask(mask).keep(row, key); }
+uint8_t mask_keep(const int32_t* mask, int row, int key) {
+    return agreed(make_mask(mask).keep(row, key), keep_by_key(make_mask(mask), row, key));
+}
 
 void mask_kv_range(const int32_t* mask, int begin, int end, int32_t* out) {
     const Range keys = make_mask(mask).kv_range({begin, end});
@@ -29,15 +39,18 @@ void mask_q_range(const int32_t* mask, int begin, int end, int32_t* out) {
     out[0] = rows.begin, out[1] = rows.end;
 }
 
-bool mask_is_full_block(const int32_t* mask, int row_begin, int row_end, int key_begin, int key_end) {
-    return make_mask(mask).is_full_block({row_begin, row_end}, {key_begin, key_end});
+uint8_t mask_is_full_block(const int32_t* mask, int row_begin, int row_end, int key_begin, int key_end) {
+    const WindowMask m = make_mask(mask);
+    const Range rows{row_begin, row_end}, keys{key_begin, key_end};
+    return agreed(m.is_full_block(rows, keys), m.is_full_block<true>(rows, keys));
 }
 
 // Answers for all rows and keys, and for all ranges begin < end in the order of begin, then end.
 void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_range, uint8_t* is_full_block) {
     const WindowMask mask = make_mask(m);
     for (int row = 0; row < mask.seqlen_q; ++row)
-        for (int key = 0; key < mask.seqlen_k; ++key) *keep++ = mask.keep(row, key);
+        for (int key = 0; key < mask.seqlen_k; ++key)
+            *keep++ = agreed(mask.keep(row, key), keep_by_key(mask, row, key));
     for (int begin = 0; begin < mask.seqlen_q; ++begin)
         for (int end = begin + 1; end <= mask.seqlen_q; ++end, kv_range += 2) mask_kv_range(m, begin, end, kv_range);
     for (int begin = 0; begin < mask.seqlen_k; ++begin)
@@ -45,7 +58,9 @@ void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_
     for (int a = 0; a < mask.seqlen_q; ++a)
         for (int b = a + 1; b <= mask.seqlen_q; ++b)
             for (int c = 0; c < mask.seqlen_k; ++c)
-                for (int d = c + 1; d <= mask.seqlen_k; ++d) *is_full_block++ = mask.is_full_block({a, b}, {c, d});
+                for (int d = c + 1; d <= mask.seqlen_k; ++d)
+                    *is_full_block++ =
+                        agreed(mask.is_full_block({a, b}, {c, d}), mask.is_full_block<true>({a, b}, {c, d}));
 }
 
 // sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether there is

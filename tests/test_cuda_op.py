@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flash_attn
-from bad_calls import CALLS, backward, dense, probs, varlen
+from bad_calls import CALLS, backward, dense, op_of, probs, varlen
 
 HAS_KERNELS = bool(flash_attn.build_info()["cuda_archs"])
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="a build without CUDA kernels")
@@ -12,9 +12,9 @@ needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="a build without CUDA
 
 def call_on_cuda(call: str, arguments: dict):
     """The op's implementation for CUDA, whatever device the tensors are on."""
-    op = getattr(torch.ops.flash_attn, CALLS[call][1]).default
+    op = op_of(call)
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    return op.redispatch(cuda, *(arguments[argument.name] for argument in op._schema.arguments))
+    return op.redispatch(cuda, **arguments)
 
 
 def in_bfloat16(arguments: dict) -> dict:

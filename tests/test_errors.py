@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flash_attn
-from bad_calls import CALLS, SHAPES, VALUES, backward, dense, varlen
+from bad_calls import CALLS, SHAPES, VALUES, backward, dense, op_of, varlen
 
 ROWS = SHAPES + VALUES
 ONLY_IN_OPS = {"seqused_k", "leftpad_k", "rng_state", "block_table", "cu_seqlens_q", "cu_seqlens_k"}
@@ -19,7 +19,7 @@ def name_of(row) -> str:
 
 
 def run_op(call: str, arguments: dict):
-    return getattr(torch.ops.flash_attn, CALLS[call][1])(**arguments)
+    return op_of(call)(**arguments)
 
 
 def rejection(call: str, arguments: dict) -> str:

@@ -27,12 +27,11 @@ def spread(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 def test_offsets_have_64_bits(strides):
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(SHAPE, dtype=torch.bfloat16) for _ in range(4))
-    options = (None, None, 0, 0, None, None)
-    policy = (None, None, True, -1, -1, 0.0, 0.0, None)
 
     def run(q, k, v, dout, grads):
-        out, lse = torch.ops.flash_attn.fwd(q, k, v, *options, None, *policy)
-        dsoftmax_sum = torch.ops.flash_attn.bwd(dout, None, q, k, v, out, lse, *grads, *options, *policy, True)
+        out, lse = torch.ops.flash_attn.fwd(q, k, v, causal=True)
+        written = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        dsoftmax_sum = torch.ops.flash_attn.bwd.out(dout, q, k, v, out, lse, **written, causal=True, deterministic=True)
         return out, lse, *grads, dsoftmax_sum
 
     expected = run(q, k, v, dout, [torch.empty_like(q) for _ in range(3)])

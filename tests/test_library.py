@@ -36,7 +36,7 @@ def fwd_arguments(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
-    """Schema, autograd registration, fake tensors and tracing with dynamic shapes, for all three ops."""
+    """Schema, autograd registration, fake tensors and tracing with dynamic shapes, for all of our ops."""
     case, x, arguments = fwd_arguments(name)
     torch.library.opcheck(torch.ops.flash_attn.fwd.default, (), arguments)
     out, lse = torch.ops.flash_attn.fwd(**arguments)
@@ -45,14 +45,21 @@ def test_opcheck(name):
     if not case.page_size:
         grads = {"dq": torch.zeros_like(x.q), "dk": torch.zeros_like(x.k), "dv": torch.zeros_like(x.v)}
         more = {"dout": x.dout, "dlse": x.dlse if case.lse_grad else None, "out": out, "softmax_lse": lse}
-        rest = {key: value for key, value in arguments.items() if key != "block_table"}
-        bwd_arguments = {**rest, **grads, **more, "deterministic": True}
+        bwd_arguments = {**arguments, **more, "deterministic": True}
         torch.library.opcheck(torch.ops.flash_attn.bwd.default, (), bwd_arguments)
+        torch.library.opcheck(torch.ops.flash_attn.bwd.out, (), {**bwd_arguments, **grads})
+        leaf = {name: arguments[name].detach().clone().requires_grad_() for name in "qkv"}
+        torch.library.opcheck(torch.ops.flash_attn.fwd.default, (), {**arguments, **leaf})
+
+
+def functional(make):
+    return lambda: {name: x for name, x in make().items() if name not in ("dq", "dk", "dv")}
 
 
 ALL_OPS = {
     "fwd": (dense, varlen, paged),
-    "bwd": (backward, varlen_backward),
+    "bwd": (functional(backward), functional(varlen_backward)),
+    "bwd.out": (backward, varlen_backward),
     "attn_probs": (probs,),
 }
 
@@ -60,7 +67,8 @@ ALL_OPS = {
 @pytest.mark.parametrize(("op", "call"), [(op, call) for op, calls in ALL_OPS.items() for call in calls])
 def test_meta_and_fake_tensors_have_the_real_layout(op, call):
     arguments = call()
-    function = getattr(torch.ops.flash_attn, op)
+    packet, _, overload = op.partition(".")
+    function = getattr(getattr(torch.ops.flash_attn, packet), overload or "default")
     real = function(**arguments)
     meta = function(**{key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in arguments.items()})
     with FakeTensorMode() as mode:
@@ -218,7 +226,7 @@ def test_forward_mode_through_the_backward_op_raises():
     with torch.autograd.forward_ad.dual_level():
         call["dout"] = torch.autograd.forward_ad.make_dual(call["dout"], torch.ones_like(call["dout"]))
         with pytest.raises(RuntimeError, match="forward-mode"):
-            torch.ops.flash_attn.bwd(**call)
+            torch.ops.flash_attn.bwd.out(**call)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -263,15 +271,23 @@ def test_func_grad():
         assert_bitwise(f"gradient {i}", b, c)
 
 
-@pytest.mark.parametrize("op", ["fwd", "attn_probs"])
-def test_backward_through_a_bare_op_raises(op):
-    call = dense() if op == "fwd" else probs()
+def test_backward_through_attn_probs_raises():
+    call = probs()
     call["q"] = call["q"].requires_grad_()
-    result = getattr(torch.ops.flash_attn, op)(**call)
-    result = result[0] if isinstance(result, tuple) else result
+    result = torch.ops.flash_attn.attn_probs(**call)
     assert result.requires_grad
-    with pytest.raises(RuntimeError, match=f"flash_attn::{op}: the op alone has no backward"):
+    with pytest.raises(RuntimeError, match="flash_attn::attn_probs: the op alone has no backward"):
         result.sum().backward()
+
+
+def test_backward_through_pages_raises():
+    """Pages of keys get no gradients; the public function gathers them first."""
+    call = paged()
+    call["k"] = call["k"].requires_grad_()
+    for result in torch.ops.flash_attn.fwd(**call):
+        assert result.requires_grad
+        with pytest.raises(RuntimeError, match="flash_attn::fwd: the op alone has no backward; call"):
+            result.sum().backward()
 
 
 def test_writing_gradients_counts_as_a_write():
@@ -279,7 +295,7 @@ def test_writing_gradients_counts_as_a_write():
     call = backward()
     weight = torch.ones_like(call["dq"]).requires_grad_()
     product = weight * call["dq"]
-    torch.ops.flash_attn.bwd(**call)
+    torch.ops.flash_attn.bwd.out(**call)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 

@@ -34,7 +34,7 @@ def policies(tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.mask_keep.restype = loaded.mask_is_full_block.restype = ctypes.c_bool
+    loaded.mask_keep.restype = loaded.mask_is_full_block.restype = ctypes.c_uint8
     loaded.row_offset.restype = ctypes.c_int64
     loaded.rescale.restype = ctypes.c_double
     return loaded

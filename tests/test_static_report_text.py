@@ -13,13 +13,13 @@ from build_tools import cost_model, cuda_objects, measured, sass, static_report
 from build_tools.static_report import Kernel, Launch, Report, kernels_of, launch_of, problems
 
 PTXAS = """ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN8fwd_sm80I3CfgNS_8FullMaskENS_14ModifiedScoresEE' for 'sm_80'
-ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_8FullMaskENS_14ModifiedScoresEE
+ptxas info    : Compiling entry function '_ZN8fwd_sm80I3CfgNS_1VINS_8FullMaskENS_13ModifiedScoreIfEEE' for 'sm_80'
+ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_1VINS_8FullMaskENS_13ModifiedScoreIfEEE
     16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 760 bytes cmem[0]
 ptxas info    : Compile time = 134.296 ms
-ptxas info    : Compiling entry function '_ZN8fwd_sm80I3CfgNS_10WindowMaskENS_11PlainScoresEE' for 'sm_90a'
-ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_10WindowMaskENS_11PlainScoresEE
+ptxas info    : Compiling entry function '_ZN8fwd_sm80I3CfgNS_1VINS_10WindowMaskENS_10PlainScoreIfEEE' for 'sm_90a'
+ptxas info    : Function properties for _ZN8fwd_sm80I3CfgNS_1VINS_10WindowMaskENS_10PlainScoreIfEEE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 200 registers, used 1 barriers
 """.replace("I3Cfg", "INS_1CINS_4bf16EXtlNS_1SELi64ELi0EEEEE")
@@ -35,8 +35,8 @@ OBJECT = cuda_objects.Object(Path("fwd_sm80.cu"), ("sm_80",), "bf16", 64)
 def test_what_the_compiler_says():
     spilling, clean = kernels_of(OBJECT, PTXAS, LAUNCHES)
     assert (spilling.registers, spilling.spill_bytes, spilling.stack_bytes) == (255, 12, 16)
-    assert (spilling.variant, spilling.architecture, spilling.threads) == ("FullMask ModifiedScores", "sm_80", 128)
-    assert (clean.registers, clean.spill_bytes, clean.variant) == (200, 0, "WindowMask PlainScores")
+    assert (spilling.variant, spilling.architecture, spilling.threads) == ("FullMask ModifiedScore", "sm_80", 128)
+    assert (clean.registers, clean.spill_bytes, clean.variant) == (200, 0, "WindowMask PlainScore")
     assert spilling.blocks() == {"8.0": 2, "8.6": 2, "8.9": 2}
     assert clean.blocks() == {"9.0": 2}
 
@@ -97,9 +97,9 @@ def test_problems():
     assert problems(report_of(COSTS, overlap=0.69), committed) == [
         "fwd_sm80 bf16 head_dim 64 128x64 FullMask computes 69% of its exponentials beside products, not 70%"
     ]
-    spared = {"kernel": "bwd_sm90", "variant": "FullMask PlainScores"}
+    spared = {"kernel": "bwd_sm90", "variant": "FullMask PlainScore"}
     assert problems(report_of(COSTS, overlap=0.1, **spared), committed) == []
-    for changes in ({"head_dim": 192}, {"variant": "FullMask ModifiedScores"}, {"kernel": "fwd_sm90"}):
+    for changes in ({"head_dim": 192}, {"variant": "FullMask ModifiedScore"}, {"kernel": "fwd_sm90"}):
         assert len(problems(report_of(COSTS, overlap=0.1, **spared | changes), committed)) == 1
     assert problems(report_of({**COSTS, "kernels": 1000}, warnings=["odd"]), None) == ["the compiler warns: odd"]
     for key in ("kernels", "object_bytes", "peak_bytes", "relative_time"):
@@ -116,11 +116,11 @@ def test_report_files():
 
 
 def test_table_of_overlaps():
-    report = report_of(COSTS, overlap=0.75, kernel="fwd_sm90", source="fwd_sm90", variant="WindowMask PlainScores")
+    report = report_of(COSTS, overlap=0.75, kernel="fwd_sm90", source="fwd_sm90", variant="WindowMask PlainScore")
     (kernel,) = report.kernels
     report.overlaps.append((replace(kernel, element="fp16"), 0.8))
-    report.overlaps.append((replace(kernel, variant="FullMask ModifiedScores"), 1.0))
-    report.overlaps.append((replace(kernel, kernel="bwd_sm90", source="bwd_sm90", variant="FullMask PlainScores"), 0.1))
+    report.overlaps.append((replace(kernel, variant="FullMask ModifiedScore"), 1.0))
+    report.overlaps.append((replace(kernel, kernel="bwd_sm90", source="bwd_sm90", variant="FullMask PlainScore"), 0.1))
     text = static_report.report_tables.markdown(report)
     assert "| smallest share of EX2 between the waits of wgmma | 75% |" in text
     assert "| fwd_sm90 64: 128 x 64, 128 threads | - | 75% | 100% | - |" in text
@@ -141,7 +141,7 @@ def test_tables_of_hopper():
     }
     cycles = dict.fromkeys(cost_model.UNITS, 0.0) | {"tensor": 2560.0, "mufu": 1056.0, "smem": 3200.0}
     for mask in ("Full", "Window"):
-        own = replace(kernel, **of_hopper, variant=f"{mask}Mask PlainScores")
+        own = replace(kernel, **of_hopper, variant=f"{mask}Mask PlainScore")
         loop = {"kernel": own, "instructions": {"HGMMA": 20}, "cycles": cycles}
         report.loops.append(loop)
     report.loops.append({**loop, "kernel": kernel, "instructions": {"HMMA": 20}})

@@ -76,7 +76,7 @@ std::vector<QueryTile> query_tiles(const Problem& p) {
     std::vector<QueryTile> tiles;
     for (int batch = 0; batch < p.batch_size; ++batch) {
         const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
-        const WindowMask mask{seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right};
+        const WindowMask mask = WindowMask::of(p, seq, batch, 0);
         for (int tile = 0; tile * kQueryTile < seq.seqlen_q; ++tile) {
             const Range rows{tile * kQueryTile, min((tile + 1) * kQueryTile, seq.seqlen_q)}, keys = mask.kv_range(rows);
             tiles.push_back({batch, tile, int64_t(rows.end - rows.begin) * max(keys.end - keys.begin, 0)});

@@ -71,10 +71,11 @@ public:
     BwdSlice(const BwdParams& params, const BwdTask& task, Arena arena)
         : params_(params), p_(params.problem), task_(task), b_(arena, p_),
           seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)),
-          mask_{seq_.seqlen_q, seq_.seqlen_k, p_.window.left, p_.window.right},
+          mask_(WindowMask::of(p_, seq_, task.batch, task.head_k * (p_.num_heads / p_.num_heads_k))),
           heads_per_key_head_(p_.num_heads / p_.num_heads_k), row_(padded_row<T>(p_.head_dim)),
           row_v_(padded_row<T>(p_.head_dim_v)), row_q_(kDepth == 1 ? row_ : PackE::depth_of(p_.head_dim)),
-          row_dout_(kDepth == 1 ? row_v_ : PackE::depth_of(p_.head_dim_v)), rescale_(T(dropout_rescale(p_.dropout))) {}
+          row_dout_(kDepth == 1 ? row_v_ : PackE::depth_of(p_.head_dim_v)),
+          rescale_(scalars_of<T>(p_).dropout_rescale) {}
 
     void run() {
         for (int g = 0; g < heads_per_key_head_; ++g)
@@ -150,30 +151,30 @@ private:
         gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim_v), {b_.dout, row_dout_},
                                 {b_.v_t + part.begin, kKeys}, {b_.dp + part.begin, kKeys});
         const bool is_full = mask_.is_full_block(rows, {keys_.begin + part.begin, keys_.begin + part.end});
-        const ScoreFn<T> score(p_.score, task_.batch, head);
-        if (score.modified) modify_scores(score, rows, part);
-        if (p_.dropout.threshold) drop_dp(head, rows, part);
-        weights_and_gradients(head, rows, padded, part, is_full, score);
+        const HeadVariant<T> variant(p_, seq_, task_.batch, head);
+        if (variant.modified) modify_scores(variant, rows, part);
+        if (p_.dropout.threshold) drop_dp(variant.score.dropout, rows, part);
+        weights_and_gradients(head, rows, padded, part, is_full, variant);
         if (p_.dropout.threshold) drop_p(padded, part);
         accumulate(head, rows, padded, {first, last}, part, is_full);
     }
 
-    void modify_scores(const ScoreFn<T>& score, Range rows, Range part) {
+    void modify_scores(const HeadVariant<T>& variant, Range rows, Range part) {
         for (int r = 0; r < rows.end - rows.begin; ++r) {
-            const int distance = mask_.diagonal(rows.begin + r) - keys_.begin;
+            const int distance = variant.score.distance(rows.begin + r, keys_.begin);
             for (int c = part.begin; c < part.end; c += L) {
                 T* s = b_.s + r * kKeys + c;
-                Vec<T> derivative;
-                store(s, ScoreFn<T>::apply(score, load(s), IntLane<T>(distance - c) - lane_index<T>(), derivative));
-                if (score.softcap > 0) store(b_.derivative + r * kKeys + c, derivative);
+                const Vec<T> product = load(s);
+                store(s, variant.transform(product, IntLane<T>(distance - c) - lane_index<T>()));
+                if (variant.score.has_derivative()) store(b_.derivative + r * kKeys + c, variant.derivative(product));
             }
         }
     }
 
-    void drop_dp(int head, Range rows, Range part) {
+    void drop_dp(const DropoutMask& dropout, Range rows, Range part) {
         const int first = round_down(part.begin, kDropoutBlockKeys);
-        dropout_keep<false>(DropoutMask(p_.dropout, task_.batch, head, p_.num_heads), rows.begin, rows.end - rows.begin,
-                            keys_.begin + first, part.end - first, b_.keep + first, kKeys);
+        dropout_keep<false>(dropout, rows.begin, rows.end - rows.begin, keys_.begin + first, part.end - first,
+                            b_.keep + first, kKeys);
         for (int r = 0; r < rows.end - rows.begin; ++r)
             for (int c = part.begin; c < part.end; c += L) {
                 T* dp = b_.dp + r * kKeys + c;
@@ -195,17 +196,17 @@ private:
             }
     }
 
-    struct RowBounds { IntLane<T> first, last; };
     // P and dS in the forms that the products want them. A row past the last query gives 0: it is masked wherever there
     // is one, since not all that its numbers come from has been written.
-    void weights_and_gradients(int head, Range rows, int padded, Range part, bool is_full, const ScoreFn<T>& score) {
+    void weights_and_gradients(int head, Range rows, int padded, Range part, bool is_full,
+                               const HeadVariant<T>& variant) {
         const int64_t row0 = seq_.first_row_q + rows.begin;
         const T *lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, head),
                 *dsoftmax_sum = row_ptr<T>(params_.dsoftmax_sum, task_.batch, row0, head);
         const bool all_attend = is_full && padded == rows.end - rows.begin;
         for (int r = 0; r < padded; r += kDepth) {
             T row_lse[kDepth], sum[kDepth], dlse[kDepth];
-            RowBounds seen[kDepth];
+            VisibleKeys<IntLane<T>> seen[kDepth];
             for (int i = 0; i < kDepth; ++i) {
                 const int row = rows.begin + r + i;
                 const bool valid = row < rows.end;
@@ -214,20 +215,18 @@ private:
                 sum[i] = valid ? dsoftmax_sum[r + i] : T(0);
                 dlse[i] =
                     valid && params_.dlse.data ? *row_ptr<T>(params_.dlse, task_.batch, row0 + r + i, head) : T(0);
-                seen[i] = {IntLane<T>(mask_.first_key(row) - keys_.begin),
-                           valid ? IntLane<T>(mask_.last_key(row) - keys_.begin) : IntLane<T>(-1)};
+                seen[i] = valid ? VisibleKeys<IntLane<T>>(mask_.visible(row)) : VisibleKeys<IntLane<T>>::none();
             }
             for (int c = part.begin; c < part.end; c += L) {
                 Vec<T> p[kDepth], ds[kDepth];
 #pragma GCC unroll 2
                 for (int i = 0; i < kDepth; ++i) {
                     const int at = (r + i) * kKeys + c;
-                    p[i] = exp2((load(b_.s + at) * score.scale - row_lse[i]) * T(kLog2e));
+                    p[i] = exp2((load(b_.s + at) * variant.scale - row_lse[i]) * T(kLog2e));
                     ds[i] = p[i] * ((load(b_.dp + at) - sum[i]) + dlse[i]);
-                    if (score.softcap > 0) ds[i] *= load(b_.derivative + at);
+                    if (variant.score.has_derivative()) ds[i] *= load(b_.derivative + at);
                     if (all_attend) continue;
-                    const IntVec<T> key = lane_index<T>() + IntLane<T>(c);
-                    const IntVec<T> keep = (key >= splat_int<T>(seen[i].first)) & (key <= splat_int<T>(seen[i].last));
+                    const IntVec<T> keep = seen[i].keep(lane_index<T>() + IntLane<T>(keys_.begin + c));
                     p[i] = keep_only<T>(keep, p[i]);
                     ds[i] = keep_only<T>(keep, ds[i]);
                 }

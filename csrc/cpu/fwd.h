@@ -53,11 +53,10 @@ public:
 
     FwdTile(const FwdParams& params, const FwdTask& task, Arena arena)
         : params_(params), p_(params.problem), task_(task), b_(arena, p_),
-          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)),
-          mask_{seq_.seqlen_q, seq_.seqlen_k, p_.window.left, p_.window.right}, score_(p_.score, task.batch, task.head),
-          dropout_(p_.dropout, task.batch, task.head, p_.num_heads),
-          head_k_(task.head / (p_.num_heads / p_.num_heads_k)), row0_(task.query_tile * kQueryTile),
-          num_rows_(min(kQueryTile, seq_.seqlen_q - row0_)), num_panels_(ceil_div(num_rows_, kPanel)) {}
+          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)), variant_(p_, seq_, task.batch, task.head),
+          mask_(variant_.mask), dropout_(variant_.score.dropout), head_k_(task.head / (p_.num_heads / p_.num_heads_k)),
+          row0_(task.query_tile * kQueryTile), num_rows_(min(kQueryTile, seq_.seqlen_q - row0_)),
+          num_panels_(ceil_div(num_rows_, kPanel)) {}
 
     void run() {
         load_queries();
@@ -109,7 +108,7 @@ private:
                                 {b_.q_t + int64_t(panel) * depth * kPanel, kPanel},
                                 {b_.s + part.begin * kPanel, kPanel});
         const bool is_full = mask_.is_full_block(rows, {tile_.begin + part.begin, tile_.begin + part.end});
-        if (score_.modified) modify_scores(rows.begin, part, vectors);
+        if (variant_.modified) modify_scores(rows.begin, part, vectors);
         if (!is_full) mask_scores(rows.begin, part, vectors);
         softmax(panel, part, vectors);
         if (dropout_.threshold) drop(rows.begin, part, vectors);
@@ -117,26 +116,22 @@ private:
     }
 
     void modify_scores(int row0, Range part, int vectors) {
-        Vec<T> unused;
         for (int key = part.begin; key < part.end; ++key)
             for (int g = 0; g < vectors; ++g) {
                 T* s = b_.s + key * kPanel + g * L;
-                const int distance = mask_.diagonal(row0 + g * L) - (tile_.begin + key);
-                store(s, ScoreFn<T>::apply(score_, load(s), lane_index<T>() + IntLane<T>(distance), unused));
+                const int distance = variant_.score.distance(row0 + g * L, tile_.begin + key);
+                store(s, variant_.transform(load(s), lane_index<T>() + IntLane<T>(distance)));
             }
     }
 
     void mask_scores(int row0, Range part, int vectors) {
         for (int g = 0; g < vectors; ++g) {
-            IntVec<T> first, last;  // keys seen by the queries of the lanes, within the tile
-            for (int i = 0; i < L; ++i) {
-                first[i] = mask_.first_key(row0 + g * L + i) - tile_.begin;
-                last[i] = mask_.last_key(row0 + g * L + i) - tile_.begin;
-            }
+            VisibleKeys<IntVec<T>> seen{splat_int<T>(0), splat_int<T>(-1)};
+            for (int i = 0; i < L; ++i) seen.set(i, mask_.visible(row0 + g * L + i));
             for (int key = part.begin; key < part.end; ++key) {
                 T* s = b_.s + key * kPanel + g * L;
-                const IntVec<T> k = splat_int<T>(key);
-                store(s, select<T>((k >= first) & (k <= last), load(s), splat<T>(-INFINITY)));
+                const IntVec<T> keep = seen.keep(splat_int<T>(tile_.begin + key));
+                store(s, select<T>(keep, load(s), splat<T>(-INFINITY)));
             }
         }
     }
@@ -165,14 +160,14 @@ private:
             store(row_max, now);
             // A row that has seen no key yet must not give inf - inf.
             offset[x] = now == splat<T>(-INFINITY) ? Vec<T>{} : now;
-            const Vec<T> factor = exp2((old - offset[x]) * score_.scale_log2);
+            const Vec<T> factor = exp2((old - offset[x]) * variant_.scale_log2);
             store(b_.factor + (group + x) * L, factor);
             store(row_sum, load(row_sum) * factor);
             sum[x] = Vec<T>{};
         }
         // The maximum is subtracted first: the greatest weight is exactly 1, and a lone key gives exactly its value.
         const auto weight = [&](int key, int x) {
-            const Vec<T> e = exp2((load(s + key * kPanel + x * L) - offset[x]) * score_.scale_log2);
+            const Vec<T> e = exp2((load(s + key * kPanel + x * L) - offset[x]) * variant_.scale_log2);
             sum[x] += e;
             return e;
         };
@@ -248,9 +243,9 @@ private:
         const T *o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel, *row_max = b_.row_max + panel * kPanel,
                 *row_sum = b_.row_sum + panel * kPanel;
         T* lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, task_.head);
-        const T rescale = T(dropout_rescale(p_.dropout));
+        const T rescale = variant_.score.dropout_rescale;
         for (int i = 0; i < count; ++i)
-            lse[i] = row_sum[i] == 0 ? T(-INFINITY) : row_max[i] * score_.scale + std::log(row_sum[i]);
+            lse[i] = row_sum[i] == 0 ? T(-INFINITY) : row_max[i] * variant_.scale + std::log(row_sum[i]);
         for (int i = 0; i < round_up(count, kBlock); ++i) b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
         for (int i0 = 0; i0 < count; i0 += kBlock)
             for (int d0 = 0; d0 < p_.head_dim_v; d0 += kBlock) {
@@ -270,9 +265,9 @@ private:
     const FwdTask task_;
     const Buffers b_;
     const Sequence seq_;
-    const WindowMask mask_;
-    const ScoreFn<T> score_;
-    const DropoutMask dropout_;
+    const HeadVariant<T> variant_;
+    const WindowMask& mask_;
+    const DropoutMask& dropout_;
     const int head_k_, row0_, num_rows_, num_panels_;
     Range tile_{0, 0};  // keys loaded
 };

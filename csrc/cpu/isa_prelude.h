@@ -14,6 +14,6 @@
 #include "policy/host_device.h"
 #include "policy/mask.h"
 #include "policy/paged_kv.h"
-#include "policy/score.h"
+#include "policy/scalars.h"
 #include "policy/seqlen.h"
 #include "problem.h"

@@ -2,6 +2,7 @@
 // policy/ applied to vectors.
 #pragma once
 #include "cpu/pack.h"
+#include "policy/variant.h"  // here: what is always inlined may be compiled for an instruction set, and calls its tanh
 
 namespace flash_attn::cpu::FA_ISA {
 
@@ -25,31 +26,36 @@ template <class E> FA_INLINE void collect_kv_rows(const TensorView& t, const Pag
     }
 }
 
-// The scores of one head. Plain scores stay products until softmax multiplies them with `scale`; modified ones are
-// finished by apply(), and their scale is 1.
-template <class T> struct ScoreFn {
+struct VectorMath {
+    template <class V> static __attribute__((always_inline)) V tanh(V x) {
+        return FA_ISA::tanh<std::remove_cvref_t<decltype(x[0])>>(x);
+    }
+};
+
+// The variant of one head. Here the window may be without bounds, and scores may be plain: these stay products until
+// softmax multiplies them with `scale`; modified ones are finished by transform(), and their scale is 1.
+template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedScore<T>> {
     bool modified;
-    T scale, scale_log2;        // the latter times log2(e)
-    T scale_over_cap, softcap;  // 0: no cap
-    T softmax_scale, slope;
+    T scale, scale_log2;  // the latter times log2(e)
 
-    ScoreFn(const ScoreParams& p, int batch, int head)
-        : modified(modifies_scores(p)), scale(T(modified ? 1.0 : p.softmax_scale)),
-          scale_log2(T((modified ? 1.0 : p.softmax_scale) * kLog2e)),
-          scale_over_cap(p.softcap > 0 ? T(p.softmax_scale / p.softcap) : T(0)), softcap(T(p.softcap)),
-          softmax_scale(T(p.softmax_scale)), slope(T(alibi_slope(p, batch, head))) {}
+    HeadVariant(const Problem& p, const Sequence& seq, int batch, int head)
+        : AttentionVariant<WindowMask, ModifiedScore<T>>(p, seq, batch, head), modified(modifies_scores(p.score)),
+          scale(modified ? T(1) : scalars_of<T>(p).scale),
+          scale_log2(modified ? T(kLog2e) : scalars_of<T>(p).scale_log2) {}
 
-    // The score of products x whose keys are `distance` away; derivative becomes d score / d (softmax_scale x).
-    FA_INLINE Vec<T> apply(const ScoreFn& f, Vec<T> x, IntVec<T> distance, Vec<T>& derivative) {
-        Vec<T> score = x * f.softmax_scale;
-        derivative = splat<T>(1);
-        if (f.scale_over_cap != 0) {
-            const Vec<T> t = tanh<T>(x * f.scale_over_cap);
-            derivative = softcap_derivative(t);
-            score = t * f.softcap;
+    // The score of products x whose keys are `distance` before their queries.
+    template <int kStage = 0> __attribute__((always_inline)) Vec<T> transform(Vec<T> x, IntVec<T> distance) const {
+        if constexpr (kStage == ModifiedScore<T>::kStages) {
+            return x;
+        } else {
+            if (this->score.template applies<kStage>())
+                x = this->score.template stage<kStage, VectorMath>(x, __builtin_convertvector(distance, Vec<T>));
+            return transform<kStage + 1>(x, distance);
         }
-        if (f.slope != 0) score += alibi_bias(splat(f.slope), __builtin_convertvector(distance, Vec<T>));
-        return score;
+    }
+    // d score / d (softmax_scale x).
+    __attribute__((always_inline)) Vec<T> derivative(Vec<T> x) const {
+        return this->score.template derivative<VectorMath>(x);
     }
 };
 

@@ -1,4 +1,4 @@
-// Launching a kernel.
+// Launching a kernel: the only place that does. The simulator has a launch.h of its own.
 #pragma once
 #include <cuda_runtime.h>
 #include <cstdint>
@@ -8,15 +8,16 @@
 
 namespace flash_attn::cuda {
 
-// Says what went wrong. CUDA then forgets it, or the next kernel of somebody else would be blamed.
+// The text of an error, which is cleared in the CUDA runtime: otherwise the next launch, of any library, would report
+// it.
 inline const char* take_error(cudaError_t error) {
     cudaGetLastError();
     return cudaGetErrorString(error);
 }
 
-// FLASH_ATTN_PDL=0, at the first launch: every kernel begins after the end of the one before it. For whoever looks
-// for the cause of a wrong gradient.
-inline bool overlap_is_allowed() {
+// FLASH_ATTN_PDL=0, read at the first launch, turns programmatic dependent launch off: every kernel then begins after
+// the end of the one before it in the stream. For debugging.
+inline bool pdl_is_allowed() {
     static const bool is_allowed = [] {
         const char* const value = std::getenv("FLASH_ATTN_PDL");
         return !value || value[0] != '0';
@@ -24,13 +25,14 @@ inline bool overlap_is_allowed() {
     return is_allowed;
 }
 
-// overlaps: may begin before the kernel before it in the stream has ended (cuda/ptx/grid.h).
+// overlaps: launched with programmatic stream serialization, so that its blocks may start before the kernel before it
+// in the stream has ended; it must call ptx::grid_wait() before it reads what that wrote (cuda/ptx/grid.h).
 template <class... Params, class... Args> const char* launch_kernel(bool overlaps, void (*kernel)(Params...),
                                                                     int64_t blocks, int threads, int smem_bytes,
                                                                     const Device& device, const Args&... args) {
     if (blocks == 0) return nullptr;
     if (blocks > std::numeric_limits<int32_t>::max()) return "the problem has more than 2^31 - 1 tiles";
-    // Up to 48 KB need no permission.
+    // More than 48 KB of dynamic shared memory is opt-in.
     if (smem_bytes > 48 * 1024) {
         const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -44,12 +46,12 @@ template <class... Params, class... Args> const char* launch_kernel(bool overlap
                                     static_cast<size_t>(smem_bytes),
                                     static_cast<cudaStream_t>(device.stream),
                                     &overlap,
-                                    overlaps && overlap_is_allowed() ? 1u : 0u};
+                                    overlaps && pdl_is_allowed() ? 1u : 0u};
     const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args...);
     return launched == cudaSuccess ? nullptr : take_error(launched);
 }
 
-// Return null, or what went wrong. No blocks: nothing to do.
+// Both return null or an error text; no blocks is no error. launch_pdl: programmatic dependent launch (PDL).
 template <class... Params, class... Args> const char* launch(void (*kernel)(Params...), int64_t blocks, int threads,
                                                              int smem_bytes, const Device& device, Args... args) {
     return launch_kernel(false, kernel, blocks, threads, smem_bytes, device, args...);

@@ -1,40 +1,50 @@
-// What the ops are given, bundled, so that the long argument lists are written once for every dispatch key.
+// What the ops are given, as records with names. A further argument of attention is a word in kTail of ops/schema.cpp,
+// a field of AttentionArgs, and that field's name in AttentionArgs::fields.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/SymInt.h>
 #include <optional>
 #include <tuple>
-#include <utility>
+#include <type_traits>
 
 namespace flash_attn {
 
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
+// The arguments with which all of our ops end.
+struct AttentionArgs {
+    OptionalTensor cu_seqlens_q = {}, cu_seqlens_k = {};
+    c10::SymInt max_seqlen_q = 0, max_seqlen_k = 0;  // dense: unused
+    OptionalTensor seqused_k = {}, leftpad_k = {}, block_table = {}, alibi_slopes = {};
+    std::optional<double> softmax_scale = {};
+    bool causal = false;
+    int64_t window_size_left = -1, window_size_right = -1;
+    double softcap = 0, dropout_p = 0;
+    OptionalTensor rng_state = {};
+
+    // References to all of them, in the order of the schema, which is also that of their declaration.
+    template <class Self> static auto fields(Self& a) {
+        return std::tie(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.seqused_k, a.leftpad_k,
+                        a.block_table, a.alibi_slopes, a.softmax_scale, a.causal, a.window_size_left,
+                        a.window_size_right, a.softcap, a.dropout_p, a.rng_state);
+    }
+    bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
+    // Whether the forward ops of flash_attn 2.8.3 have all the arguments that are given.
+    bool fits_original() const { return !rng_state && softmax_scale && (packed() || !seqused_k); }
+};
+
 enum class Pass { kForward, kBackward, kProbs };
 
-// The part that all ops share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k,
+// The part that all passes share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k,
 // num_heads_k, head_dim], v [batch_size, seqlen_k, num_heads_k, head_dim_v]. Packed, when cu_seqlens are given:
 // q [total_q, num_heads, head_dim], and so on. Paged: k [num_pages, page_size, num_heads_k, head_dim].
-struct ProblemArgs {
+struct ProblemArgs : AttentionArgs {
     Pass pass;
     const Tensor& q;
     const Tensor& k;
     const Tensor* v;  // null in attn_probs
-    const OptionalTensor& cu_seqlens_q;
-    const OptionalTensor& cu_seqlens_k;
-    c10::SymInt max_seqlen_q, max_seqlen_k;  // dense: unused
-    const OptionalTensor& seqused_k;
-    const OptionalTensor& leftpad_k;
-    const OptionalTensor& block_table;
-    const OptionalTensor& alibi_slopes;
-    std::optional<double> softmax_scale;
-    bool causal;
-    int64_t window_size_left, window_size_right;
-    double softcap, dropout_p;
-    const OptionalTensor& rng_state;
-
-    bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
 };
 
 struct FwdArgs { ProblemArgs problem; };
@@ -56,54 +66,54 @@ struct ProbsArgs {
     const Tensor& softmax_lse;
 };
 
-using FwdResult = std::tuple<Tensor, Tensor>;  // out, softmax_lse
+using FwdResult = std::tuple<Tensor, Tensor>;                  // out, softmax_lse
+using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsoftmax_sum
+using AttentionResult = std::tuple<Tensor, Tensor, Tensor>;    // out, softmax_lse, rng_state
 
-// The ops themselves, as the dispatcher calls them, around one implementation.
-template <FwdResult (*implementation)(const FwdArgs&)>
-FwdResult fwd_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
-                 const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
-                 const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k, const OptionalTensor& block_table,
-                 const OptionalTensor& alibi_slopes, std::optional<double> softmax_scale, bool causal,
-                 int64_t window_size_left, int64_t window_size_right, double softcap, double dropout_p,
-                 const OptionalTensor& rng_state) {
-    return implementation({{Pass::kForward, q, k, &v, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q),
-                            std::move(max_seqlen_k), seqused_k, leftpad_k, block_table, alibi_slopes, softmax_scale,
-                            causal, window_size_left, window_size_right, softcap, dropout_p, rng_state}});
-}
+// Memory for the gradient of a tensor.
+inline Tensor gradient_buffer(const Tensor& of) { return at::empty_symint(of.sym_sizes(), of.options()); }
 
-template <Tensor (*implementation)(const BwdArgs&)>
-Tensor bwd_op(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& out, const Tensor& softmax_lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
-              c10::SymInt max_seqlen_k, const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
-              const OptionalTensor& alibi_slopes, std::optional<double> softmax_scale, bool causal,
-              int64_t window_size_left, int64_t window_size_right, double softcap, double dropout_p,
-              const OptionalTensor& rng_state, bool deterministic) {
-    const OptionalTensor no_block_table;
-    return implementation({{Pass::kBackward, q, k, &v, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q),
-                            std::move(max_seqlen_k), seqused_k, leftpad_k, no_block_table, alibi_slopes, softmax_scale,
-                            causal, window_size_left, window_size_right, softcap, dropout_p, rng_state},
-                           dout,
-                           dlse,
-                           out,
-                           softmax_lse,
-                           dq,
-                           dk,
-                           dv,
-                           deterministic});
-}
+// What implements the ops for one dispatch key. bwd fills dq, dk and dv, and returns dsoftmax_sum.
+using FwdImplementation = FwdResult (*)(const FwdArgs&);
+using BwdImplementation = Tensor (*)(const BwdArgs&);
+using ProbsImplementation = Tensor (*)(const ProbsArgs&);
 
-template <Tensor (*implementation)(const ProbsArgs&)>
-Tensor attn_probs_op(const Tensor& q, const Tensor& k, const Tensor& softmax_lse, const OptionalTensor& cu_seqlens_q,
-                     const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
-                     const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
-                     const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
-                     std::optional<double> softmax_scale, bool causal, int64_t window_size_left,
-                     int64_t window_size_right, double softcap, double dropout_p, const OptionalTensor& rng_state) {
-    return implementation({{Pass::kProbs, q, k, nullptr, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q),
-                            std::move(max_seqlen_k), seqused_k, leftpad_k, block_table, alibi_slopes, softmax_scale,
-                            causal, window_size_left, window_size_right, softcap, dropout_p, rng_state},
-                           softmax_lse});
-}
+// Our ops as the dispatcher calls them. Tail: the types of the fields of AttentionArgs, as it passes them.
+template <class... Tail> struct OpsWithTail {
+    template <FwdImplementation fwd>
+    static FwdResult run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
+        return fwd({{{tail...}, Pass::kForward, q, k, &v}});
+    }
+    template <BwdImplementation bwd>
+    static BwdResult run_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                             const Tensor& softmax_lse, const OptionalTensor& dlse, Tail... tail, bool deterministic) {
+        Tensor dq = gradient_buffer(q), dk = gradient_buffer(k), dv = gradient_buffer(v);
+        Tensor dsoftmax_sum =
+            bwd({{{tail...}, Pass::kBackward, q, k, &v}, dout, dlse, out, softmax_lse, dq, dk, dv, deterministic});
+        return {std::move(dq), std::move(dk), std::move(dv), std::move(dsoftmax_sum)};
+    }
+    template <BwdImplementation bwd>
+    static Tensor run_bwd_out(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                              const Tensor& softmax_lse, const OptionalTensor& dlse, Tail... tail, bool deterministic,
+                              const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+        return bwd({{{tail...}, Pass::kBackward, q, k, &v}, dout, dlse, out, softmax_lse, dq, dk, dv, deterministic});
+    }
+    template <ProbsImplementation attn_probs>
+    static Tensor run_attn_probs(const Tensor& q, const Tensor& k, const Tensor& softmax_lse, Tail... tail) {
+        return attn_probs({{{tail...}, Pass::kProbs, q, k, nullptr}, softmax_lse});
+    }
+};
+
+template <class Field> using PassedAs =
+    std::conditional_t<std::is_same_v<Field, OptionalTensor>, const OptionalTensor&, Field>;
+
+// A template over Tail, with the fields in its place.
+template <template <class...> class Template,
+          class Fields = decltype(AttentionArgs::fields(std::declval<AttentionArgs&>()))>
+struct WithTail;
+template <template <class...> class Template, class... Field> struct WithTail<Template, std::tuple<Field&...>>
+    : Template<PassedAs<Field>...> {};
+
+using Ops = WithTail<OpsWithTail>;
 
 }  // namespace flash_attn

@@ -12,6 +12,116 @@ namespace flash_attn {
 
 using OriginalFwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // out, softmax_lse, S_dmask, rng_state
 
+// Their arguments in our records.
+struct OriginalFwdArgs {
+    ProblemArgs problem;
+    bool return_softmax;
+};
+struct OriginalBwdArgs {
+    ProblemArgs problem;
+    const Tensor& dout;
+    const Tensor& out;
+    const Tensor& softmax_lse;
+    const OptionalTensor& dq;
+    const OptionalTensor& dk;
+    const OptionalTensor& dv;
+    bool deterministic;
+};
+
+inline int64_t as_int(const c10::SymInt& size) { return size.guard_int(__FILE__, __LINE__); }
+
+inline OriginalFwdArgs dense_fwd_args(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
+                                      double softmax_scale, bool causal, c10::SymInt window_size_left,
+                                      c10::SymInt window_size_right, double softcap, const OptionalTensor& alibi_slopes,
+                                      bool return_softmax) {
+    return {{{.alibi_slopes = alibi_slopes,
+              .softmax_scale = softmax_scale,
+              .causal = causal,
+              .window_size_left = as_int(window_size_left),
+              .window_size_right = as_int(window_size_right),
+              .softcap = softcap,
+              .dropout_p = dropout_p},
+             Pass::kForward,
+             q,
+             k,
+             &v},
+            return_softmax};
+}
+
+inline OriginalFwdArgs varlen_fwd_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                       const Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
+                                       double dropout_p, double softmax_scale, bool causal,
+                                       c10::SymInt window_size_left, c10::SymInt window_size_right, double softcap,
+                                       const OptionalTensor& alibi_slopes, bool return_softmax,
+                                       const OptionalTensor& block_table, const OptionalTensor& leftpad_k,
+                                       const OptionalTensor& seqused_k,
+                                       bool /*zero_tensors: nothing is ever left unwritten*/) {
+    return {{{.cu_seqlens_q = cu_seqlens_q,
+              .cu_seqlens_k = cu_seqlens_k,
+              .max_seqlen_q = std::move(max_seqlen_q),
+              .max_seqlen_k = std::move(max_seqlen_k),
+              .seqused_k = seqused_k,
+              .leftpad_k = leftpad_k,
+              .block_table = block_table,
+              .alibi_slopes = alibi_slopes,
+              .softmax_scale = softmax_scale,
+              .causal = causal,
+              .window_size_left = as_int(window_size_left),
+              .window_size_right = as_int(window_size_right),
+              .softcap = softcap,
+              .dropout_p = dropout_p},
+             Pass::kForward,
+             q,
+             k,
+             &v},
+            return_softmax};
+}
+
+inline OriginalBwdArgs dense_bwd_args(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Tensor& out, const Tensor& softmax_lse, const OptionalTensor& dq,
+                                      const OptionalTensor& dk, const OptionalTensor& dv, double dropout_p,
+                                      double softmax_scale, bool causal, c10::SymInt window_size_left,
+                                      c10::SymInt window_size_right, double softcap, const OptionalTensor& alibi_slopes,
+                                      bool deterministic, const OptionalTensor& rng_state) {
+    return {{{.alibi_slopes = alibi_slopes,
+              .softmax_scale = softmax_scale,
+              .causal = causal,
+              .window_size_left = as_int(window_size_left),
+              .window_size_right = as_int(window_size_right),
+              .softcap = softcap,
+              .dropout_p = dropout_p,
+              .rng_state = rng_state},
+             Pass::kBackward,
+             q,
+             k,
+             &v},
+            dout,
+            out,
+            softmax_lse,
+            dq,
+            dk,
+            dv,
+            deterministic};
+}
+
+inline OriginalBwdArgs varlen_bwd_args(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& out, const Tensor& softmax_lse, const OptionalTensor& dq,
+                                       const OptionalTensor& dk, const OptionalTensor& dv, const Tensor& cu_seqlens_q,
+                                       const Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
+                                       double dropout_p, double softmax_scale, bool causal,
+                                       c10::SymInt window_size_left, c10::SymInt window_size_right, double softcap,
+                                       const OptionalTensor& alibi_slopes, bool deterministic,
+                                       const OptionalTensor& rng_state, bool /*zero_tensors*/) {
+    OriginalBwdArgs args =
+        dense_bwd_args(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+                       window_size_right, softcap, alibi_slopes, deterministic, rng_state);
+    args.problem.cu_seqlens_q = cu_seqlens_q;
+    args.problem.cu_seqlens_k = cu_seqlens_k;
+    args.problem.max_seqlen_q = std::move(max_seqlen_q);
+    args.problem.max_seqlen_k = std::move(max_seqlen_k);
+    return args;
+}
+
 // Seed and offset of a dropout mask, from torch's generator: rewinding that repeats the mask.
 inline Tensor draw_rng_state(const Tensor& q) {
     return at::randint(std::numeric_limits<int64_t>::max(), {2}, q.options().dtype(at::kLong));
@@ -25,109 +135,51 @@ inline Tensor no_rng_state(const Tensor& q) {
     return state;
 }
 
-template <FwdResult (*fwd)(const FwdArgs&), Tensor (*attn_probs)(const ProbsArgs&)>
-OriginalFwdResult run_original_fwd(const ProblemArgs& problem, bool return_softmax) {
-    auto [out, softmax_lse] = fwd({problem});
-    const Tensor& q = problem.q;
+template <FwdImplementation fwd, ProbsImplementation attn_probs>
+OriginalFwdResult run_original_fwd(OriginalFwdArgs args) {
+    ProblemArgs& problem = args.problem;
     const bool drops = problem.dropout_p > 0;
+    Tensor rng_state = drops ? draw_rng_state(problem.q) : no_rng_state(problem.q);
+    if (drops) problem.rng_state = rng_state;
+    auto [out, softmax_lse] = fwd({problem});
     Tensor s_dmask;
-    if (drops && return_softmax) {
-        ProblemArgs of_probs = problem;
-        of_probs.pass = Pass::kProbs;
-        of_probs.v = nullptr;
-        s_dmask = attn_probs({of_probs, softmax_lse});
+    if (drops && args.return_softmax) {
+        problem.pass = Pass::kProbs;
+        problem.v = nullptr;
+        s_dmask = attn_probs({problem, softmax_lse});
     } else {
-        s_dmask = at::empty({0}, q.options());
+        s_dmask = at::empty({0}, problem.q.options());
     }
-    Tensor rng_state = drops ? *problem.rng_state : no_rng_state(q);
     return {std::move(out), std::move(softmax_lse), std::move(s_dmask), std::move(rng_state)};
 }
 
-template <FwdResult (*fwd)(const FwdArgs&), Tensor (*attn_probs)(const ProbsArgs&)>
-OriginalFwdResult original_fwd_op(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
-                                  double softmax_scale, bool causal, c10::SymInt window_size_left,
-                                  c10::SymInt window_size_right, double softcap, const OptionalTensor& alibi_slopes,
-                                  bool return_softmax) {
-    const OptionalTensor none, rng_state = dropout_p > 0 ? OptionalTensor(draw_rng_state(q)) : std::nullopt;
-    return run_original_fwd<fwd, attn_probs>(
-        {Pass::kForward, q, k, &v, none, none, 0, 0, none, none, none, alibi_slopes, softmax_scale, causal,
-         window_size_left.guard_int(__FILE__, __LINE__), window_size_right.guard_int(__FILE__, __LINE__), softcap,
-         dropout_p, rng_state},
-        return_softmax);
+template <BwdImplementation bwd> Tensor run_original_bwd(const OriginalBwdArgs& args) {
+    // A gradient that nobody asked for is computed all the same, into memory of its own.
+    const auto target = [](const OptionalTensor& gradient, const Tensor& of) {
+        return gradient ? *gradient : gradient_buffer(of);
+    };
+    const ProblemArgs& problem = args.problem;
+    const Tensor dq = target(args.dq, problem.q), dk = target(args.dk, problem.k), dv = target(args.dv, *problem.v);
+    return bwd({problem, args.dout, std::nullopt, args.out, args.softmax_lse, dq, dk, dv, args.deterministic});
 }
 
-template <FwdResult (*fwd)(const FwdArgs&), Tensor (*attn_probs)(const ProbsArgs&)>
-OriginalFwdResult original_varlen_fwd_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                         const Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
-                                         double dropout_p, double softmax_scale, bool causal,
-                                         c10::SymInt window_size_left, c10::SymInt window_size_right, double softcap,
-                                         const OptionalTensor& alibi_slopes, bool return_softmax,
-                                         const OptionalTensor& block_table, const OptionalTensor& leftpad_k,
-                                         const OptionalTensor& seqused_k,
-                                         bool /*zero_tensors: nothing is ever left unwritten*/) {
-    const OptionalTensor cu_q = cu_seqlens_q, cu_k = cu_seqlens_k,
-                         rng_state = dropout_p > 0 ? OptionalTensor(draw_rng_state(q)) : std::nullopt;
-    return run_original_fwd<fwd, attn_probs>(
-        {Pass::kForward, q, k, &v, cu_q, cu_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k, leftpad_k,
-         block_table, alibi_slopes, softmax_scale, causal, window_size_left.guard_int(__FILE__, __LINE__),
-         window_size_right.guard_int(__FILE__, __LINE__), softcap, dropout_p, rng_state},
-        return_softmax);
-}
-
-// A gradient that nobody asked for is computed all the same, into memory of its own.
-inline Tensor gradient_buffer(const OptionalTensor& gradient, const Tensor& of) {
-    return gradient ? *gradient : at::empty_symint(of.sym_sizes(), of.options());
-}
-
-template <Tensor (*bwd)(const BwdArgs&)> Tensor run_original_bwd(const ProblemArgs& problem, const Tensor& dout,
-                                                                 const Tensor& out, const Tensor& softmax_lse,
-                                                                 const OptionalTensor& dq, const OptionalTensor& dk,
-                                                                 const OptionalTensor& dv, bool deterministic) {
-    const OptionalTensor no_dlse;
-    const Tensor own_dq = gradient_buffer(dq, problem.q), own_dk = gradient_buffer(dk, problem.k),
-                 own_dv = gradient_buffer(dv, *problem.v);
-    return bwd({problem, dout, no_dlse, out, softmax_lse, own_dq, own_dk, own_dv, deterministic});
-}
-
-template <Tensor (*bwd)(const BwdArgs&)>
-Tensor original_bwd_op(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                       const Tensor& softmax_lse, const OptionalTensor& dq, const OptionalTensor& dk,
-                       const OptionalTensor& dv, double dropout_p, double softmax_scale, bool causal,
-                       c10::SymInt window_size_left, c10::SymInt window_size_right, double softcap,
-                       const OptionalTensor& alibi_slopes, bool deterministic, const OptionalTensor& rng_state) {
-    const OptionalTensor none;
-    return run_original_bwd<bwd>({Pass::kBackward, q, k, &v, none, none, 0, 0, none, none, none, alibi_slopes,
-                                  softmax_scale, causal, window_size_left.guard_int(__FILE__, __LINE__),
-                                  window_size_right.guard_int(__FILE__, __LINE__), softcap, dropout_p, rng_state},
-                                 dout, out, softmax_lse, dq, dk, dv, deterministic);
-}
-
-template <Tensor (*bwd)(const BwdArgs&)>
-Tensor original_varlen_bwd_op(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                              const Tensor& softmax_lse, const OptionalTensor& dq, const OptionalTensor& dk,
-                              const OptionalTensor& dv, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                              c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double dropout_p,
-                              double softmax_scale, bool causal, c10::SymInt window_size_left,
-                              c10::SymInt window_size_right, double softcap, const OptionalTensor& alibi_slopes,
-                              bool deterministic, const OptionalTensor& rng_state, bool /*zero_tensors*/) {
-    const OptionalTensor none, cu_q = cu_seqlens_q, cu_k = cu_seqlens_k;
-    return run_original_bwd<bwd>(
-        {Pass::kBackward, q, k, &v, cu_q, cu_k, std::move(max_seqlen_q), std::move(max_seqlen_k), none, none, none,
-         alibi_slopes, softmax_scale, causal, window_size_left.guard_int(__FILE__, __LINE__),
-         window_size_right.guard_int(__FILE__, __LINE__), softcap, dropout_p, rng_state},
-        dout, out, softmax_lse, dq, dk, dv, deterministic);
-}
+// An op that unpacks its arguments and runs.
+template <auto unpack, auto run, class Unpack = decltype(unpack)> struct Unpacked;
+template <auto unpack, auto run, class Record, class... Args> struct Unpacked<unpack, run, Record (*)(Args...)> {
+    static auto call(Args... args) { return run(unpack(std::forward<Args>(args)...)); }
+};
 
 // Under every name, for one dispatch key.
-template <FwdResult (*fwd)(const FwdArgs&), Tensor (*bwd)(const BwdArgs&), Tensor (*attn_probs)(const ProbsArgs&)>
+template <FwdImplementation fwd, BwdImplementation bwd, ProbsImplementation attn_probs>
 void implement_ops(torch::Library& m) {
-    m.impl("fwd", fwd_op<fwd>);
-    m.impl("bwd", bwd_op<bwd>);
-    m.impl("attn_probs", attn_probs_op<attn_probs>);
-    m.impl("_flash_attn_forward", original_fwd_op<fwd, attn_probs>);
-    m.impl("_flash_attn_varlen_forward", original_varlen_fwd_op<fwd, attn_probs>);
-    m.impl("_flash_attn_backward", original_bwd_op<bwd>);
-    m.impl("_flash_attn_varlen_backward", original_varlen_bwd_op<bwd>);
+    m.impl("fwd", Ops::run_fwd<fwd>);
+    m.impl("bwd", Ops::run_bwd<bwd>);
+    m.impl("bwd.out", Ops::run_bwd_out<bwd>);
+    m.impl("attn_probs", Ops::run_attn_probs<attn_probs>);
+    m.impl("_flash_attn_forward", Unpacked<dense_fwd_args, run_original_fwd<fwd, attn_probs>>::call);
+    m.impl("_flash_attn_varlen_forward", Unpacked<varlen_fwd_args, run_original_fwd<fwd, attn_probs>>::call);
+    m.impl("_flash_attn_backward", Unpacked<dense_bwd_args, run_original_bwd<bwd>>::call);
+    m.impl("_flash_attn_varlen_backward", Unpacked<varlen_bwd_args, run_original_bwd<bwd>>::call);
 }
 
 }  // namespace flash_attn

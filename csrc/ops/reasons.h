@@ -10,7 +10,8 @@ namespace flash_attn {
 
 class Reasons {
 public:
-    explicit Reasons(const ProblemArgs& args) : pass_(args.pass), packed_(args.packed()) {}
+    Reasons(Pass pass, bool packed) : pass_(pass), packed_(packed) {}
+    explicit Reasons(const ProblemArgs& args) : Reasons(args.pass, args.packed()) {}
 
     template <class Argument, class Expected, class Got>
     void add(const Argument& argument, const Expected& expected, const Got& got) {

@@ -1,6 +1,7 @@
 // The ops' schemas, and what torch.compile and fake tensors run in place of them.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+#include <string>
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
 
@@ -25,6 +26,15 @@ Tensor attn_probs_meta(const ProbsArgs& args) {
     const ProblemArgs& p = args.problem;
     return at::empty_symint(probs_sizes(p), p.q.options());
 }
+
+// The arguments of AttentionArgs.
+const std::string kTail =
+    "*, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
+    "Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? block_table=None, Tensor? alibi_slopes=None, "
+    "float? softmax_scale=None, bool causal=False, int window_size_left=-1, int window_size_right=-1, "
+    "float softcap=0.0, float dropout_p=0.0, Tensor? rng_state=None";
+const std::string kBackward =
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse=None, ";
 
 // Names, arguments and defaults of flash_attn 2.8.3.
 void define_original_ops(torch::Library& m) {
@@ -61,26 +71,15 @@ void define_original_ops(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY(flash_attn, m) {
-    const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-    m.def(
-        "fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
-        "SymInt max_seqlen_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, Tensor? alibi_slopes, "
-        "float? softmax_scale, bool causal, int window_size_left, int window_size_right, float softcap, "
-        "float dropout_p, Tensor? rng_state) -> (Tensor out, Tensor softmax_lse)",
-        tags);
-    m.def(
-        "bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!) dq, "
-        "Tensor(b!) dk, Tensor(c!) dv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
-        "SymInt max_seqlen_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? alibi_slopes, float? softmax_scale, "
-        "bool causal, int window_size_left, int window_size_right, float softcap, float dropout_p, Tensor? rng_state, "
-        "bool deterministic) -> Tensor dsoftmax_sum",
-        tags);
-    m.def(
-        "attn_probs(Tensor q, Tensor k, Tensor softmax_lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-        "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table, "
-        "Tensor? alibi_slopes, float? softmax_scale, bool causal, int window_size_left, int window_size_right, "
-        "float softcap, float dropout_p, Tensor? rng_state) -> Tensor",
-        tags);
+    const auto define = [&](const std::string& schema) { m.def(schema.c_str(), {at::Tag::pt2_compliant_tag}); };
+    define("fwd(Tensor q, Tensor k, Tensor v, " + kTail + ") -> (Tensor out, Tensor softmax_lse)");
+    const std::string bwd = kBackward + kTail + ", bool deterministic=False";
+    define("bwd(" + bwd + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsoftmax_sum)");
+    define("bwd.out(" + bwd + ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor dsoftmax_sum");
+    define("attn_probs(Tensor q, Tensor k, Tensor softmax_lse, " + kTail + ") -> Tensor");
+    // For gradients in one piece of packed inputs, (q, kv) or (qkv) in place of (q, k, v), for deterministic ones, and
+    // for arguments that the ops of 2.8.3 do not have.
+    define("_attention(Tensor[] inputs, " + kTail + ", bool deterministic=False) -> (Tensor, Tensor, Tensor)");
     define_original_ops(m);
 }
 

@@ -320,6 +320,7 @@ void Validator::check_backward(const BwdArgs& args) {
     }
     check_lse("softmax_lse", args.softmax_lse);
     if (args.dlse) check_lse("dlse", *args.dlse);
+    if (args_.block_table) reasons_.add("block_table", "None, for pages of keys get no gradients", "a tensor");
 }
 
 }  // namespace

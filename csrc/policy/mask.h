@@ -1,8 +1,12 @@
-// A mask answers three questions: which keys can a range of queries see, and the reverse; does a tile need masking at
-// all; may one pair attend. Causal is a window with right = 0. Aligned bottom-right: the last query and the last key
-// are on the diagonal. FlashAttention-2, section 3.1.1 (blocks wholly above the diagonal are skipped).
+// Which keys a query sees. A mask answers for ranges what can be seen at all (kv_range, q_range) and whether a block
+// needs no masking (is_full_block), and for one pair whether it attends (keep). A block of scores is compared only with
+// those edges of the mask that cross it.
+//
+// Aligned bottom-right: the last query and the last key are on the diagonal. Causal is a window with right = 0.
+// FlashAttention-2, section 3.1.1 (blocks wholly above the diagonal are skipped).
 #pragma once
 #include "policy/host_device.h"
+#include "policy/seqlen.h"
 #include "problem.h"
 
 namespace flash_attn {
@@ -12,17 +16,40 @@ struct Range {
     FA_HOST_DEVICE bool empty() const { return begin >= end; }
 };
 
+// What one query sees, for those who ask about many keys. Int: a number, or a vector with a query in every lane.
+template <class Int> struct VisibleKeys {
+    Int first, last;
+
+    FA_HOST_DEVICE static VisibleKeys none() { return {0, -1}; }
+    template <class Other> FA_HOST_DEVICE explicit operator VisibleKeys<Other>() const {
+        return {Other(first), Other(last)};
+    }
+
+    template <class Key> FA_HOST_DEVICE auto keep(Key key) const { return (key >= first) & (key <= last); }
+    FA_HOST_DEVICE void set(int lane, const VisibleKeys<int>& row) { first[lane] = row.first, last[lane] = row.last; }
+};
+
+enum class Edge { kAfter, kBefore };  // the keys that it hides are after what a query sees, or before it
+
 struct WindowMask {
-    static constexpr bool kMasked = true;  // from some queries and not from others
+    static constexpr bool kMasked = true;  // hides keys from some queries and not from others
     int seqlen_q, seqlen_k;
     int left, right;
 
-    FA_HOST_DEVICE int diagonal(int row) const { return row + seqlen_k - seqlen_q; }
-    FA_HOST_DEVICE int first_key(int row) const { return max(diagonal(row) - left, 0); }
-    FA_HOST_DEVICE int last_key(int row) const { return min(diagonal(row) + right, seqlen_k - 1); }
-    FA_HOST_DEVICE bool hides_before(int row, int key) const { return key < first_key(row); }
-    FA_HOST_DEVICE bool hides_after(int row, int key) const { return key > last_key(row); }
-    FA_HOST_DEVICE bool keep(int row, int key) const { return !hides_before(row, key) && !hides_after(row, key); }
+    // The mask of a head of a sequence.
+    FA_HOST_DEVICE static WindowMask of(const Problem& p, const Sequence& seq, int /*batch*/, int /*head*/) {
+        return {seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right};
+    }
+
+    // The position of a query among the keys; negative if it is before all of them.
+    FA_HOST_DEVICE int position(int row) const { return row + seqlen_k - seqlen_q; }
+    // What one query sees, and by which queries one key is seen. Either is a range, and may be empty or end outside.
+    FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, 0); }
+    FA_HOST_DEVICE int last_key(int row) const { return min(position(row) + right, seqlen_k - 1); }
+    FA_HOST_DEVICE int first_query(int key) const { return key < seqlen_k ? key - right - position(0) : kMaxSeqlen; }
+    FA_HOST_DEVICE int last_query(int key) const { return key + left - position(0); }
+    FA_HOST_DEVICE VisibleKeys<int> visible(int row) const { return {first_key(row), last_key(row)}; }
+    FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
 
     // Keys that at least one of the rows may see. Rows past the last one change nothing: it sees the last key. An empty
     // range ends at or before 0.
@@ -30,15 +57,26 @@ struct WindowMask {
     // Rows that may see at least one of the keys. Keys past the last one change nothing: the last row sees it. An empty
     // range ends at or before 0.
     FA_HOST_DEVICE Range q_range(Range keys) const {
-        const int shift = seqlen_k - seqlen_q;
-        return {max(keys.begin - shift - right, 0), min(keys.end - shift + left, seqlen_q)};
+        const int last = min(keys.end, seqlen_k) - 1;
+        return {max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)};
     }
-    // The same of any of the rows and any of the keys.
-    FA_HOST_DEVICE bool hides_before(Range rows, Range keys) const { return hides_before(rows.end - 1, keys.begin); }
-    FA_HOST_DEVICE bool hides_after(Range rows, Range keys) const { return hides_after(rows.begin, keys.end - 1); }
+
+    // Whether an edge hides some key of a block from some row of it, and whether it hides one key from one row. There
+    // are two forms, which agree: kByKey computes bounds of keys, which is less where there are few keys and many
+    // queries, the other one bounds of queries.
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
+        return kEdge == Edge::kAfter ? hides<kEdge, kByKey>(rows.begin, keys.end - 1)
+                                     : hides<kEdge, kByKey>(rows.end - 1, keys.begin);
+    }
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool hides(int row, int key) const {
+        if constexpr (kByKey)
+            return kEdge == Edge::kAfter ? row < first_query(key) : row > last_query(key);
+        else
+            return kEdge == Edge::kAfter ? key > last_key(row) : key < first_key(row);
+    }
     // Every one of the rows sees every one of the keys.
-    FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
-        return !hides_before(rows, keys) && !hides_after(rows, keys);
+    template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
+        return !crosses<Edge::kAfter, kByKey>(rows, keys) && !crosses<Edge::kBefore, kByKey>(rows, keys);
     }
 };
 
@@ -47,22 +85,25 @@ struct FullMask {
     static constexpr bool kMasked = false;
     int seqlen_q, seqlen_k;
 
-    FA_HOST_DEVICE bool hides_after(int, int key) const { return key >= seqlen_k; }
-    FA_HOST_DEVICE bool keep(int row, int key) const { return !hides_after(row, key); }
+    FA_HOST_DEVICE static FullMask of(const Problem&, const Sequence& seq, int /*batch*/, int /*head*/) {
+        return {seq.seqlen_q, seq.seqlen_k};
+    }
+
+    FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
     FA_HOST_DEVICE Range kv_range(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range q_range(Range) const { return {0, seqlen_q}; }
-    FA_HOST_DEVICE bool hides_after(Range, Range keys) const { return keys.end > seqlen_k; }
-    FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const { return !hides_after(rows, keys); }
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range, Range keys) const {
+        return kEdge == Edge::kAfter && keys.end > seqlen_k;
+    }
+    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool hides(int, int key) const {
+        return kEdge == Edge::kAfter && key >= seqlen_k;
+    }
+    template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range, Range keys) const {
+        return keys.end <= seqlen_k;
+    }
 };
 
-FA_HOST_DEVICE bool is_full(const Window& w) { return w.left >= kMaxSeqlen && w.right >= kMaxSeqlen; }
-
-// The mask of one sequence.
-template <class Mask> FA_HOST_DEVICE Mask make_mask(int seqlen_q, int seqlen_k, const Window& w) {
-    if constexpr (Mask::kMasked)
-        return {seqlen_q, seqlen_k, w.left, w.right};
-    else
-        return {seqlen_q, seqlen_k};
-}
+// Whether a problem needs more than FullMask.
+FA_HOST_DEVICE bool masks_keys(const Problem& p) { return p.window.left < kMaxSeqlen || p.window.right < kMaxSeqlen; }
 
 }  // namespace flash_attn

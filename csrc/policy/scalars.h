@@ -1,14 +1,29 @@
-// The numbers of a problem as GPUs want them: in fp32, rounded once, on the host. Double precision is slow there.
+// The numbers of a problem as kernels compute with them: rounded once, on the host. Double precision is slow on GPUs.
 #pragma once
+#include <type_traits>
 #include "policy/dropout.h"
-#include "policy/score.h"
+#include "policy/host_device.h"
 #include "problem.h"
 
 namespace flash_attn {
 
-inline void round_scalars(Problem& p) {
-    p.scalars = {float(p.score.softmax_scale), float(p.score.softmax_scale * kLog2e), float(p.score.softcap),
-                 float(dropout_rescale(p.dropout))};
+constexpr double kLog2e = 1.4426950408889634;
+
+template <class Real> FA_HOST_DEVICE Scalars<Real> make_scalars(const Problem& p) {
+    const ScoreParams& s = p.score;
+    return {Real(s.softmax_scale), Real(s.softmax_scale * kLog2e),
+            s.softcap > 0 ? Real(s.softmax_scale / s.softcap) : Real(0), Real(s.softcap),
+            Real(dropout_rescale(p.dropout))};
+}
+
+// The last thing that is done to a problem before kernels get it.
+inline void round_scalars(Problem& p) { p.scalars = make_scalars<float>(p); }
+
+template <class Real> FA_HOST_DEVICE Scalars<Real> scalars_of(const Problem& p) {
+    if constexpr (std::is_same_v<Real, float>)
+        return p.scalars;
+    else
+        return make_scalars<Real>(p);
 }
 
 }  // namespace flash_attn

@@ -1,4 +1,4 @@
-// Which tile of which head and sequence a block works on.
+// The tile scheduler's arithmetic: which tile of which head and sequence a thread block works on, and in which order.
 #pragma once
 #include "policy/divisor.h"
 #include "policy/host_device.h"
@@ -28,30 +28,30 @@ FA_HOST_DEVICE TileGrid key_grid(const Problem& p, int block_n) {
     return {ceil_div(p.seqlens.seqlen_k, block_n), p.num_heads_k, p.batch_size};
 }
 
-// The order in which tiles are begun. Heads, of all sequences, form sections, which follow one another: those at work
-// at one time share what the section reads. Within a section the last tiles come first, those of all its heads: under a
-// causal mask they have most to do, and what is begun last should be short.
+// The order in which tiles are begun. The heads of all sequences are cut into groups whose operands fit the L2 cache
+// together, and groups follow one another. Within a group the longest tiles come first: under a causal mask these are
+// the last tiles of all its heads (longest-processing-time-first scheduling).
 struct TileOrder {
     TileGrid grid;
-    int num_sections;
-    Divisor section_tiles, section_heads, last_section_heads, num_heads;
+    int num_groups;
+    Divisor group_tiles, group_heads, last_group_heads, num_heads;
 
     FA_HOST_DEVICE WorkTile at(int i) const {
-        const int section = section_tiles.quotient(i), within = section_tiles.remainder(i);
-        const Divisor heads = section + 1 < num_sections ? section_heads : last_section_heads;
-        const int row = section * int(section_heads.divisor) + heads.remainder(within);
+        const int group = group_tiles.quotient(i), within = group_tiles.remainder(i);
+        const Divisor heads = group + 1 < num_groups ? group_heads : last_group_heads;
+        const int row = group * int(group_heads.divisor) + heads.remainder(within);
         return {grid.num_tiles - 1 - heads.quotient(within), num_heads.remainder(row), num_heads.quotient(row)};
     }
 };
 
-// section_heads: at least 1, at most all. No more than 2^31 - 1 tiles.
-inline TileOrder make_tile_order(const TileGrid& grid, int section_heads) {
-    const int heads = grid.num_heads * grid.batch_size, sections = ceil_div(heads, section_heads);
+// l2_head_group: heads per group, at least 1, at most all. No more than 2^31 - 1 tiles.
+inline TileOrder make_tile_order(const TileGrid& grid, int l2_head_group) {
+    const int heads = grid.num_heads * grid.batch_size, groups = ceil_div(heads, l2_head_group);
     return {grid,
-            sections,
-            make_divisor(max(grid.num_tiles, 1) * section_heads),
-            make_divisor(section_heads),
-            make_divisor(heads - (sections - 1) * section_heads),
+            groups,
+            make_divisor(max(grid.num_tiles, 1) * l2_head_group),
+            make_divisor(l2_head_group),
+            make_divisor(heads - (groups - 1) * l2_head_group),
             make_divisor(grid.num_heads)};
 }
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings: Su et al., "RoFormer" (2021), section 3.2.
 
-Each pair of numbers of a query or key is turned by an angle proportional to its position, so that scores depend on
+Each pair of numbers of a query or key is rotated by an angle proportional to its position, so that scores depend on
 distances only. A pair is (i, i + rotary_dim / 2), or (2 i, 2 i + 1) when interleaved. Everything is computed in float32
 (float64 for float64 input), rounded once, and differentiable.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flash_attn._checks import describe, reject
 from flash_attn._constants import is_plain, may_keep
-from flash_attn.layers._turns import check_shapes, rows_of, turn, turn_in_place, turn_parts
+from flash_attn.layers._rotate import check_shapes, rotate, rotate_in_place, rotate_parts, rows_of
 
 
 def apply_rotary(
@@ -28,17 +28,17 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Turn the first rotary_dim numbers of every head of x; with conjugate, turn them back.
+    """Rotate the first rotary_dim numbers of every head of x; with conjugate, rotate them back.
 
     Everything else is as in apply_rotary_emb.
     """
     check_shapes("apply_rotary", x, cos, sin, cu_seqlens is not None, max_seqlen)
     cos, sin = rows_of("apply_rotary", x, (cos, -sin if conjugate else sin), seqlen_offsets, cu_seqlens)
     if inplace:
-        return turn_in_place(x, [((), cos, sin)], interleaved)
+        return rotate_in_place(x, [((), cos, sin)], interleaved)
     rotary_dim = 2 * cos.shape[-1]
-    turned = turn(x[..., :rotary_dim], cos, sin, interleaved)
-    return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+    rotated = rotate(x[..., :rotary_dim], cos, sin, interleaved)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
 
 
 def apply_rotary_emb(
@@ -51,14 +51,14 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Turn the first rotary_dim numbers of every head of x by the angles of their positions.
+    """Rotate the first rotary_dim numbers of every head of x by the angles of their positions.
 
     Args:
         x: (batch_size, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) with cu_seqlens.
         cos, sin: (seqlen_rotary, rotary_dim / 2), one row for each position; rotary_dim <= head_dim.
         interleaved: pairs are (2 i, 2 i + 1) and not (i, i + rotary_dim / 2).
         inplace: write the result into x and return x. Where autograd guards x (a leaf that requires grad, a view of
-            one, one of the views of unbind), only what is returned has the gradient of the turned x.
+            one, one of the views of unbind), only what is returned has the gradient of the rotated x.
         seqlen_offsets: the position of the first row: an int, or (batch_size,) for each sequence its own.
         cu_seqlens: (batch_size + 1,), int32, where each packed sequence, and its positions, start.
         max_seqlen: with cu_seqlens: at least the length of the longest sequence.
@@ -90,7 +90,7 @@ def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     cos and sin have a row for every row of x: (seqlen, rotary_dim / 2), or (batch_size, seqlen, rotary_dim / 2).
     """
     rotary_dim = 2 * cos.shape[-1]
-    return torch.cat([turn(x[..., :rotary_dim], cos, sin, interleaved), x[..., rotary_dim:]], dim=-1)
+    return torch.cat([rotate(x[..., :rotary_dim], cos, sin, interleaved), x[..., rotary_dim:]], dim=-1)
 
 
 def apply_rotary_emb_qkv_(
@@ -124,7 +124,7 @@ def apply_rotary_emb_qkv_(
         reject(ValueError, "apply_rotary_emb_qkv_", reasons)
     cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
     parts = [((slice(None), slice(None), q), cos, sin), ((slice(None), slice(None), k), cos_k, sin_k)]
-    return turn_parts("apply_rotary_emb_qkv_", qkv, parts, seqlen_offsets, interleaved)
+    return rotate_parts("apply_rotary_emb_qkv_", qkv, parts, seqlen_offsets, interleaved)
 
 
 def apply_rotary_emb_kv_(
@@ -135,7 +135,7 @@ def apply_rotary_emb_kv_(
         expected = "shape (batch_size, seqlen, 2, num_heads_k, head_dim)"
         reject(ValueError, "apply_rotary_emb_kv_", [f"kv: expected {expected}, got {tuple(kv.shape)}"])
     parts = [((slice(None), slice(None), 0), cos, sin)]
-    return turn_parts("apply_rotary_emb_kv_", kv, parts, seqlen_offsets, interleaved)
+    return rotate_parts("apply_rotary_emb_kv_", kv, parts, seqlen_offsets, interleaved)
 
 
 class _Tables(NamedTuple):
@@ -170,12 +170,12 @@ class RotaryEmbedding(nn.Module):
     FakeTensorMode and the transforms of torch.func every call makes its own.
 
     Args:
-        dim: rotary_dim, even: how many numbers of every head are turned.
-        base: pair i turns by position * base ** (-2 i / dim).
+        dim: rotary_dim, even: how many numbers of every head are rotated.
+        base: pair i is rotated by position * base ** (-2 i / dim).
         interleaved: pairs are (2 i, 2 i + 1) and not (i, i + dim / 2).
         scale_base: xPos, Sun et al., "A Length-Extrapolatable Transformer" (2022): queries also grow, and keys shrink,
             with the position, by a factor that depends on position / scale_base. None: off.
-        device: accepted for the sake of existing code; tables are where the tensors are that they turn.
+        device: accepted for the sake of existing code; tables are where the tensors are that they rotate.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class RotaryEmbedding(nn.Module):
         return found
 
     def tables(self, seqlen: int, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) for queries and for keys, at least seqlen long, to turn tensors like the one given."""
+        """(cos, sin) for queries and for keys, at least seqlen long, to rotate tensors like the one given."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if type(self)._update_cos_sin_cache is not RotaryEmbedding._update_cos_sin_cache:
             # A class of another project makes tables of its own.
@@ -281,7 +281,7 @@ class RotaryEmbedding(nn.Module):
         max_seqlen: int | None = None,
         num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Turn queries and keys in place.
+        """Rotate queries and keys in place.
 
         Args:
             qkv: as in apply_rotary_emb_qkv_; or, with kv, the queries (batch_size, seqlen, num_heads, head_dim).

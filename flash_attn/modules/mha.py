@@ -39,7 +39,7 @@ def get_alibi_slopes(nheads: int) -> list[float]:
 
 
 class _Packing(NamedTuple):
-    """Where the sequences of packed queries and keys lie; all None for a dense batch."""
+    """cu_seqlens and longest lengths of packed queries and keys; all None for a dense batch."""
 
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
@@ -61,7 +61,7 @@ class MHA(nn.Module):
         causal: tokens do not see later ones.
         layer_idx: kept as an attribute.
         dwconv: the projected rows go through a causal depthwise convolution over three positions.
-        rotary_emb_dim: how many numbers of every head rotary embeddings turn; 0: none.
+        rotary_emb_dim: how many numbers of every head rotary embeddings rotate; 0: none.
         rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved: as in RotaryEmbedding.
         use_alibi: a penalty proportional to the distance is added to the scores.
         window_size: (left, right) numbers of keys seen beside the diagonal; -1: no bound.
@@ -266,14 +266,14 @@ class MHA(nn.Module):
         return reasons
 
     def _convolve(self, name: str, x: Tensor) -> Tensor:
-        """x (batch_size, seqlen, dim) through the convolution of this name; each row sees itself and two before it."""
+        """Causal depthwise convolution of width 3 over the sequence: x (batch_size, seqlen, dim)."""
         if not self.dwconv:
             return x
         mixed = getattr(self, name)(rearrange(x, "b s d -> b d s"))[..., :-2]
         return rearrange(mixed, "b d s -> b s d").contiguous()
 
     def _rotate(self, q: Tensor, k: Tensor, packing: _Packing) -> tuple[Tensor, Tensor]:
-        """q and k, (..., heads, head_dim), turned: not in place, for hooks and wrappers may hold what they are of."""
+        """Rotary embeddings of q and k, (..., heads, head_dim); out of place, since hooks may hold the inputs."""
         cu_seqlens_k, max_seqlen_k = packing.cu_seqlens_k, packing.max_seqlen_k
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = packing.cu_seqlens, packing.max_seqlen

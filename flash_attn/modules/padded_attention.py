@@ -1,7 +1,9 @@
-"""Attention of padded batches by functions that know no padding masks, in memory linear in the sequence length.
+"""key_padding_mask for attention functions that have none, in memory linear in the sequence length.
 
-Packing cuts the padding out, which is fast. Where that would change the distances that a window, ALiBi or a causal mask
-looks at, one more number per head carries the mask instead, so that the score of a masked key is -infinity.
+Two ways. Packing: padding is removed, and the variable-length functions run on what is left; fast, but it moves tokens
+together. Where that would change the distances that a window, ALiBi or a causal mask is made of, head_dim is extended
+by one: a constant in every query times -infinity (or a pair of large numbers) in every masked key makes its score
+-infinity, and 0 in the other keys changes nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 
 
 def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_self: bool) -> bool:
-    """Attention of the packed tokens is attention of the padded ones.
+    """Whether removing the padding leaves the result of attention unchanged.
 
     Args:
         keep: (batch_size, seqlen_k), bool, True for the keys to keep.
-        causal: of the mask. It looks at the order of queries and keys, and, if they differ, at their numbers.
-        looks_at_distance: there is a window, or ALiBi.
+        causal: a causal mask, which depends on the order of tokens and, in cross-attention, on both lengths.
+        looks_at_distance: there is a window or ALiBi, which depend on distances between tokens.
         is_self: queries are packed like the keys.
     """
     if torch.compiler.is_compiling() or keep.device.type == "meta":
@@ -54,9 +56,10 @@ def attend_packed(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
 
 
 def _mask_numbers(q: Tensor) -> tuple[float, float]:
-    """What a query and a masked key hold, with a product of -infinity in the type that scores are summed in.
+    """The constants that queries and masked keys get in the extra dimension: their product is -infinity in fp32.
 
-    Finite ones where the type has them: gradients of 0 times infinity are NaN, which anomaly detection reports.
+    Both are finite where the dtype can hold such numbers: in the backward pass 0 * infinity is NaN, which anomaly
+    detection reports.
     """
     dtype = q.dtype
     if dtype != torch.float64 and not q.is_meta and torch.is_autocast_enabled(q.device.type):
@@ -67,7 +70,7 @@ def _mask_numbers(q: Tensor) -> tuple[float, float]:
 
 
 def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Tensor) -> Tensor:
-    """Attention with the mask in one more number per head.
+    """Attention with the padding mask encoded in one extra dimension of head_dim.
 
     Args:
         attend: attention of q and kv.

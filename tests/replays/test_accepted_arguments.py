@@ -97,8 +97,8 @@ def test_keys_of_which_none_are_left():
     q, k = torch.randn(2, 3, 2, 8), torch.randn(2, 4, 2, 8)
     for seqused, leftpad in (((4, -1), (0, 0)), ((4, 2), (0, 3)), ((4, 4), (0, 4))):
         out, lse = torch.ops.flash_attn.fwd(
-            q, k, k, None, None, 0, 0, torch.tensor(seqused, dtype=torch.int32),
-            torch.tensor(leftpad, dtype=torch.int32), None, None, None, False, -1, -1, 0.0, 0.0, None,
+            q, k, k, seqused_k=torch.tensor(seqused, dtype=torch.int32),
+            leftpad_k=torch.tensor(leftpad, dtype=torch.int32),
         )  # fmt: skip
         assert_same([out[:1]], [flash_attn.flash_attn_func(q[:1], k[:1], k[:1])])
         assert (out[1] == 0).all()

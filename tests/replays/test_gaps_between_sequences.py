@@ -100,9 +100,10 @@ def test_backward_of_sequences_that_share_no_row(name):
     dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     starts, used = layout
-    torch.ops.flash_attn.bwd(
-        dout, None, q, k, v, out, lse, *grads, cu_q, int32(starts), max(LENGTHS_Q), max(used), int32(used), None, None,
-        0.3, False, -1, -1, 0.0, 0.0, None, True,
+    torch.ops.flash_attn.bwd.out(
+        dout, q, k, v, out, lse, dq=grads[0], dk=grads[1], dv=grads[2], cu_seqlens_q=cu_q, cu_seqlens_k=int32(starts),
+        max_seqlen_q=max(LENGTHS_Q), max_seqlen_k=max(used), seqused_k=int32(used), softmax_scale=0.3,
+        deterministic=True,
     )  # fmt: skip
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     outs = []

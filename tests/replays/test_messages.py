@@ -100,22 +100,23 @@ class Traced(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated.*:DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, {"rotary_emb_dim": 8, "use_alibi": True, "num_heads_kv": 1}], ids=str)
 def test_jit_trace(options):
-    """Without gradients it can be saved; with them it warns what to do, and trains as the module does."""
+    """With gradients and without, it can be saved, and trains as the module does."""
     module, x = Traced(causal=True, **options), torch.randn(2, 5, EMBED)
-    with torch.no_grad():
-        with warnings.catch_warnings():
+    parameters = list(module.parameters())
+    for needs_grad in (False, True):
+        with torch.set_grad_enabled(needs_grad), warnings.catch_warnings():
             warnings.filterwarnings("error", message="flash_attn:.*")
             traced = torch.jit.trace(module, x, check_trace=False)
         file = io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
-        assert_near([torch.jit.load(file)(x)], [module(x)], atol=1e-6)
-    with pytest.warns(UserWarning, match=r"torch.jit.save cannot store; trace under torch.no_grad\(\)"):
-        traced = torch.jit.trace(module, x, check_trace=False)
-    parameters = list(module.parameters())
-    assert_near(
-        torch.autograd.grad(traced(x).sum(), parameters), torch.autograd.grad(module(x).sum(), parameters), atol=1e-6
-    )
+        loaded = torch.jit.load(file)
+        assert_near([loaded(x).detach()], [module(x).detach()], atol=1e-6)
+        expected = torch.autograd.grad(module(x).sum(), parameters)
+        assert_near(torch.autograd.grad(traced(x).sum(), parameters), expected, atol=1e-6)
+        names = dict(loaded.named_parameters())
+        loaded_parameters = [names[name] for name, _ in module.named_parameters()]
+        assert_near(torch.autograd.grad(loaded(x).sum(), loaded_parameters), expected, atol=1e-6)
 
 
 def test_nothing_is_left_on_the_meta_device():

@@ -129,16 +129,29 @@ def test_opcheck(varlen):
     torch.library.opcheck(backward, (out, q, k, v, out, lse), more)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("which", ["_flash_attn_forward", "_flash_attn_varlen_forward"])
-def test_an_op_alone_has_no_backward(which):
-    q, k, v = tensors()
-    lengths = ()
+def test_an_op_alone_is_differentiable(which, dropout_p):
+    """As the public function, through out and through softmax_lse; the weights and the state of dropout are not."""
+    inputs, lengths, function = tensors(), (), flash_attn.flash_attn_func
     if "varlen" in which:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        lengths = (CU_Q, CU_K, 10, 10)
-    out = getattr(torch.ops.flash_attn, which)(q, k, v, *lengths, 0.0, 0.3, False, -1, -1, 0.0, None, False)[0]
-    with pytest.raises(RuntimeError, match=f"flash_attn::{which}: the op alone has no backward; call"):
-        out.sum().backward()
+        inputs = [x.detach().flatten(0, 1).requires_grad_() for x in inputs]
+        lengths, function = (CU_Q, CU_K, 10, 10), flash_attn.flash_attn_varlen_func
+    torch.manual_seed(3)
+    op = getattr(torch.ops.flash_attn, which)
+    out, lse, probs, rng_state = op(*inputs, *lengths, dropout_p, 0.3, False, -1, -1, 0.0, None, True)
+    assert not (probs.requires_grad or rng_state.requires_grad)
+    torch.manual_seed(3)
+    options = {"dropout_p": dropout_p, "softmax_scale": 0.3, "return_attn_probs": True}
+    expected = function(*inputs, *lengths, **options)
+    assert_same([out, lse], expected[:2])
+    for found, same in (
+        (out, expected[0]),
+        (lse, expected[1]),
+        (out.sum() + lse.sum(), expected[0].sum() + expected[1].sum()),
+    ):
+        grads, same_grads = (torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (found, same))
+        assert_same(grads, same_grads)
 
 
 # Selective checkpointing.
@@ -208,8 +221,7 @@ def test_flops_forward_and_backward(device):
     expected = {"_flash_attn_forward": pairs * 2 * (D + 12), "_flash_attn_backward": pairs * 2 * (3 * D + 2 * 12)}
     assert flops(lambda: flash_attn.flash_attn_func(*inputs).sum().backward()) == expected
     with torch.no_grad():
-        ours = (None, None, 0, 0, None, None, None, None, None, False, -1, -1, 0.0, 0.0, None)
-        assert flops(lambda: torch.ops.flash_attn.fwd(*inputs, *ours)) == {"fwd": pairs * 2 * (D + 12)}
+        assert flops(lambda: torch.ops.flash_attn.fwd(*inputs)) == {"fwd": pairs * 2 * (D + 12)}
 
 
 def test_flops_of_packed_sequences():

@@ -71,6 +71,7 @@ PYTHON_LAYERS = (
     "_flops",
     "_checks",
     "_constants",
+    "_autograd_names",
     "utils",
     "autograd",
     "_kernel_interface",

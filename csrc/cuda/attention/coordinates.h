@@ -11,6 +11,7 @@ namespace flash_attn {
 //
 // (row0, key0): the query and the key of the tile's corner.
 struct QueryRows {
+    static constexpr bool kByKey = false;  // a lane has few queries and many keys
     int row0, key0;
     FA_DEVICE static int first_column() { return lane_column(); }
     FA_DEVICE int query(int r, int) const { return row0 + lane_row(r); }
@@ -20,6 +21,7 @@ struct QueryRows {
 };
 class KeyRows {
 public:
+    static constexpr bool kByKey = true;  // a lane has few keys and many queries
     FA_DEVICE KeyRows(int row0, int key0) : row0(row0), lane_key_(key0 + int(fresh_lane_id() / 4)) {}
     FA_DEVICE static int first_column() { return int(fresh_lane_id() % 4 * 2); }
     FA_DEVICE int query(int, int column) const { return row0 + column; }

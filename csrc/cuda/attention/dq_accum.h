@@ -1,9 +1,10 @@
-// The workspace of the backward pass: dQ, summed in fp32 by the blocks of all key tiles, and, for sums in a fixed
-// order, counters that say whose turn it is; where kernels ask for it, two numbers per query as well.
+// The workspace of the backward pass. Every block of a key tile adds its share of dQ to an accumulator in fp32; in a
+// deterministic pass a semaphore per tile of dQ makes blocks add in a fixed order. Kernels that ask for it also find
+// softmax_lse and dsoftmax_sum padded to whole tiles there.
 //
-// Tiles of kBlockM queries, [num_heads][num_tiles] of them, those of one sequence side by side. A tile holds its
-// elements in the order in which the threads of a block have them in their accumulators, so that what is added with one
-// instruction is contiguous and nobody transposes.
+// The accumulator is [num_heads][num_tiles] tiles of kBlockM queries, those of one sequence side by side. Within a tile
+// elements are in the order of the accumulator registers of the main kernel's threads, so that a vector or bulk
+// reduction is contiguous and nothing is transposed; the postprocess kernel reads them by the same order.
 #pragma once
 #include "cuda/ptx/types.h"
 #include "policy/host_device.h"
@@ -12,11 +13,11 @@
 namespace flash_attn {
 
 struct DqAccum {
-    float* sums;     // [num_heads, num_tiles, elements of a tile]
-    int32_t* turns;  // [num_heads, num_tiles, turns of a tile]
+    float* sums;     // [num_heads, num_tiles, kDqTileElements]
+    int32_t* turns;  // semaphores: [num_heads, num_tiles, kDqTurns], the number of blocks that have added
     int64_t num_tiles;
-    // [num_heads, num_tiles, kBlockM], or null: softmax_lse in the log2 domain, and dsoftmax_sum. Of what is no query,
-    // or sees no key, +infinity and 0, with which its weights and gradients become 0.
+    // [num_heads, num_tiles, kBlockM], or null: softmax_lse * log2(e), and dsoftmax_sum. Rows past the last query, and
+    // queries that see no key, have +infinity and 0, which make their P and dS 0.
     float* lse_log2;
     float* dsoftmax_sum;
 };

@@ -17,20 +17,18 @@ FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidde
     };
     s.for_each(hide, at.first_column());
 }
-// What the mask hides.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
 }
-// The same with half of the comparisons for most tiles, which meet one edge of the mask only. Takes a few registers.
+// The same with half of the comparisons for most tiles, which one edge of the mask crosses. Takes a few registers.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-    if (mask.hides_after(queries, keys))
-        hide_if(s, at, [&](int query, int key) { return mask.hides_after(query, key); });
-    if constexpr (Mask::kMasked)
-        if (mask.hides_before(queries, keys))
-            hide_if(s, at, [&](int query, int key) { return mask.hides_before(query, key); });
+    if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
+        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
+    if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
+        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
 }
 
 // Over the four lanes that share a row.

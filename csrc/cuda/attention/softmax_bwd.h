@@ -26,25 +26,26 @@ FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, Numbers lse_log2, flo
 
 // dP becomes dS, the gradient of scaled products; weights that mark_dropped() marked become what dV is made of.
 // kSelect: pairs that do not attend may have a dP that is not finite.
-template <bool kSelect, class Scores, class At, class Numbers, int kRows, int kCols>
+template <bool kSelect, class Score, class At, class Numbers, int kRows, int kCols>
 FA_DEVICE void score_gradient(AccTile<kRows, kCols>& p, AccTile<kRows, kCols>& dp, Numbers dsoftmax_sum,
-                              Numbers lse_log2, const Scores& scores, const At& at) {
+                              Numbers lse_log2, const Score& score, const At& at) {
     const auto select = [&](int n) {
         dsoftmax_sum.select(n);
-        if constexpr (Scores::kModified) lse_log2.select(n);
+        if constexpr (Score::kModified) lse_log2.select(n);
     };
     dp.zip_octets(p, select, [&](int r, int b, int column, float& x, float& weight) {
         float w = weight;
-        if constexpr (Scores::kModified) {
-            x = is_dropped(weight) ? 0.f : x * scores.dropout_scale;
-            weight = is_dropped(weight) ? 0.f : weight * scores.dropout_scale;
+        if constexpr (Score::kModified) {
+            x = is_dropped(weight) ? 0.f : x * score.dropout_rescale;
+            weight = is_dropped(weight) ? 0.f : weight * score.dropout_rescale;
             w = fabsf(w);
         }
         x = kSelect && w == 0.f ? 0.f : w * (x - dsoftmax_sum(r, b));
-        if constexpr (Scores::kModified) {
-            if (scores.softcap > 0.f && w != 0.f) {
-                const float score = (ptx::log2(w) + lse_log2(r, b)) * float(1 / kLog2e);
-                x *= scores.cap_derivative(score, at.query(r, column), at.key(r, column));
+        if constexpr (Score::kModified) {
+            if (score.has_derivative() && w != 0.f) {
+                const float natural = (ptx::log2(w) + lse_log2(r, b)) * float(1 / kLog2e);
+                const float distance = float(score.distance(at.query(r, column), at.key(r, column)));
+                x *= score.derivative_of_score(natural, distance);
             }
         }
     });

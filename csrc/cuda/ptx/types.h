@@ -33,13 +33,13 @@ struct SmemPtr {
     FA_DEVICE SmemPtr operator+(int bytes) const { return SmemPtr(address + static_cast<uint32_t>(bytes)); }
 };
 FA_DEVICE SmemPtr flip_bits(SmemPtr p, int bits) { return SmemPtr(p.address ^ static_cast<uint32_t>(bits)); }
-// The same address, which the compiler now takes for a number of its own: what is added to it stays an immediate of the
-// instruction. Otherwise it adds constants to the base first, and keeps a register for every sum.
+// The same address, opaque to the compiler, so that constants added to it become immediate offsets of loads and
+// stores. Otherwise it folds them into several base addresses, each in a register.
 FA_DEVICE SmemPtr pin(SmemPtr p) {
     asm("" : "+r"(p.address));
     return p;
 }
-// The same number, of which the compiler knows nothing: what follows from it is not computed ahead of a loop and kept.
+// The same number, opaque to the compiler, so that what is derived from it is not hoisted out of a loop into registers.
 FA_DEVICE uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -53,10 +53,10 @@ template <class T> FA_DEVICE T* opaque(T* x) {
     asm volatile("" : "+l"(x));
     return x;
 }
-// A number that is the same in all lanes of a warp, which the compiler now knows as well, and may keep for the warp.
+// Tells the compiler that a number is the same in all lanes of a warp, so that it may use a uniform register.
 FA_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-// Where all lanes of a warp have come together again, though the compiler could not tell. What they have in common
-// stays in registers of the warp only where it can.
+// Reconverges the lanes of a warp after a branch that the compiler takes for divergent. Uniform registers are kept only
+// across convergent code.
 FA_DEVICE void converge() { __syncwarp(); }
 
 FA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }

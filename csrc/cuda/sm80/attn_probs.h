@@ -1,12 +1,12 @@
-// The matrix that attention avoids: softmax(scores), for tests and return_attn_probs. One block per tile of queries, as
-// in the forward pass, with the log-sum-exp that it returned. Every policy is the general one: nobody waits for this.
+// P = exp(S - softmax_lse) as a full matrix in global memory, for tests and return_attn_probs. One block per tile of
+// queries, S recomputed tile by tile as in the backward pass. One instance serves every variant: speed does not matter.
 #pragma once
 #include "cuda/attention/rows.h"
 #include "cuda/attention/softmax_bwd.h"
 #include "cuda/ptx/sync.h"
 #include "cuda/sm80/fwd_config.h"
 #include "cuda/tile/gemm_sm80.h"
-#include "policy/mask.h"
+#include "policy/variant.h"
 
 namespace flash_attn {
 
@@ -18,8 +18,9 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
     const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
     const int m0 = m * M, warp_row0 = warp_id() * Config::kWarpRows, row0 = m0 + warp_row0;
     if (m0 >= seq.seqlen_q) return;
-    const auto mask = make_mask<WindowMask>(seq.seqlen_q, seq.seqlen_k, p.window);
-    const ModifiedScores scores(p, batch, head, seq);
+    const AttentionVariant<WindowMask, ModifiedScore<float>> variant(p, seq, batch, head);
+    const auto& mask = variant.mask;
+    const auto& score = variant.score;
     const Range tiles = tiles_of(mask.kv_range({m0, m0 + M}), N);
 
     using Smem = typename Config::Smem;
@@ -46,9 +47,9 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
         acc_s.clear();
         mma_abt<Element>(acc_s, sQ, warp_row0, sK, 0);
         const QueryRows at{row0, n0};
-        scores.apply(acc_s, at);
-        recompute_weights<false>(acc_s, lse_log2, scores.scale_log2);
-        scores.mark_dropped(acc_s, at);
+        transform(acc_s, score, at);
+        recompute_weights<false>(acc_s, lse_log2, score.scale_log2);
+        mark_dropped(acc_s, score, at);
         acc_s.for_each([&](int r, int column, float x) {
             const int row = at.query(r, column), key = at.key(r, column);
             if (row >= seq.seqlen_q || key >= seq.seqlen_k) return;

@@ -10,7 +10,7 @@
 #include "cuda/tile/nonfinite.h"
 #include "cuda/tile/store_rows.h"
 #include "cuda/tile/store_tile.h"
-#include "policy/mask.h"
+#include "policy/variant.h"
 
 namespace flash_attn {
 
@@ -22,7 +22,7 @@ template <class Config> FA_DEVICE void add_dq(const typename Config::GridDq::Acc
         for (int j = 0; j < dq.kPerBlock; ++j) ptx::red_add(sums + Config::dq_element(0, i, j), dq.x[i][j]);
 }
 
-template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1)
 bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     using Element = typename Config::Element;
     using GridS = typename Config::GridS;
@@ -35,7 +35,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
     const int n0 = n * N;
     if (n0 >= seq.seqlen_k) return;
-    const Mask mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
+    const auto mask = Variant::Mask::of(p, seq, batch, head_k * (p.num_heads / p.num_heads_k));
     const Range tiles = tiles_of(mask.q_range({n0, n0 + N}), M);
     const int group = p.num_heads / p.num_heads_k;
 
@@ -80,12 +80,12 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         const int m0 = m * M;
         const QueryRows at{m0 + GridS::row0(), n0 + GridS::col0()};
         const Range rows{m0, m0 + M};
-        const bool is_full = mask.is_full_block(rows, {n0, n0 + N});
-        const Scores scores(p, batch, head, seq);
+        const bool is_full = mask.template is_full_block<true>(rows, {n0, n0 + N});
+        const typename Variant::Score score(p, seq, batch, head);
         ptx::cp_async_wait<0>();
         bool nonfinite = false;
         // K, V, Q and dO have landed, for every thread's part; all warps are done with P and dS.
-        if (Mask::kMasked && !is_full) {
+        if (Variant::kMasked && !is_full) {
             if (!k_searched) k_nonfinite = holds_nonfinite<Element, kThreads>(sK);
             k_searched = true;
             nonfinite = ptx::sync_threads_or(k_nonfinite || holds_nonfinite<Element, kThreads>(sQ) ||
@@ -97,24 +97,24 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         typename GridS::Acc acc_s, acc_dp;
         acc_s.clear();
         mma_abt<Element>(acc_s, sQ, GridS::row0(), sK, GridS::col0());
-        scores.apply(acc_s, at);
+        transform(acc_s, score, at);
         if (!is_full) apply_mask(acc_s, mask, at);
         RowNumbers<acc_s.kLaneRows> lse_log2, dsoftmax_sum;
         sLse.get(lse_log2.x, GridS::row0());
 #pragma unroll
         for (int r = 0; r < acc_s.kLaneRows; ++r)
             lse_log2.x[r] = at.query(r, 0) < seq.seqlen_q ? lse_log2_of(lse_log2.x[r]) : ptx::infinity();
-        recompute_weights<Mask::kMasked>(acc_s, lse_log2, scores.scale_log2);
-        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
+        recompute_weights<Variant::kMasked>(acc_s, lse_log2, score.scale_log2);
+        mark_dropped(acc_s, score, at);
         acc_dp.clear();
         mma_abt<Element>(acc_dp, sDout, GridS::row0(), sV, GridS::col0());
         sDsoftmaxSum.get(dsoftmax_sum.x, GridS::row0());
-        score_gradient<Mask::kMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
+        score_gradient<Variant::kMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, score, at);
         store_shared<Element>(acc_s, sP, GridS::row0(), GridS::col0());
         store_shared<Element>(acc_dp, sDS, GridS::row0(), GridS::col0());
         ptx::sync_threads();  // P and dS are complete; all warps are done with S and dP
 
-        if (Mask::kMasked && nonfinite) {
+        if (Variant::kMasked && nonfinite) {
             const auto attends = [&](int r, int k) { return mask.keep(m0 + k, n0 + GridDkv::row0() + lane_row(r)); };
             add_nonfinite<Element>(acc_dv, sDout, GridDkv::col0(), attends);
             // Where Q is not finite, dS of what attends is not either, and carries it to dK.
@@ -140,7 +140,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
             if (ptx::thread_idx() == 0) ptx::wait_for_turn(turn, n - tiles_of(mask.kv_range(rows), N).begin);
             ptx::sync_threads();  // the tile is this block's
         }
-        if (Mask::kMasked && nonfinite) {
+        if (Variant::kMasked && nonfinite) {
             const auto attends = [&](int r, int k) { return mask.keep(m0 + GridDq::row0() + lane_row(r), n0 + k); };
 #pragma unroll 1
             for (int part = 0; part < Config::kDqParts; ++part) {
@@ -164,7 +164,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
             ptx::sync_threads();  // every thread has added its part
             if (ptx::thread_idx() == 0) ptx::pass_turn(turn);
         }
-        if (Mask::kMasked && nonfinite && next_head < end_head) {
+        if (Variant::kMasked && nonfinite && next_head < end_head) {
             ptx::sync_threads();  // all warps are done with the finite K
             load_k();
         }

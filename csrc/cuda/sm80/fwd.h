@@ -10,25 +10,25 @@
 #include "cuda/tile/gemm_sm80.h"
 #include "cuda/tile/nonfinite.h"
 #include "cuda/tile/store_rows.h"
-#include "policy/mask.h"
+#include "policy/variant.h"
 
 namespace flash_attn {
 
-template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
-fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
+template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
     using Element = typename Config::Element;
     constexpr int M = Config::kBlockM, N = Config::kBlockN, D = Config::kHeadDim, kThreads = Config::kThreads;
     // How many keys get their weights at a time, shortly before their product: fewer need fewer registers, but random
     // numbers are drawn for whole tiles.
-    constexpr int kStepKeys = Scores::kModified ? N : min(N, 32);
+    constexpr int kStepKeys = Variant::kModified ? N : min(N, 32);
     const Problem& p = params.problem;
     const TileGrid grid = query_grid(p, M);
     const auto [tile, head, batch] = grid.at(ptx::block_idx());
     const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
     const int m0 = (grid.num_tiles - 1 - tile) * M;  // under a causal mask the last tiles have most to do
     if (m0 >= seq.seqlen_q) return;
-    const Mask mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
-    const Scores scores(p, batch, head, seq);
+    const Variant variant(p, seq, batch, head);
+    const auto& mask = variant.mask;
+    const auto& score = variant.score;
     const Range rows{m0, m0 + M};
     const Range tiles = tiles_of(mask.kv_range(rows), N);
 
@@ -67,18 +67,18 @@ fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
         ptx::cp_async_wait<0>();
         bool nonfinite = false;
         // V has landed, for every thread's part; all warps are done with K.
-        if (Mask::kMasked && !is_full)
+        if (Variant::kMasked && !is_full)
             nonfinite = ptx::sync_threads_or(holds_nonfinite<Element, kThreads>(sV));
         else
             ptx::sync_threads();
         if (n > tiles.begin) load_k(n - 1);
 
         const QueryRows at{m0 + warp_row0, n0};
-        scores.apply(acc_s, at);
+        transform(acc_s, score, at);
         if (!is_full) apply_mask(acc_s, mask, at);
-        softmax.update_max(acc_s, scores.scale_log2);
+        softmax.update_max(acc_s, score.scale_log2);
         softmax.rescale(acc_o);
-        if (Mask::kMasked && nonfinite) {
+        if (Variant::kMasked && nonfinite) {
             const auto attends = [&](int r, int k) { return mask.keep(m0 + warp_row0 + lane_row(r), n0 + k); };
             add_nonfinite<Element>(acc_o, sV, 0, attends);
             ptx::sync_threads();  // all warps have seen what is about to be cleared
@@ -88,15 +88,14 @@ fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
 #pragma unroll
         for (int i = 0; i < N / kStepKeys; ++i) {
             AccTile<Config::kWarpRows, kStepKeys> weights = acc_s.template columns<kStepKeys>(i);
-            softmax.exp_and_sum(weights, scores.scale_log2);
-            if constexpr (Scores::kModified) scores.drop(weights, QueryRows{at.row0, n0 + i * kStepKeys});
+            softmax.exp_and_sum(weights, score.scale_log2);
+            drop(weights, score, QueryRows{at.row0, n0 + i * kStepKeys});
             mma_ab<Element>(acc_o, PackedTile<Element, Config::kWarpRows, kStepKeys>(weights), sV, i * kStepKeys);
         }
     }
 
-    float lse[acc_o.kLaneRows], weight_scale = 1.f;
-    if constexpr (Scores::kModified) weight_scale = scores.dropout_scale;
-    softmax.finish(acc_o, weight_scale, lse);
+    float lse[acc_o.kLaneRows];
+    softmax.finish(acc_o, kept_weight_scale(score), lse);
     const int64_t first_row = seq.first_row_q + m0 + warp_row0;
     const int valid_rows = seq.seqlen_q - m0 - warp_row0;
     store_rows(acc_o, row_of<Element>(params.out, batch, head, first_row), params.out.row_stride, valid_rows,

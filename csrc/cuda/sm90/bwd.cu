@@ -1,7 +1,6 @@
 // The backward pass for compute capability 9.0, for one FA_ELEMENT and FA_HEAD_DIM: three kernels, one after another.
 #include "cuda/attention/bwd_postprocess.h"
 #include "cuda/attention/bwd_preprocess.h"
-#include "cuda/attention/dispatch.h"
 #include "cuda/attention/place_workspace.h"
 #include "cuda/instances.h"
 #include "cuda/launch.h"
@@ -25,7 +24,7 @@ template <class Config> const char* make_tensors(BwdKernelParamsSm90& kernel_par
     return error;
 }
 
-template <class Config, class Mask, class Scores>
+template <class Config, class Variant>
 const char* launch_bwd(const BwdParams& params, void* workspace, const Device& device) {
     const Problem& p = params.problem;
     BwdKernelParamsSm90 kernel_params{};
@@ -44,7 +43,7 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
         error = launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads,
                        sizeof(typename Config::PreprocessSmem), device, kernel_params.common);
     if (!error)
-        error = launch_pdl(bwd_sm90<Config, Mask, Scores>, key_tiles.num_blocks(), Config::kThreads, Config::kSmemBytes,
+        error = launch_pdl(bwd_sm90<Config, Variant>, key_tiles.num_blocks(), Config::kThreads, Config::kSmemBytes,
                            device, kernel_params);
     if (!error)
         error = launch_pdl(bwd_postprocess<Config>, query_blocks, Config::kPostprocessThreads, 0, device,
@@ -58,10 +57,10 @@ template <>
 const char* bwd_instance<90, FA_ELEMENT, FA_HEAD_DIM>(const BwdParams& params, void* workspace, const Device& device) {
     using Element = FA_ELEMENT;
     constexpr int kHeadDim = FA_HEAD_DIM;
-    return with_policies(params.problem, [&](auto mask, auto scores) {
-        using Scores = typename decltype(scores)::type;
-        using Config = BwdConfigSm90<Element, bwd_shape_sm90(kHeadDim, Scores::kModified)>;
-        return launch_bwd<Config, typename decltype(mask)::type, Scores>(params, workspace, device);
+    return with_variant(params.problem, [&](auto variant) {
+        using Variant = typename decltype(variant)::type;
+        using Config = BwdConfigSm90<Element, bwd_shape_sm90(kHeadDim, Variant::kModified)>;
+        return launch_bwd<Config, Variant>(params, workspace, device);
     });
 }
 

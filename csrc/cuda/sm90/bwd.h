@@ -8,12 +8,12 @@
 
 namespace flash_attn {
 
-// What a block asks for at first, of the one that is going to take this one's place: many begin at once, and would wait
-// for memory together.
-template <class Config, class Mask> FA_DEVICE void prefetch_next_block(const BwdKernelParamsSm90& params) {
+// Prefetches into L2 the first tiles of the block that will probably be scheduled after this one on the same
+// multiprocessor. Blocks of a wave start together, and would all wait for global memory at once.
+template <class Config, class Variant> FA_DEVICE void prefetch_next_block(const BwdKernelParamsSm90& params) {
     const int64_t next = int64_t(ptx::block_idx()) + params.blocks_at_a_time;
     if (next >= params.order.grid.num_blocks()) return;
-    const BwdTileSm90<Config, Mask> tile(params, static_cast<int>(next));
+    const BwdTileSm90<Config, Variant> tile(params, static_cast<int>(next));
     if (tile.is_outside() || tile.tiles().empty()) return;
     const int m0 = tile.tiles().begin * Config::kBlockM;
     using TileK = typename Config::TileK;
@@ -24,11 +24,11 @@ template <class Config, class Mask> FA_DEVICE void prefetch_next_block(const Bwd
     tile.query_rows(params.dout, tile.first_head).template prefetch<TileQ>(m0);
 }
 
-// One thread: Q and dO of every tile of queries. K comes with the first Q, and V with the first dO, in the order in
-// which they are multiplied.
-template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
-                                                              const BwdKernelParamsSm90& params,
-                                                              const BwdTileSm90<Config, Mask>& tile) {
+// The producer, one thread: loads Q and dO of every tile of queries. K shares the barrier of the first Q, and V that of
+// the first dO, so that S = Q K^T can start before V has come.
+template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
+                                                                 const BwdKernelParamsSm90& params,
+                                                                 const BwdTileSm90<Config, Variant>& tile) {
     constexpr int M = Config::kBlockM, kStageBytes = Config::TileQ::kBytes + Config::kRowBytes;
     const Problem& p = params.common.pass.problem;
     const DqAccum& accum = params.common.accum;
@@ -56,7 +56,7 @@ template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<
                 dout.load(smem.dout(at_dout.stage), full, m * M);
                 ptx::bulk_load(smem.dsoftmax_sum(at_dout.stage), accum.dsoftmax_sum + row, Config::kRowBytes, full);
             };
-            // Later on first what is free first: dO, which is done with before Q, unless it has fewer stages.
+            // After the first tile the stage of dO is released before that of Q, unless dO has fewer stages.
             const bool q_first = Config::kStagesDout < Config::kStagesQ || is_first;
             if (q_first) load_q();
             load_dout();
@@ -64,16 +64,17 @@ template <class Config, class Mask> FA_DEVICE void load_tiles(const BwdSmemSm90<
             is_first = false;
         }
     }
-    if (!Config::kOwnsColumns) prefetch_next_block<Config, Mask>(params);
+    if (!Config::kOwnsColumns) prefetch_next_block<Config, Variant>(params);
 }
 
-// The other warps of the same warpgroup: say whether anything in K, Q or dO is not finite where the mask hides
-// something. K is searched before it is first asked for, since afterwards consumers clear it and restore it. Consumers
-// wait for what is said here, and then fence before TMA overwrites the tiles, which is enough for all.
-template <class Config, class Mask>
+// The scan warps, the other three of the producer's warpgroup: in masked blocks they look for NaN and infinity in K, Q
+// and dO, which a weight of 0 would not keep out of a product. K is scanned before consumers first read the result,
+// since afterwards they clear and restore it. Consumers wait for the result and then fence before TMA overwrites the
+// tiles, which orders the reads of the scan warps too.
+template <class Config, class Variant>
 FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) {
     using Element = typename Config::Element;
-    const BwdTileSm90<Config, Mask> tile(params);
+    const BwdTileSm90<Config, Variant> tile(params);
     constexpr int kThreads = kScanWarps * kWarpThreads;
     const int thread = ptx::thread_idx() - kWarpThreads;
     typename Config::PipelineQ::Index at_q;
@@ -103,15 +104,15 @@ FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParams
         }
 }
 
-template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1)
 bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
-    using Consumer = std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Mask, Scores>,
-                                        BwdKeysSm90<Config, Mask, Scores>>;
-    ptx::grid_launch_dependents();  // they get no place before the last of these blocks has one
+    using Consumer =
+        std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Variant>, BwdKeysSm90<Config, Variant>>;
+    ptx::grid_launch_dependents();  // their blocks cannot become resident before all of these are
     const BwdSmemSm90<Config> smem(ptx::smem());
-    const BwdTileSm90<Config, Mask> tile(params);  // the other roles make their own
+    const BwdTileSm90<Config, Variant> tile(params);  // the other roles recompute theirs: registers
     if (!tile.is_outside() && ptx::thread_idx() == 0) {
-        smem.init_barriers(Mask::kMasked ? kScanWarps : 0);
+        smem.init_barriers(Variant::kMasked ? kScanWarps : 0);
         const int64_t first =
             first_query_tile(params.common.pass.problem, Config::kBlockM, tile.batch, tile.seq.first_row_q);
         for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(smem.times_cleared(i), 0);
@@ -120,9 +121,9 @@ bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
     ptx::grid_wait();  // the workspace is ready
     if (tile.is_outside()) return;
     ptx::sync_threads();  // barriers are initialised, and the number is there
-    warp_specialize<Config::kConsumers, Mask::kMasked>([&] { load_tiles<Config, Mask>(smem, params, tile); },
-                                                       [&] { scan_tiles<Config, Mask>(smem, params); },
-                                                       [&] { Consumer(smem, params).run(); });
+    warp_specialize<Config::kConsumers, Variant::kMasked>([&] { load_tiles<Config, Variant>(smem, params, tile); },
+                                                          [&] { scan_tiles<Config, Variant>(smem, params); },
+                                                          [&] { Consumer(smem, params).run(); });
 }
 
 }  // namespace flash_attn

@@ -10,8 +10,8 @@
 
 namespace flash_attn {
 
-template <class Config, class Mask, class Scores> class BwdColumnsSm90 : BwdConsumerSm90<Config, Mask> {
-    using Base = BwdConsumerSm90<Config, Mask>;
+template <class Config, class Variant> class BwdColumnsSm90 : BwdConsumerSm90<Config, Variant> {
+    using Base = BwdConsumerSm90<Config, Variant>;
     using Base::M, Base::N, Base::D;
     using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_, Base::at_dout_;
     using typename Base::Element, typename Base::Tile;
@@ -45,7 +45,7 @@ public:
 private:
     // One tile of queries of the i-th head.
     FA_DEVICE void step(int i, int m) {
-        const Scores scores(params_.common.pass.problem, tile_.batch, tile_.first_head + i, tile_.seq);
+        const typename Variant::Score score(params_.common.pass.problem, tile_.seq, tile_.batch, tile_.first_head + i);
         const int key0 = consumer_ * kKeys, row0 = this->warp_row0();
         const QueryRows at{m * M + row0, ptx::opaque(tile_.n0 + key0)};
         const bool is_full = tile_.is_full_block(m);
@@ -59,15 +59,15 @@ private:
         pin_tile(acc_s);
         const Numbers lse_log2 = numbers(smem_.lse_log2(at_q_.stage), row0);
         const Numbers dsoftmax_sum = numbers(smem_.dsoftmax_sum(at_dout_.stage), row0);
-        scores.apply(acc_s, at);
+        transform(acc_s, score, at);
         if (!is_full) apply_mask_by_edge(acc_s, tile_.mask, at);
-        recompute_weights<Mask::kMasked>(acc_s, lse_log2, scores.scale_log2);
-        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
+        recompute_weights<Variant::kMasked>(acc_s, lse_log2, score.scale_log2);
+        mark_dropped(acc_s, score, at);
         smem_.pipe_dout.wait(at_dout_);  // waited for above already: only ends the basic block, as in fwd_sm90.h
         ptx::wgmma_wait<0>();
         pin_tile(acc_dp);
-        score_gradient<Mask::kMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
-        const bool cleared = Mask::kMasked && !is_full && this->clear_if_nonfinite();
+        score_gradient<Variant::kMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, score, at);
+        const bool cleared = Variant::kMasked && !is_full && this->clear_if_nonfinite();
 
         const auto weights = smem_.ds(0), ds = smem_.ds(1);
         this->sync_consumers();  // all are done with the last P and dS
@@ -103,7 +103,7 @@ private:
             pin_tile(acc_dv_[j]);
         }
         this->release(smem_.pipe_q, at_q_);
-        if (Mask::kMasked && cleared) this->restore_keys();
+        if (Variant::kMasked && cleared) this->restore_keys();
     }
 
     FA_DEVICE static Numbers numbers(ptx::SmemPtr rows, int row0) {

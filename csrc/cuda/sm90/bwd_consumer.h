@@ -11,10 +11,10 @@
 
 namespace flash_attn {
 
-template <class Config, class Mask> class BwdConsumerSm90 {
+template <class Config, class Variant> class BwdConsumerSm90 {
 protected:
     using Element = typename Config::Element;
-    using Tile = BwdTileSm90<Config, Mask>;
+    using Tile = BwdTileSm90<Config, Variant>;
     static constexpr int M = Config::kBlockM, N = Config::kBlockN, D = Config::kHeadDim;
     static constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
 
@@ -56,7 +56,7 @@ protected:
     // f(tile, m, dO from its first row on, number of its rows, dQ) for all tiles in which something may have been
     // cleared.
     template <class F> FA_DEVICE void for_each_cleared(F f) const {
-        if (!Mask::kMasked || times_cleared() == 0) return;
+        if (!Variant::kMasked || times_cleared() == 0) return;
         const BwdParams& pass = params_.common.pass;
         const Problem& p = pass.problem;
         const Tile tile(params_);

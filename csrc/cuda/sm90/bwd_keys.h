@@ -8,8 +8,8 @@
 
 namespace flash_attn {
 
-template <class Config, class Mask, class Scores> class BwdKeysSm90 : BwdConsumerSm90<Config, Mask> {
-    using Base = BwdConsumerSm90<Config, Mask>;
+template <class Config, class Variant> class BwdKeysSm90 : BwdConsumerSm90<Config, Variant> {
+    using Base = BwdConsumerSm90<Config, Variant>;
     using Base::M, Base::D;
     using Base::smem_, Base::params_, Base::tile_, Base::consumer_, Base::at_q_;
     using typename Base::Element, typename Base::Tile;
@@ -24,7 +24,7 @@ public:
         acc_dk_.clear();
         acc_dv_.clear();
         this->for_each_tile([&](int i, int m) {
-            if (Mask::kMasked && !tile_.is_full_block(m))
+            if (Variant::kMasked && !tile_.is_full_block(m))
                 step<true>(i, m);
             else
                 step<false>(i, m);
@@ -42,7 +42,7 @@ public:
 private:
     // One tile of queries of the i-th head. kBlockMasked: the mask hides some of its pairs, which few tiles pay for.
     template <bool kBlockMasked> FA_DEVICE void step(int i, int m) {
-        const Scores scores(params_.common.pass.problem, tile_.batch, tile_.first_head + i, tile_.seq);
+        const typename Variant::Score score(params_.common.pass.problem, tile_.seq, tile_.batch, tile_.first_head + i);
         const KeyRows at(m * M, tile_.n0 + row0());
         const int stage = at_q_.stage;
         AccTile<16, M> acc_s, acc_dp;
@@ -53,13 +53,13 @@ private:
         ptx::wgmma_wait<1>();  // S is there, dP goes on
         pin_tile(acc_s);
         const ColumnNumbers lse_log2(smem_.lse_log2(stage)), dsoftmax_sum(lse_log2, smem_.kDsoftmaxSumOffset);
-        scores.apply(acc_s, at);
-        if (kBlockMasked || (!Mask::kMasked && !tile_.is_full_block(m))) apply_mask_by_edge(acc_s, tile_.mask, at);
-        recompute_weights<kBlockMasked>(acc_s, lse_log2, scores.scale_log2);
-        if constexpr (Scores::kModified) scores.mark_dropped(acc_s, at);
+        transform(acc_s, score, at);
+        if (kBlockMasked || (!Variant::kMasked && !tile_.is_full_block(m))) apply_mask_by_edge(acc_s, tile_.mask, at);
+        recompute_weights<kBlockMasked>(acc_s, lse_log2, score.scale_log2);
+        mark_dropped(acc_s, score, at);
         ptx::wgmma_wait<0>();
         pin_tile(acc_dp);
-        score_gradient<kBlockMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, scores, at);
+        score_gradient<kBlockMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, score, at);
         const bool cleared = kBlockMasked && this->clear_if_nonfinite();
 
         const Packed weights(acc_s), ds(acc_dp);

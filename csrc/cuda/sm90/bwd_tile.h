@@ -3,7 +3,7 @@
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/rows.h"
 #include "cuda/sm90/bwd_config.h"
-#include "policy/mask.h"
+#include "policy/variant.h"
 
 namespace flash_attn {
 
@@ -17,10 +17,10 @@ struct BwdKernelParamsSm90 {
 };
 
 // The tile of keys of a block, and which tiles of queries see it, for each of the heads that share it.
-template <class Config, class Mask> struct BwdTileSm90 {
+template <class Config, class Variant> struct BwdTileSm90 {
     int n0, head_k, batch, first_head;
     Sequence seq;
-    Mask mask;
+    typename Variant::Mask mask;
 
     // Computed anew wherever it is needed apart from the main loop: registers are short there.
     FA_DEVICE explicit BwdTileSm90(const BwdKernelParamsSm90& params, int block = ptx::opaque(ptx::block_idx())) {
@@ -30,7 +30,7 @@ template <class Config, class Mask> struct BwdTileSm90 {
         n0 = n * Config::kBlockN, head_k = at.head, batch = at.batch;
         first_head = head_k * params.heads_per_key_head;
         seq = sequence_at(p.seqlens, p.paged_kv, batch);
-        mask = make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window);
+        mask = Variant::Mask::of(p, seq, batch, first_head);
     }
     // Rows of keys, of K and of what has its shape.
     FA_DEVICE TmaRows key_rows(const TmaTensor& t) const {
@@ -44,12 +44,12 @@ template <class Config, class Mask> struct BwdTileSm90 {
     FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // sequences differ in length
     FA_DEVICE Range keys() const { return {n0, n0 + Config::kBlockN}; }
     FA_DEVICE Range rows(int m) const { return {m * Config::kBlockM, (m + 1) * Config::kBlockM}; }
-    FA_DEVICE bool is_full_block(int m) const { return mask.is_full_block(rows(m), keys()); }
+    FA_DEVICE bool is_full_block(int m) const { return mask.template is_full_block<true>(rows(m), keys()); }
     // Tiles of keys that are seen by a tile of queries add to its dQ, in a fixed order, in ascending order. Under a
     // mask in descending order: causal tiles of queries are seen by the tile on the diagonal first, which so need not
     // wait.
     FA_DEVICE static bool adds_backwards(const BwdKernelParamsSm90& params) {
-        return Mask::kMasked && params.common.pass.deterministic;
+        return Variant::kMasked && params.common.pass.deterministic;
     }
     // How many tiles of keys come before this one. They belong to blocks with smaller indices, which start earlier, so
     // that waiting for them ends.

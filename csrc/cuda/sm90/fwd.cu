@@ -1,5 +1,4 @@
 // The forward pass for compute capability 9.0, for one FA_ELEMENT and FA_HEAD_DIM.
-#include "cuda/attention/dispatch.h"
 #include "cuda/instances.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/fwd.h"
@@ -11,13 +10,13 @@ namespace {
 
 // As many blocks as run at a time divide the tiles. Where all take as long, or there are no more tiles than blocks, the
 // division is fixed; otherwise whoever is done takes the next. taken: counts those.
-const char* divide_tiles(TileShares& shares, const TileGrid& grid, int section_heads, const Problem& p, int32_t* taken,
+const char* divide_tiles(TileShares& shares, const TileGrid& grid, int head_group, const Problem& p, int32_t* taken,
                          const Device& device) {
     const int64_t tiles = grid.num_blocks();
     if (const char* error = check_tiles(tiles)) return error;
-    const bool alike = is_full(p.window) && !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
+    const bool alike = !masks_keys(p) && !p.seqlens.cu_seqlens_q && !p.seqlens.cu_seqlens_k && !p.seqlens.seqused_k;
     const bool fixed = alike || tiles <= device.multiprocessors;
-    shares = {make_tile_order(grid, section_heads), static_cast<int>(min<int64_t>(tiles, device.multiprocessors)),
+    shares = {make_tile_order(grid, head_group), static_cast<int>(min<int64_t>(tiles, device.multiprocessors)),
               fixed ? nullptr : taken};
     return fixed ? nullptr : clear(taken, sizeof *taken, device);
 }
@@ -29,14 +28,14 @@ FwdRepeats place_repeats(const Problem& p, void* workspace) {
     return {reinterpret_cast<FwdRepeat*>(places), static_cast<int32_t>(fwd_repeat_places(p))};
 }
 
-template <class Config, class Mask, class Scores>
+template <class Config, class Variant>
 const char* launch_fwd(const FwdParams& params, void* workspace, const Device& device) {
     const Problem& p = params.problem;
     FwdKernelParamsSm90 kernel_params{};
     kernel_params.pass = params;
     const int64_t head_bytes = int64_t(p.seqlens.seqlen_k) * (p.head_dim + p.head_dim_v) * TmaStrides::kElementBytes;
     const TileGrid grid = query_grid(p, Config::kBlockM);
-    const int section = l2_head_group(p, grid, device, head_bytes, p.num_heads / p.num_heads_k);
+    const int head_group = l2_head_group(p, grid, device, head_bytes, p.num_heads / p.num_heads_k);
     const TensorSize q = query_size(p, p.head_dim), k = key_size(p, p.head_dim), v = key_size(p, p.head_dim_v);
     const TensorSize out = query_size(p, p.head_dim_v);
     const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, kWarpgroupRows);
@@ -44,25 +43,25 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
     if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
     if (!error) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
     if (!error) error = check_tiles(fwd_repeat_places(p));
-    if (!error) error = divide_tiles(kernel_params.shares, grid, section, p, static_cast<int32_t*>(workspace), device);
+    if (!error)
+        error = divide_tiles(kernel_params.shares, grid, head_group, p, static_cast<int32_t*>(workspace), device);
     kernel_params.repeats = place_repeats(p, workspace);
     if (error) return error;
-    return launch(fwd_sm90<Config, Mask, Scores>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
+    return launch(fwd_sm90<Config, Variant>, kernel_params.shares.num_blocks, Config::kThreads, Config::kSmemBytes,
                   device, kernel_params);
 }
 
 template <class Element, int kHeadDim, int kHeadDimV>
 const char* run_with(const FwdParams& params, void* workspace, const Device& device) {
-    return with_policies(params.problem, [&](auto mask, auto scores) {
-        using Mask = typename decltype(mask)::type;
-        using Scores = typename decltype(scores)::type;
-        constexpr FwdShapeSm90 kLong = fwd_shape_sm90(kHeadDim, kHeadDimV, Scores::kModified, false);
-        constexpr FwdShapeSm90 kShort = fwd_shape_sm90(kHeadDim, kHeadDimV, Scores::kModified, true);
+    return with_variant(params.problem, [&](auto variant) {
+        using Variant = typename decltype(variant)::type;
+        constexpr FwdShapeSm90 kLong = fwd_shape_sm90(kHeadDim, kHeadDimV, Variant::kModified, false);
+        constexpr FwdShapeSm90 kShort = fwd_shape_sm90(kHeadDim, kHeadDimV, Variant::kModified, true);
         // Sums run over the same tiles of keys, or the bits of a sequence would depend on what else is in its batch.
         static_assert(kShort.block_n == kLong.block_n);
-        return !Scores::kModified && prefers_short(params.problem, kHeadDim, kHeadDimV)
-                   ? launch_fwd<FwdConfigSm90<Element, kShort>, Mask, Scores>(params, workspace, device)
-                   : launch_fwd<FwdConfigSm90<Element, kLong>, Mask, Scores>(params, workspace, device);
+        return !Variant::kModified && prefers_short(params.problem, kHeadDim, kHeadDimV)
+                   ? launch_fwd<FwdConfigSm90<Element, kShort>, Variant>(params, workspace, device)
+                   : launch_fwd<FwdConfigSm90<Element, kLong>, Variant>(params, workspace, device);
     });
 }
 

@@ -14,7 +14,7 @@
 #include "cuda/ptx/sync.h"
 #include "cuda/sm90/fwd_config.h"
 #include "cuda/tile/scan.h"
-#include "policy/mask.h"
+#include "policy/variant.h"
 
 namespace flash_attn {
 
@@ -39,12 +39,12 @@ struct FwdWorkSm90 {
 };
 
 // A tile of queries.
-template <class Config, class Mask> struct FwdTileSm90 : FwdWorkSm90 {
+template <class Config, class Variant> struct FwdTileSm90 : FwdWorkSm90 {
     static constexpr int N = Config::kBlockN;
-    Mask mask;
+    typename Variant::Mask mask;
 
     FA_DEVICE FwdTileSm90(const FwdWorkSm90& work, const Problem& p)
-        : FwdWorkSm90(work), mask(make_mask<Mask>(seq.seqlen_q, seq.seqlen_k, p.window)) {}
+        : FwdWorkSm90(work), mask(Variant::Mask::of(p, seq, batch, head)) {}
     FA_DEVICE FwdTileSm90(int index, const WorkTile& at, FwdWorkKind kind, const Problem& p)
         : FwdTileSm90({sequence_at(p.seqlens, p.paged_kv, at.batch),
                        {},
@@ -59,14 +59,14 @@ template <class Config, class Mask> struct FwdTileSm90 : FwdWorkSm90 {
     FA_DEVICE Range rows() const { return {m0, m0 + Config::kBlockM}; }
     FA_DEVICE int head_k(const Problem& p) const { return head / (p.num_heads / p.num_heads_k); }
     FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // sequences differ in length
-    FA_DEVICE bool is_repeat() const { return Mask::kMasked && kind == FwdWorkKind::kRepeat; }
+    FA_DEVICE bool is_repeat() const { return Variant::kMasked && kind == FwdWorkKind::kRepeat; }
     FA_DEVICE bool is_full_block(int n) const { return mask.is_full_block(rows(), {n * N, (n + 1) * N}); }
     FA_DEVICE bool is_full_block() const { return mask.is_full_block(rows(), {tiles.begin * N, tiles.end * N}); }
 };
 
 // One thread: announces tiles, and loads what they need.
-template <class Config, class Mask> class FwdLoaderSm90 {
-    using Tile = FwdTileSm90<Config, Mask>;
+template <class Config, class Variant> class FwdLoaderSm90 {
+    using Tile = FwdTileSm90<Config, Variant>;
     static constexpr int N = Config::kBlockN;
 
 public:
@@ -77,7 +77,7 @@ public:
         const TileShares& shares = params_.shares;
         for (int64_t i = shares.first(); shares.has(i); i = shares.after(i))
             load(static_cast<int>(i), FwdWorkKind::kTile);
-        if constexpr (Mask::kMasked) repeat();
+        if constexpr (Variant::kMasked) repeat();
         announce(FwdWorkKind::kEnd);
     }
 
@@ -169,9 +169,9 @@ private:
 };
 
 // A consumer: one of the warpgroups that compute.
-template <class Config, class Mask, class Scores> class FwdConsumerSm90 {
+template <class Config, class Variant> class FwdConsumerSm90 {
     using Element = typename Config::Element;
-    using Tile = FwdTileSm90<Config, Mask>;
+    using Tile = FwdTileSm90<Config, Variant>;
     static constexpr int N = Config::kBlockN;
     using Weights = PackedTile<Element, 16, N>;
 
@@ -184,23 +184,23 @@ public:
 
     FA_DEVICE void run() {
         smem_.queue.template for_each<FwdWorkSm90>([&](const FwdWorkSm90& work) {
-            if (Mask::kMasked && work.kind == FwdWorkKind::kPause) {
+            if (Variant::kMasked && work.kind == FwdWorkKind::kPause) {
                 if (looks() && is_leader()) ptx::mbarrier_arrive(smem_.repeats_known());
                 return;
             }
             const Tile tile(work, params_.pass.problem);
-            const Scores scores(params_.pass.problem, tile.batch, tile.head, tile.seq);
+            const typename Variant::Score score(params_.pass.problem, tile.seq, tile.batch, tile.head);
             acc_o_.clear();
             OnlineSoftmax<2> softmax;
             smem_.pipe_q.wait(at_q_);
             if (tile.tiles.empty()) {
                 release(smem_.pipe_q, at_q_);
             } else if (tile.is_repeat()) {
-                attend<true>(tile, scores, softmax);
+                attend<true>(tile, score, softmax);
             } else {
-                attend<false>(tile, scores, softmax);
+                attend<false>(tile, score, softmax);
             }
-            store(tile, scores, softmax);
+            store(tile, score, softmax);
 #pragma unroll
             for (int i = 0; i < Config::kConsumers; ++i) at_q_.advance();
         });
@@ -210,14 +210,15 @@ public:
 
 private:
     // A tile that is repeated has a loop of its own: every branch in the other would be felt.
-    template <bool kRepeats> FA_DEVICE void attend(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
+    template <bool kRepeats>
+    FA_DEVICE void attend(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
         int n = tile.tiles.end - 1;
         smem_.pipe_k.wait(at_k_);
         AccTile<16, N> acc_s;
         gemm_qk(acc_s);
         ptx::wgmma_wait<0>();
         keys_done(acc_s);
-        update_softmax(acc_s, tile, scores, softmax, n);
+        update_softmax(acc_s, tile, score, softmax, n);
         Weights weights(acc_s);
         for (--n; n >= tile.tiles.begin; --n) {
             const bool cleared = kRepeats && clear_values(tile, n + 1);
@@ -229,7 +230,7 @@ private:
             ping_pong_.pass();
             ptx::wgmma_wait<1>();  // the scores are there, the product with V goes on
             keys_done(acc_s);
-            update_softmax(acc_s, tile, scores, softmax, n);
+            update_softmax(acc_s, tile, score, softmax, n);
             // V of this tile, a little early: this ends the basic block, in which ptxas would hoist the wait for the
             // product above the softmax, and nothing would run beside it.
             auto next_v = at_v_;
@@ -258,14 +259,14 @@ private:
         at_k_.advance();
     }
     // Scores become weights.
-    FA_DEVICE void update_softmax(AccTile<16, N>& acc_s, const Tile& tile, const Scores& scores,
+    FA_DEVICE void update_softmax(AccTile<16, N>& acc_s, const Tile& tile, const typename Variant::Score& score,
                                   OnlineSoftmax<2>& softmax, int n) const {
         const QueryRows at{tile.m0 + warp_row0_, n * N};
-        scores.apply(acc_s, at);
+        transform(acc_s, score, at);
         if (!tile.is_full_block(n)) apply_mask_by_edge(acc_s, tile.mask, at);
-        softmax.update_max(acc_s, scores.scale_log2);
-        softmax.exp_and_sum(acc_s, scores.scale_log2);
-        if constexpr (Scores::kModified) scores.drop(acc_s, at);
+        softmax.update_max(acc_s, score.scale_log2);
+        softmax.exp_and_sum(acc_s, score.scale_log2);
+        drop(acc_s, score, at);
     }
     // All consumers, before the products of a tile that is repeated: what is not finite in V becomes zero. Returns
     // whether there was any.
@@ -298,10 +299,9 @@ private:
     }
 
     // Output and log-sum-exp of the tile.
-    FA_DEVICE void store(const Tile& tile, const Scores& scores, OnlineSoftmax<2>& softmax) {
-        float lse[2], weight_scale = 1.f;
-        if constexpr (Scores::kModified) weight_scale = scores.dropout_scale;
-        softmax.finish(acc_o_, weight_scale, lse);
+    FA_DEVICE void store(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
+        float lse[2];
+        softmax.finish(acc_o_, kept_weight_scale(score), lse);
         const int64_t first_row = tile.seq.first_row_q + tile.m0 + warp_row0_;
         const int valid_rows = tile.seq.seqlen_q - tile.m0 - warp_row0_;
         float* const softmax_lse = row_of(params_.pass.softmax_lse, tile.batch, tile.head, first_row);
@@ -334,7 +334,7 @@ private:
         ptx::mbarrier_arrive(smem_.out_left());
     }
     // Whether this warp looks for NaN in the output: one does.
-    FA_DEVICE bool looks() const { return Mask::kMasked && warp_row0_ == 0; }
+    FA_DEVICE bool looks() const { return Variant::kMasked && warp_row0_ == 0; }
     FA_DEVICE void put_repeat(const Tile& tile) const {
         const int32_t place =
             FwdRepeats::place(params_.pass.problem, tile.batch, tile.head, tile.seq.first_row_q, tile.m0);
@@ -356,13 +356,13 @@ private:
     AccTile<16, Config::kHeadDimV> acc_o_;
 };
 
-template <class Config, class Mask, class Scores> FA_KERNEL(Config::kThreads, 1)
+template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1)
 fwd_sm90(FA_GRID_CONSTANT FwdKernelParamsSm90 params) {
     const FwdSmemSm90<Config> smem(ptx::smem());
     if (ptx::thread_idx() == 0) smem.init();
     ptx::sync_threads();  // barriers are initialised
-    warp_specialize<Config::kConsumers, false>([&] { FwdLoaderSm90<Config, Mask>(smem, params).run(); }, [] {},
-                                               [&] { FwdConsumerSm90<Config, Mask, Scores>(smem, params).run(); });
+    warp_specialize<Config::kConsumers, false>([&] { FwdLoaderSm90<Config, Variant>(smem, params).run(); }, [] {},
+                                               [&] { FwdConsumerSm90<Config, Variant>(smem, params).run(); });
 }
 
 }  // namespace flash_attn

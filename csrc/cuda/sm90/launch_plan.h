@@ -25,11 +25,11 @@ inline const char* check_tiles(int64_t tiles) {
 
 // How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go
 // first: of as many as share half of the L2 cache. Where that is not all of them, a power of two, since that leaves no
-// smaller section at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
+// smaller group at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
 // that share keys and values read again and again; heads_per_key_head: how many of the grid that is.
 inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& device, int64_t key_head_bytes,
                          int heads_per_key_head) {
-    if (is_full(p.window)) return 1;
+    if (!masks_keys(p)) return 1;
     const int64_t all = max<int64_t>(int64_t(grid.num_heads) * grid.batch_size, 1);
     const auto key_heads = uint64_t(max<int64_t>(device.l2_bytes / 2 / max<int64_t>(key_head_bytes, 1), 1));
     if (int64_t(key_heads) * heads_per_key_head >= all) return int(all);
@@ -40,7 +40,7 @@ inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& d
 // every 64 queries of a head (FwdRepeats).
 constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8, kFwdRepeatRows = 64;
 inline int64_t fwd_repeat_places(const Problem& p) {
-    return is_full(p.window) ? 0 : p.num_heads * num_query_tiles(p, kFwdRepeatRows);
+    return masks_keys(p) ? p.num_heads * num_query_tiles(p, kFwdRepeatRows) : 0;
 }
 
 }  // namespace flash_attn::cuda

@@ -59,7 +59,7 @@ template <class Config> void report(const char* pass, int seqlen) {
 template <class Config> void forward(int seqlen) {
     const FwdParams params{problem(seqlen), tensor(seqlen), rows(seqlen)};
     sim::counters = {};
-    const auto kernel = fwd_sm80<Config, FullMask, PlainScores>;
+    const auto kernel = fwd_sm80<Config, AttentionVariant<FullMask, PlainScore<float>>>;
     const int64_t blocks = query_grid(params.problem, Config::kBlockM).num_blocks();
     check(cuda::launch(kernel, blocks, Config::kThreads, Config::kSmemBytes, kDevice, params));
     report<Config>("forward", seqlen);
@@ -74,7 +74,7 @@ template <class Config> void backward(int seqlen) {
     const BwdKernelParams params{pass, accum};
     const int64_t query_blocks = query_grid(pass.problem, Config::kBlockM).num_blocks();
     const int64_t key_blocks = key_grid(pass.problem, Config::kBlockN).num_blocks();
-    const auto main_kernel = bwd_sm80<Config, FullMask, PlainScores>;
+    const auto main_kernel = bwd_sm80<Config, AttentionVariant<FullMask, PlainScore<float>>>;
     sim::counters = {};
     check(cuda::launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads,
                        sizeof(typename Config::PreprocessSmem), kDevice, params));

@@ -8,7 +8,7 @@
 namespace flash_attn::runner {
 namespace {
 
-// So few that two heads of a hundred keys and a head_dim of 64 make a section.
+// So few that two heads of a hundred keys and a head_dim of 64 make a group.
 constexpr int64_t kL2Bytes = 100000;
 
 cuda::Device device_of(const Case& c) { return {c.compute_capability, c.smem, c.multiprocessors, kL2Bytes, nullptr}; }

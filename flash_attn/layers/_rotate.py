@@ -72,35 +72,35 @@ def rows_of(
     return [table[seqlen_offsets:end] for table in tables]
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (..., heads, rotary_dim) turned by angles whose cos and sin are (..., rotary_dim / 2)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (..., heads, rotary_dim) rotated by angles whose cos and sin are (..., rotary_dim / 2)."""
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     pairs = x.to(compute_dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
     first, second = pairs.unbind(-1 if interleaved else -2)
     cos, sin = cos.to(compute_dtype).unsqueeze(-2), sin.to(compute_dtype).unsqueeze(-2)
-    turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos))
-    return torch.stack(turned, dim=-1 if interleaved else -2).flatten(-2).to(x.dtype)
+    rotated = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos))
+    return torch.stack(rotated, dim=-1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 
 # A part of a tensor, as an index, and cos and sin for its rows.
-Turn = tuple[tuple[Any, ...], Tensor, Tensor]
+Rotation = tuple[tuple[Any, ...], Tensor, Tensor]
 
 
-def _write_turned(x: Tensor, turns: Sequence[Turn], interleaved: bool) -> None:
-    for index, cos, sin in turns:
+def _write_rotated(x: Tensor, rotations: Sequence[Rotation], interleaved: bool) -> None:
+    for index, cos, sin in rotations:
         part = x[index][..., : 2 * cos.shape[-1]]
-        part.copy_(turn(part, cos, sin, interleaved))
+        part.copy_(rotate(part, cos, sin, interleaved))
 
 
-class _GuardedTurns(torch.autograd.Function):
-    """Turns in place what autograd lets nobody write to. The result is the tensor again, with the right gradient.
+class _GuardedRotation(torch.autograd.Function):
+    """Rotates in place what autograd lets nobody write to. The result is the tensor again, with the right gradient.
 
     That of the tensor itself is as if nothing had happened, as in flash_attn 2.8.3.
     """
 
     @staticmethod
     def forward(x: Tensor, interleaved: bool, indices: Sequence[tuple[Any, ...]], *tables: Tensor) -> Tensor:
-        _write_turned(x, list(zip(indices, tables[::2], tables[1::2], strict=True)), interleaved)
+        _write_rotated(x, list(zip(indices, tables[::2], tables[1::2], strict=True)), interleaved)
         return x
 
     @staticmethod
@@ -110,33 +110,33 @@ class _GuardedTurns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Turn back."""
+        """Rotate back."""
         dx, tables = dout.clone(), ctx.saved_tensors
-        turns = [(i, cos, -sin) for i, cos, sin in zip(ctx.indices, tables[::2], tables[1::2], strict=True)]
-        _write_turned(dx, turns, ctx.interleaved)
+        rotations = [(i, cos, -sin) for i, cos, sin in zip(ctx.indices, tables[::2], tables[1::2], strict=True)]
+        _write_rotated(dx, rotations, ctx.interleaved)
         return dx, None, None, *(None for _ in tables)
 
 
-def turn_in_place(x: Tensor, turns: Sequence[Turn], interleaved: bool) -> Tensor:
-    """x, whose parts are turned where they lie."""
+def rotate_in_place(x: Tensor, rotations: Sequence[Rotation], interleaved: bool) -> Tensor:
+    """x, whose parts are rotated where they lie."""
     try:
-        _write_turned(x, turns, interleaved)
+        _write_rotated(x, rotations, interleaved)
     except RuntimeError:
         if not (torch.is_grad_enabled() and x.requires_grad):
             raise
         # A leaf, a view of one, or one of several views: autograd has refused before anything was written.
-        tables = [table for _, cos, sin in turns for table in (cos, sin)]
-        return _GuardedTurns.apply(x, interleaved, [index for index, _, _ in turns], *tables)
+        tables = [table for _, cos, sin in rotations for table in (cos, sin)]
+        return _GuardedRotation.apply(x, interleaved, [index for index, _, _ in rotations], *tables)
     return x
 
 
-def turn_parts(
-    function: str, x: Tensor, parts: Sequence[Turn], seqlen_offsets: int | Tensor, interleaved: bool
+def rotate_parts(
+    function: str, x: Tensor, parts: Sequence[Rotation], seqlen_offsets: int | Tensor, interleaved: bool
 ) -> Tensor:
-    """x, with parts (batch_size, seqlen, heads, head_dim) of it turned in place."""
-    turns = []
+    """x, with parts (batch_size, seqlen, heads, head_dim) of it rotated in place."""
+    rotations = []
     for index, cos, sin in parts:
         check_shapes(function, x[index], cos, sin, is_varlen=False, max_seqlen=None)
         rows = rows_of(function, x[index], (cos, sin), seqlen_offsets, cu_seqlens=None)
-        turns.append((index, rows[0], rows[1]))
-    return turn_in_place(x, turns, interleaved)
+        rotations.append((index, rows[0], rows[1]))
+    return rotate_in_place(x, rotations, interleaved)

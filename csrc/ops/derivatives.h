@@ -1,0 +1,48 @@
+// What the ops answer to whoever asks for a derivative that there is not. They must raise: torch's default is to go on
+// without, which ends in wrong gradients.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/variable.h>
+#include <string>
+
+namespace flash_attn {
+
+inline constexpr char kUseFunctions[] =
+    "the op alone has no backward; call flash_attn.flash_attn_func or flash_attn.flash_attn_varlen_func, which are "
+    "differentiable once";
+inline constexpr char kOnlyOnce[] =
+    "gradients of gradients are not supported; where they are needed, use plain attention, such as "
+    "torch.nn.functional.scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH";
+
+inline void refuse_tangent(const std::string& op, const at::Tensor& t) {
+    TORCH_CHECK(!t.defined() || !t._fw_grad(/*level=*/0).defined(), op,
+                ": forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not supported; use ",
+                "reverse mode");
+}
+
+// Nodes are held by one smart pointer in some releases of torch and by another one in others.
+template <class Node, class Edge = torch::autograd::Edge> auto held(Node* node) {
+    using Pointer = decltype(Edge::function);
+    if constexpr (requires { Pointer::unsafe_steal_from_new(node); }) {
+        return Pointer::unsafe_steal_from_new(node);
+    } else {
+        return Pointer(node);
+    }
+}
+
+inline void append_edge(torch::autograd::edge_list& edges, const at::Tensor& t) {
+    if (t.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(t));
+}
+
+// An edge to a node that raises when backward reaches it.
+inline torch::autograd::Edge raising_edge(const std::string& op, const char* reason, torch::autograd::edge_list inputs,
+                                          const at::Tensor& result) {
+    auto* const error = new torch::autograd::Error(op + ": " + reason, std::move(inputs));
+    error->add_input_metadata(result);
+    return {held(error), 0};
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,97 @@
+// The ops that have no derivatives, and vmap, which no op has. Which arguments an op writes, its schema says.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+#include "ops/derivatives.h"
+
+namespace flash_attn {
+namespace {
+
+using Stack = torch::jit::Stack;
+using Tensors = c10::SmallVector<at::Tensor, 4>;
+
+std::string name_of(const c10::OperatorHandle& op) { return op.schema().operator_name().name; }
+
+// The tensors among the arguments, for which the predicate holds.
+template <class Predicate> Tensors arguments(const c10::OperatorHandle& op, const Stack& stack, Predicate predicate) {
+    Tensors tensors;
+    const auto& names = op.schema().arguments();
+    const auto values = torch::jit::last(stack, names.size());
+    for (size_t i = 0; i < names.size(); ++i) {
+        if (values[i].isTensor() && predicate(names[i], values[i].toTensor())) tensors.push_back(values[i].toTensor());
+    }
+    return tensors;
+}
+
+Tensors written_arguments(const c10::OperatorHandle& op, const Stack& stack) {
+    return arguments(op, stack, [](const c10::Argument& argument, const at::Tensor&) {
+        return argument.alias_info() && argument.alias_info()->isWrite();
+    });
+}
+
+// Makes all that the op computes depend on what it was given, for a backward pass to find and refuse.
+template <const char* reason>
+void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const Tensors sources = arguments(op, *stack, [&](const c10::Argument&, const at::Tensor& t) {
+        refuse_tangent(name_of(op), t);
+        return t.requires_grad();
+    });
+    const bool is_recorded = at::GradMode::is_enabled() && !sources.empty();
+    const Tensors written = is_recorded ? written_arguments(op, *stack) : Tensors();
+    for (const at::Tensor& t : written) torch::autograd::check_inplace(t, /*requires_grad=*/true);
+    torch::autograd::edge_list inputs;
+    for (const at::Tensor& t : sources) append_edge(inputs, t);
+    {
+        at::AutoDispatchBelowAutograd guard;
+        op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    }
+    if (!is_recorded) return;
+    for (const c10::IValue& value : torch::jit::last(*stack, op.schema().returns().size())) {
+        const at::Tensor& t = value.toTensor();
+        torch::autograd::impl::set_gradient_edge(t, raising_edge(name_of(op), reason, inputs, t));
+    }
+    for (const at::Tensor& t : written) {
+        torch::autograd::impl::rebase_history(t, raising_edge(name_of(op), reason, inputs, t));
+    }
+}
+
+// Tells autograd what was written, for whoever saved it.
+void count_writes(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const Tensors written = written_arguments(op, *stack);
+    {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+    }
+    for (const at::Tensor& t : written) t.unsafeGetTensorImpl()->bump_version();
+}
+
+void refuse_vmap(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*) {
+    TORCH_CHECK(false, name_of(op), ": torch.vmap is not supported; the first dimension of q, k and v is a batch ",
+                "already");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flash_attn, Autograd, m) {
+    m.impl("attn_probs", torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<kUseFunctions>>());
+    for (const char* name : {"bwd", "bwd.out", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<kOnlyOnce>>());
+    }
+}
+
+TORCH_LIBRARY_IMPL(flash_attn, ADInplaceOrView, m) {
+    for (const char* name : {"bwd.out", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_writes>());
+    }
+}
+
+TORCH_LIBRARY_IMPL(flash_attn, FuncTorchBatched, m) {
+    for (const char* name : {"fwd", "bwd", "bwd.out", "attn_probs", "_attention", "_flash_attn_forward",
+                             "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
+    }
+}
+
+}  // namespace flash_attn
