@@ -102,7 +102,9 @@ def extension():
     }
     if reason is not None:
         print(f"flash-attn: building for CPU only: {reason}")
-        cxx_sources = [name for name in sources("cpu/*.cpp", "ops/*.cpp") if Path(name).name != "cuda.cpp"]
+        # The backends on GPUs say that this build does not have them.
+        every = sources("cpu/*.cpp", "ops/*.cpp", "cuda/backends.cpp", "cuda/sm*/backend.cpp")
+        cxx_sources = [name for name in every if Path(name).name != "cuda.cpp"]
         return cpp_extension.CppExtension("flash_attn._C", cxx_sources, extra_compile_args=CXX_FLAGS, **options)
     choice = cuda_choice(home)
     codes = " ".join(cuda_archs.code_names(choice.archs))

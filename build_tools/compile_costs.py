@@ -21,6 +21,7 @@ ALLOWED_GROWTH = 1.25
 # What must not grow by more than that.
 LIMITED = ("kernels", "object_bytes", "peak_bytes", "relative_time")
 CALIBRATION = ROOT / "build_tools" / "calibration.cu"
+CALIBRATIONS = 10  # how often it is compiled
 
 Log = dict[str, Any]
 
@@ -28,8 +29,8 @@ Log = dict[str, Any]
 def calibrations(at_most: int) -> list[Object]:
     """Several of calibration.cu: it does not look at what it is compiled for, so their work is the same."""
     codes = tuple(cuda_archs.code_names(cuda_archs.parse(cuda_archs.DEFAULT)))
-    kinds = [(head_dim, element) for head_dim in cuda_objects.HEAD_DIMS for element in cuda_objects.ELEMENTS]
-    return [Object(CALIBRATION, codes, element, head_dim) for head_dim, element in kinds[:at_most]]
+    count = min(at_most, CALIBRATIONS)
+    return [Object(CALIBRATION, codes, cuda_objects.ELEMENTS[0], number) for number in range(1, count + 1)]
 
 
 def interleaved(objects: Sequence[Object], between: Sequence[Object]) -> list[Object]:

@@ -163,9 +163,20 @@ def code_names(archs: Sequence[Arch]) -> list[str]:
 
 
 def code_for_source(source: Path, archs: Sequence[Arch]) -> list[str]:
-    """What one source file is compiled into. Those in sm90/ need Hopper's own instructions; others serve every GPU."""
+    """What one source file is compiled into.
+
+    A folder smXY holds kernels for compute capability X.Y and later, or, where its machine code has the suffix a, which
+    stands for instructions of its own, for that one alone.
+    """
     names = code_names(archs)
-    return [code for code in names if code == "sm_90a"] if source.parent.name == "sm90" else names
+    folder = re.fullmatch(r"sm(\d+)(\d)", source.parent.name)
+    if folder is None:
+        return names
+    oldest = Arch(int(folder[1]), int(folder[2]))
+    if oldest.machine_code.endswith("a"):
+        return [code for code in names if code == oldest.machine_code]
+    serving = [arch for arch in archs if arch.capability >= oldest.capability]
+    return code_names(serving)
 
 
 def gencode_flags(codes: Iterable[str]) -> list[str]:

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "cuda"
 ELEMENTS = ("bf16", "fp16")
-HEAD_DIMS = (64, 96, 128, 192, 256)
-# For backends.cpp: there are kernels for Hopper to choose.
-HOPPER_MACRO = "FLASH_ATTN_HOPPER"
+# For the backend.cpp of an architecture: what its kernels are compiled into.
+CODE_MACRO = "FLASH_ATTN_BACKEND_CODE"
 
 USUAL_HOME = "/usr/local/cuda"
 PYTHON_VARIABLE = "FLASH_ATTN_BUILD_PYTHON"
@@ -44,9 +43,8 @@ class Object:
 
     source: Path
     codes: tuple[str, ...]  # what nvcc compiles it into: sm_80, ..., compute_80, ...
-    element: str = ""  # empty: the source has no instances
+    element: str = ""  # empty: a source for the host, without instances
     head_dim: int = 0
-    macros: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> str:
@@ -69,28 +67,38 @@ class Object:
 
     def flags(self) -> list[str]:
         """nvcc's arguments that tell this object file from others."""
-        instance = [f"-DFA_ELEMENT={self.element}", f"-DFA_HEAD_DIM={self.head_dim}"] if self.element else []
-        language = ["-x=cu"] if self.source.suffix == ".cpp" else []
-        macros = [f"-D{macro}" for macro in self.macros]
-        return [*language, *macros, *instance, *cuda_archs.gencode_flags(self.codes)]
+        if not self.element:
+            return [f'-D{CODE_MACRO}="{" ".join(self.codes)}"'] if self.source.name == "backend.cpp" else []
+        instance = [f"-DFA_ELEMENT={self.element}", f"-DFA_HEAD_DIM={self.head_dim}"]
+        return [*instance, *cuda_archs.gencode_flags(self.codes)]
 
 
 def cuda_sources(folder: Path = SOURCES) -> list[Path]:
     """The files that instantiate kernels (.cu), and those that choose among them (.cpp)."""
-    return sorted([*folder.glob("**/*.cu"), *folder.glob("*.cpp")])
+    return sorted([*folder.glob("**/*.cu"), *folder.glob("**/*.cpp")])
+
+
+def head_dims(folder: Path) -> tuple[int, ...]:
+    """For which head_dims the kernels in the folder of an architecture are compiled."""
+    code = re.sub("//.*", "", (folder / "head_dims.inl").read_text())
+    return tuple(map(int, re.findall(r"\d+", code)))
+
+
+def all_head_dims() -> list[int]:
+    """Those of every architecture, ascending."""
+    return sorted({head_dim for path in SOURCES.glob("sm*/head_dims.inl") for head_dim in head_dims(path.parent)})
 
 
 def objects(archs: Sequence[cuda_archs.Arch], sources: Sequence[Path] | None = None) -> list[Object]:
     """All object files. A source for which none of the architectures qualifies has none."""
     found = []
-    macros = (HOPPER_MACRO,) if cuda_archs.HOPPER in [arch.capability for arch in archs] else ()
     for source in cuda_sources() if sources is None else sources:
         codes = tuple(cuda_archs.code_for_source(source, archs))
         if source.suffix == ".cpp":
-            # It holds no kernel, but includes headers of kernels, which take nvcc.
-            found.append(Object(source, codes[:1], macros=macros))
+            found.append(Object(source, codes))  # also where there is no code: it says so
         elif codes:
-            found += [Object(source, codes, element, head_dim) for head_dim in HEAD_DIMS for element in ELEMENTS]
+            dims = head_dims(source.parent)
+            found += [Object(source, codes, element, head_dim) for head_dim in dims for element in ELEMENTS]
     return found
 
 

@@ -1,10 +1,12 @@
 // Prints, for the static report, with how many threads and how much shared memory every kernel is launched: one line
 // of JSON per kernel and tile shape. Compiled by g++ against the host models of tests/sim: it needs no CUDA toolkit.
 #include <cstdio>
-#include <cstring>
 #include <typeinfo>
-#include "cuda/sm80/config.h"
-#include "cuda/sm90/config.h"
+#include <utility>
+#include "cuda/sm80/bwd_config.h"
+#include "cuda/sm80/fwd_config.h"
+#include "cuda/sm90/bwd_config.h"
+#include "cuda/sm90/fwd_config.h"
 
 using namespace flash_attn;
 
@@ -23,11 +25,10 @@ template <class Config> constexpr int head_dim_v() {
         return Config::kHeadDim;
 }
 
-// The tile shape as it appears in the names of kernels: the mangled name of the type, without the namespace around it.
+// config: the mangled name of the type; the report looks for the element type and the shape in it.
 template <class Config> void print(const char* kernel, int threads, int smem_bytes, const Pass& pass = {}) {
-    const char* const name = typeid(Config).name() + std::strlen("N10flash_attn");
-    std::printf("{\"kernel\": \"%s\", \"config\": \"%.*s\", \"head_dim\": %d, \"head_dim_v\": %d, ", kernel,
-                int(std::strlen(name)) - 1, name, Config::kHeadDim, head_dim_v<Config>());
+    std::printf("{\"kernel\": \"%s\", \"config\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, ", kernel,
+                typeid(Config).name(), Config::kHeadDim, head_dim_v<Config>());
     std::printf("\"block_m\": %d, \"block_n\": %d, \"threads\": %d, \"smem_bytes\": %d, \"warps\": %d, ",
                 Config::kBlockM, Config::kBlockN, threads, smem_bytes, pass.warps);
     std::printf("\"products\": %d, \"parts\": %d, \"filled_bytes\": %d, ", pass.products, pass.parts,
@@ -46,7 +47,7 @@ template <class Config> void print_probs() {
     print<Config>("attn_probs_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(1));
 }
 template <class Config> void print_bwd() {
-    print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
+    print<Config>("bwd_preprocess", Config::kPreprocessThreads, sizeof(typename Config::PreprocessSmem));
     print<Config>("bwd_sm80", Config::kThreads, Config::kSmemBytes, pass_sm80<Config>(5, Config::kDqParts));
     print<Config>("bwd_postprocess", Config::kThreads, 0);
 }
@@ -62,40 +63,27 @@ template <class Config> void print_bwd_sm90() {
     constexpr int kFilled = 2 * (Config::TileQ::kBytes + Config::kRowBytes);
     // By TMA. Where consumers own columns they add to dQ themselves.
     constexpr int kReduced = Config::kOwnsColumns ? 0 : Config::kDqTileElements * 4;
-    print<Config>("bwd_preprocess", Config::kPreprocessThreads, Config::kPreprocessSmemBytes);
+    print<Config>("bwd_preprocess", Config::kPreprocessThreads, sizeof(typename Config::PreprocessSmem));
     print<Config>("bwd_sm90", Config::kThreads, Config::kSmemBytes,
                   {4 * Config::kConsumers, kProducts, 1, kFilled, kReduced, !Config::kOwnsColumns});
     print<Config>("bwd_postprocess", Config::kPostprocessThreads, 0);
 }
 
-template <class Tiles> void print_fwd_tiles_sm90() {
-    print_fwd_sm90<typename Tiles::Plain>();
-    print_fwd_sm90<typename Tiles::Short>();
-    print_fwd_sm90<typename Tiles::Modified>();
-}
-
-template <class Element, int kHeadDim> void print_head_dim() {
-    using Fwd = FwdTilesSm80<Element, kHeadDim>;
-    using Bwd = BwdTilesSm80<Element, kHeadDim>;
-    print_fwd<typename Fwd::Small>();
-    print_fwd<typename Fwd::Large>();
-    print_fwd<typename Fwd::LargeModified>();
-    print_bwd<typename Bwd::Small>();
-    print_bwd<typename Bwd::Large>();
-    print_bwd<typename Bwd::LargeModified>();
-    print_probs<typename Fwd::Small>();
-    print_fwd_tiles_sm90<FwdTilesSm90<Element, kHeadDim, kHeadDim>>();
-    if constexpr (kHeadDim == 192) print_fwd_tiles_sm90<FwdTilesSm90<Element, 192, 128>>();
-    print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Plain>();
-    print_bwd_sm90<typename BwdTilesSm90<Element, kHeadDim>::Modified>();
+// f.template operator()<i>() for every row of a table.
+template <class Shape, size_t kRows, class F> void for_each_row(const Shape (&)[kRows], F f) {
+    [&]<size_t... i>(std::index_sequence<i...>) {
+        (f.template operator()<i>(), ...);
+    }(std::make_index_sequence<kRows>());
 }
 
 template <class Element> void print_element() {
-    print_head_dim<Element, 64>();
-    print_head_dim<Element, 96>();
-    print_head_dim<Element, 128>();
-    print_head_dim<Element, 192>();
-    print_head_dim<Element, 256>();
+    for_each_row(kFwdShapesSm80, []<size_t i>() {
+        print_fwd<FwdConfigSm80<Element, kFwdShapesSm80[i]>>();
+        if (!kFwdShapesSm80[i].large_smem) print_probs<FwdConfigSm80<Element, kFwdShapesSm80[i]>>();
+    });
+    for_each_row(kBwdShapesSm80, []<size_t i>() { print_bwd<BwdConfigSm80<Element, kBwdShapesSm80[i]>>(); });
+    for_each_row(kFwdShapesSm90, []<size_t i>() { print_fwd_sm90<FwdConfigSm90<Element, kFwdShapesSm90[i]>>(); });
+    for_each_row(kBwdShapesSm90, []<size_t i>() { print_bwd_sm90<BwdConfigSm90<Element, kBwdShapesSm90[i]>>(); });
 }
 
 int main() {

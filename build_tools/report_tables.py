@@ -216,9 +216,7 @@ def hopper_table(loops: Sequence[dict[str, Any]]) -> str:
 
 def overlap_table(overlaps: Sequence[tuple[Kernel, float]]) -> str:
     """One row per kernel and shape of tiles."""
-    variants = [
-        f"{mask} {scores}" for scores in ("PlainScore", "ModifiedScore") for mask in ("FullMask", "WindowMask")
-    ]
+    variants = [f"{mask} {scores}" for scores in ("PlainScore", "ModifiedScore") for mask in ("FullMask", "WindowMask")]
     least: dict[str, dict[str, float]] = {}
     for kernel, share in overlaps:
         row = least.setdefault(title(kernel), {})

@@ -136,8 +136,8 @@ def code_fingerprint(*more: str, paths: Iterable[Path] = ()) -> str:
     """
     kernels = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     rest = [*ROOT.glob("build_tools/cuda_*.py"), *(ROOT / "flash_attn").rglob("*.py"), ROOT / "setup.py"]
-    generic = os.environ.get("FLASH_ATTN_GENERIC_KERNELS", "")
-    return fingerprint_of([*kernels, *rest, *paths], generic, *more)
+    backend = os.environ.get("FLASH_ATTN_BACKEND", "")
+    return fingerprint_of([*kernels, *rest, *paths], backend, *more)
 
 
 class Clock:

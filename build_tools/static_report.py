@@ -33,6 +33,7 @@ from build_tools import (
     cost_model,
     cuda_archs,
     cuda_objects,
+    mangled,
     measured,
     report_tables,
     sass,
@@ -53,7 +54,6 @@ ENTRY = re.compile(
 )
 # What share of a loop's exponentials is computed while a product of wgmma is under way.
 LEAST_OVERLAP = 0.7
-POLICY = re.compile(r"NS_\d+([A-Z][A-Za-z]*(?:Mask|Score))(?:E|If)")
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,9 @@ def launches(folder: Path) -> list[Launch]:
 
 def launch_of(symbol: str, known: list[Launch]) -> Launch:
     """The launch that a kernel's mangled name belongs to."""
+    config = mangled.config_of(symbol)
     for each in known:
-        if f"{len(each.kernel)}{each.kernel}I" in symbol and each.config in symbol:
+        if f"{len(each.kernel)}{each.kernel}I" in symbol and mangled.config_of(each.config) == config:
             return each
     raise ToolError(f"build_tools/launches.cpp does not print how {symbol} is launched")
 
@@ -167,7 +168,7 @@ def kernels_of(built: cuda_objects.Object, output: str, known: list[Launch]) -> 
                 launch.head_dim_v,
                 launch.block_m,
                 launch.block_n,
-                " ".join(POLICY.findall(match["name"])),
+                mangled.variant_of(match["name"]),
                 match["architecture"],
                 launch.threads,
                 launch.smem_bytes,

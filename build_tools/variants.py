@@ -26,7 +26,8 @@ from build_tools.cuda_objects import ROOT, ToolError
 
 FOLDER = ROOT / "build" / "variants"
 HEAD_DIMS = (64, 128, 256)
-OPS = ("schema", "cuda", "problem", "validate", "validate_values")
+OPS = ("schema", "cuda", "prepare", "validate", "validate_values")
+CODE = "sm_90a"
 HOST_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp"]
 
 
@@ -42,10 +43,10 @@ def check_out(revision: str, folder: Path) -> Path:
 def kernel_commands(nvcc: str, csrc: Path, folder: Path) -> list[list[str]]:
     """One compilation for every object file of the kernels."""
     flags = [flag for flag in cuda_objects.common_flags(nvcc) if not flag.startswith("-I")]
-    codes = cuda_archs.gencode_flags(("sm_90a",))
+    codes = cuda_archs.gencode_flags((CODE,))
     return [
         [nvcc, *flags, f"-I{csrc}", "-DFA_ELEMENT=bf16", f"-DFA_HEAD_DIM={head_dim}", *codes]
-        + ["-c", str(csrc / "launch" / f"{kernel}_sm90.cu"), "-o", str(folder / f"{kernel}_{head_dim}.o")]
+        + ["-c", str(csrc / "cuda" / "sm90" / f"{kernel}.cu"), "-o", str(folder / f"{kernel}_{head_dim}.o")]
         for kernel in ("bwd", "fwd")
         for head_dim in HEAD_DIMS
     ]
@@ -59,7 +60,7 @@ def host_commands(home: Path, csrc: Path, folder: Path, name: str) -> list[list[
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     paths = [*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include"), home / "include"]
     includes = [f"-I{csrc}", *(f"-I{path}" for path in paths)]
-    macros = ["-DTORCH_EXTENSION_NAME=_C", '-DFLASH_ATTN_CUDA_VERSION="?"', '-DFLASH_ATTN_CUDA_TARGETS="sm_90a"']
+    macros = ["-DTORCH_EXTENSION_NAME=_C", '-DFLASH_ATTN_CUDA_VERSION="?"', f'-DFLASH_ATTN_CUDA_TARGETS="{CODE}"']
     commands = []
     for each in OPS:
         text = (csrc / "ops" / f"{each}.cpp").read_text()
@@ -70,18 +71,25 @@ def host_commands(home: Path, csrc: Path, folder: Path, name: str) -> list[list[
         commands.append(
             [*compiler, *HOST_FLAGS, *macros, *includes, "-c", str(source), "-o", str(folder / f"{each}.o")]
         )
-    # What this build leaves out says so when it is called.
-    for source in (csrc / "launch" / "run.cpp", ROOT / "tests" / "sim" / "runner" / "missing.cpp"):
-        target = ["-c", str(source), "-o", str(folder / f"{source.stem}.o")]
-        commands.append([*compiler, *HOST_FLAGS, f"-D{cuda_objects.HOPPER_MACRO}", *includes, *target])
+    # What this build leaves out says so when it is called: sm80 as a whole, of sm90 some instances.
+    hopper = [f'-D{cuda_objects.CODE_MACRO}="{CODE}"', "-DFA_ARCH=90", '-DFA_HEAD_DIMS="cuda/sm90/head_dims.inl"']
+    sources = {
+        "backends": (csrc / "cuda" / "backends.cpp", []),
+        "backend_sm80": (csrc / "cuda" / "sm80" / "backend.cpp", []),
+        "backend_sm90": (csrc / "cuda" / "sm90" / "backend.cpp", hopper),
+        "missing": (ROOT / "tests" / "sim" / "runner" / "missing.cpp", hopper),
+    }
+    for each, (source, own) in sources.items():
+        target = ["-c", str(source), "-o", str(folder / f"{each}.o")]
+        commands.append([*compiler, *HOST_FLAGS, *own, *includes, *target])
     return commands
 
 
 def link_command(home: Path, folder: Path, library: Path) -> list[str]:
-    """The library. missing.o comes last: what stands before it is preferred."""
+    """The library."""
     from torch.utils import cpp_extension
 
-    objects = sorted(folder.glob("*.o"), key=lambda path: path.stem == "missing")
+    objects = sorted(folder.glob("*.o"))
     paths = [*cpp_extension.library_paths(), home / "lib64"]
     names = ("c10", "torch", "torch_cpu", "c10_cuda", "torch_cuda", "cudart")
     compiler = shlex.split(os.environ.get("CXX") or "g++")

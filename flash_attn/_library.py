@@ -66,10 +66,13 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         torch_version, cuda_version (None: no CUDA kernels), cpu_instruction_set, max_head_dim; cuda_archs, the code
-        that there is for GPUs; hopper_kernels, whether there are kernels for Hopper, on which forward and backward
-        run where the GPU has compute capability 9.0. Pages of keys (block_table) run on the generic kernels there too,
-        and so do tensors that TMA cannot read or write: their rows must be apart, and start at multiples of 16 bytes,
-        which they do not where they are contiguous and head_dim is no multiple of 8.
+        that there is for GPUs; backends, best first, each a dict with its name and what it was built_for, an empty
+        list where it is not in this build; hopper_kernels, whether sm90 is.
+
+        A call runs on the best backend that can, or, with the environment variable FLASH_ATTN_BACKEND, on the one of
+        that name. sm90 takes GPUs of compute capability 9.0, but no pages of keys (block_table), nor tensors that TMA
+        cannot read or write: their rows must be apart, and start at multiples of 16 bytes, which they do not where they
+        are contiguous and head_dim is no multiple of 8. sm80 takes all of them, on 8.0 and later.
 
     Raises:
         RuntimeError: the extension is not available.

@@ -17,42 +17,52 @@ from build_tools.cuda_archs import Arch, parse
 ROOT = Path(__file__).resolve().parent.parent
 
 
+KERNELS = cuda_objects.SOURCES
+SOURCES = [KERNELS / "sm80" / "fwd.cu", KERNELS / "sm90" / "fwd.cu", KERNELS / "backends.cpp"]
+BACKENDS = [KERNELS / "sm80" / "backend.cpp", KERNELS / "sm90" / "backend.cpp"]
+
+
 def test_object_files():
-    sources = [Path("sm80/fwd.cu"), Path("sm90/fwd.cu"), Path("backends.cpp")]
-    found = cuda_objects.objects(parse("8.0;9.0a"), sources)
+    found = cuda_objects.objects(parse("8.0;9.0a"), SOURCES)
     assert len({each.name for each in found}) == len(found) == 2 * 2 * 5 + 1
-    assert {each.codes for each in found if each.source == sources[0]} == {("sm_80", "sm_90a")}
-    assert {each.codes for each in found if each.source == sources[1]} == {("sm_90a",)}
+    assert {each.codes for each in found if each.source == SOURCES[0]} == {("sm_80", "sm_90a")}
+    assert {each.codes for each in found if each.source == SOURCES[1]} == {("sm_90a",)}
     flags = next(each for each in found if each.name == "fwd_sm90_fp16_128").flags()
     assert {"-DFA_ELEMENT=fp16", "-DFA_HEAD_DIM=128", "-gencode=arch=compute_90a,code=sm_90a"} <= set(flags)
-    assert {each.source for each in cuda_objects.objects((Arch(8, 0),), sources)} == {sources[0], sources[2]}
+    assert next(each for each in found if each.name == "backends").flags() == []
+    assert {each.source for each in cuda_objects.objects((Arch(8, 0),), SOURCES)} == {SOURCES[0], SOURCES[2]}
+
+
+def test_each_architecture_has_its_list_of_head_dims(tmp_path):
+    folder = tmp_path / "sm89"
+    folder.mkdir()
+    (folder / "head_dims.inl").write_text("// For 8.9.\n64,\n96 // not 128\n")
+    assert cuda_objects.head_dims(folder) == (64, 96)
+    found = cuda_objects.objects(parse("8.0+PTX;8.9;12.0+PTX"), [folder / "fwd.cu"])
+    assert {each.head_dim for each in found} == {64, 96}
+    assert {each.codes for each in found} == {("sm_89", "sm_120", "compute_120")}
 
 
 @pytest.mark.parametrize(
-    ("archs", "macro", "code"),
+    ("archs", "generic", "hopper"),
     [
-        ("8.0", [], 80),
-        ("8.0+PTX", [], 80),
-        ("8.6;12.0", [], 86),
-        ("8.0;9.0a", ["-DFLASH_ATTN_HOPPER"], 80),
-        ("9.0", ["-DFLASH_ATTN_HOPPER"], "90a"),
-        (cuda_archs.DEFAULT, ["-DFLASH_ATTN_HOPPER"], 80),
+        ("8.0", "sm_80", ""),
+        ("8.6;12.0+PTX", "sm_86 sm_120 compute_120", ""),
+        ("9.0", "sm_90a", "sm_90a"),
+        (cuda_archs.DEFAULT, "sm_80 sm_90a compute_80", "sm_90a"),
     ],
 )
-def test_kernels_for_hopper_are_chosen_where_there_are_any(archs, macro, code, tmp_path):
-    sources = [Path("sm80/fwd.cu"), Path("sm90/fwd.cu"), Path("backends.cpp")]
-    found = cuda_objects.objects(parse(archs), sources)
-    (chooser,) = (each for each in found if each.source == sources[2])
-    flags = ["-x=cu", *macro, f"-gencode=arch=compute_{code},code=sm_{code}"]
-    assert (chooser.name, chooser.flags()) == ("backends", flags)
-    assert {each.macros for each in found if each is not chooser} == {()}
-    assert bool(macro) == any(each.source == sources[1] for each in found)
+def test_a_backend_is_told_what_its_kernels_are_compiled_into(archs, generic, hopper, tmp_path):
+    """Nothing, if they are left out: then it must not ask for them."""
+    found = cuda_objects.objects(parse(archs), [*SOURCES, *BACKENDS])
+    flags = {each.name: each.flags() for each in found if not each.element}
+    assert flags["backend_sm80"] == [f'-DFLASH_ATTN_BACKEND_CODE="{generic}"']
+    assert flags["backend_sm90"] == [f'-DFLASH_ATTN_BACKEND_CODE="{hopper}"']
+    assert bool(hopper) == any(each.kernel == "fwd_sm90" for each in found)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(FAKE_NVCC)
     nvcc.chmod(0o755)
-    text = cuda_objects.ninja_text(str(nvcc), found, tmp_path)
-    assert text.count("FLASH_ATTN_HOPPER") == len(macro)
-    assert ("fwd_sm90" in text) == bool(macro)
+    assert f"""'-DFLASH_ATTN_BACKEND_CODE="{generic}"'""" in cuda_objects.ninja_text(str(nvcc), found, tmp_path)
 
 
 def test_every_cuda_source_of_the_tree_is_built():
@@ -103,6 +113,7 @@ class Toolkit:
         nvcc.chmod(0o755)
         for name in ("one_sm80.cu", "two_sm80.cu", "common.h"):
             (self.sources / name).write_text("text")
+        (self.sources / "head_dims.inl").write_text("64, 96")
 
     def build(self, archs="8.0"):
         """What the compiler was run for."""

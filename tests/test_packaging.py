@@ -60,14 +60,19 @@ def test_metadata_says_what_it_is():
 def test_build_info():
     info = flash_attn.build_info()
     always = {"torch_version", "cuda_version", "cpu_instruction_set", "cuda_archs", "max_head_dim"}
-    assert set(info) == always | {"hopper_kernels"}
+    assert set(info) == always | {"hopper_kernels", "backends"}
     assert info["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["cuda_version"] is None or re.fullmatch(r"\d+\.\d+", info["cuda_version"])
     assert isinstance(info["cpu_instruction_set"], str)
     assert info["cpu_instruction_set"]
     assert isinstance(info["cuda_archs"], list)
     assert bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
-    assert info["hopper_kernels"] is ("sm_90a" in info["cuda_archs"])
+    built_for = {backend["name"]: backend["built_for"] for backend in info["backends"]}
+    assert list(built_for) == ["sm90", "sm80", "cpu"]
+    assert built_for["cpu"] == [info["cpu_instruction_set"]]
+    assert built_for["sm80"] == info["cuda_archs"]
+    assert built_for["sm90"] == [code for code in info["cuda_archs"] if code == "sm_90a"]
+    assert info["hopper_kernels"] is bool(built_for["sm90"])
     assert info["max_head_dim"] == 512
 
 

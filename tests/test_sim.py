@@ -79,7 +79,7 @@ def test_lines_that_are_not_understood(run_case, line):
 def test_head_dims_that_no_kernel_takes_are_refused(run_case):
     code, output = run_case("seqlens_q=3 seqlens_k=4 head_dim=257")
     assert code == 1
-    assert "head_dim is too large" in output
+    assert "head_dim is 257, more than 256" in output
 
 
 def test_a_replayed_case_prints_its_errors(run_case):

@@ -142,5 +142,5 @@ def test_sources_and_choice_of_kernels_make_the_fingerprint(tmp_path, monkeypatc
     path = tmp_path / "test.py"
     path.write_text("assert True")
     assert shards.code_fingerprint("torch 2.11", paths=[path]) != one
-    monkeypatch.setenv("FLASH_ATTN_GENERIC_KERNELS", "1")
+    monkeypatch.setenv("FLASH_ATTN_BACKEND", "sm80")
     assert shards.code_fingerprint("torch 2.11") != one

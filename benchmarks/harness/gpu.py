@@ -131,12 +131,12 @@ class _Generic(Implementation):
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        """What csrc/ops/cuda.cpp asks for at every call."""
-        os.environ["FLASH_ATTN_GENERIC_KERNELS"] = "1"
+        """What csrc/ops/asked_backend.h asks for at every call."""
+        os.environ["FLASH_ATTN_BACKEND"] = "sm80"
         try:
             yield
         finally:
-            del os.environ["FLASH_ATTN_GENERIC_KERNELS"]
+            del os.environ["FLASH_ATTN_BACKEND"]
 
 
 def variants(case: Case, ours: Implementation) -> list[Implementation]:
@@ -152,7 +152,7 @@ def variants(case: Case, ours: Implementation) -> list[Implementation]:
 def runs_on_hopper() -> bool:
     """Whether the kernels for Hopper run, and not the generic ones."""
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    return is_hopper and build_info()["hopper_kernels"] and "FLASH_ATTN_GENERIC_KERNELS" not in os.environ
+    return is_hopper and build_info()["hopper_kernels"] and (os.environ.get("FLASH_ATTN_BACKEND") or "sm90") == "sm90"
 
 
 def kernels(device: str) -> str:

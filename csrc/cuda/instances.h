@@ -1,8 +1,12 @@
-// What the .cu files of this folder define, each compiled once for every element type and head_dim. Smaller head_dims
-// run in the next one, with columns of zeros.
+// What the .cu files of an architecture's folder define, each compiled once for every element type and head_dim, and
+// how its backend finds them. Smaller head_dims run in the next one, with columns of zeros.
 #pragma once
 #include <cstdint>
-#include "cuda/api.h"
+#include <iterator>
+#include <type_traits>
+#include <utility>
+#include "cuda/backend.h"
+#include "policy/host_device.h"
 
 namespace flash_attn {
 
@@ -12,15 +16,71 @@ struct fp16;
 namespace cuda {
 
 template <class T> struct Type { using type = T; };
+template <int kHeadDim> using HeadDim = std::integral_constant<int, kHeadDim>;
 
-template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams& params, const Device& device);
-template <class Element, int kHeadDim>
-const char* run_fwd_sm90(const FwdParams& params, void* workspace, const Device& device);
-template <class Element, int kHeadDim>
-const char* run_bwd_sm80(const BwdParams& params, void* workspace, const Device& device);
-template <class Element, int kHeadDim>
-const char* run_bwd_sm90(const BwdParams& params, void* workspace, const Device& device);
-template <class Element, int kHeadDim> const char* run_attn_probs_sm80(const ProbsParams& params, const Device& device);
+template <int kArch, class Element, int kHeadDim>
+const char* fwd_instance(const FwdParams& params, void* workspace, const Device& device);
+template <int kArch, class Element, int kHeadDim>
+const char* bwd_instance(const BwdParams& params, void* workspace, const Device& device);
+template <int kArch, class Element, int kHeadDim>
+const char* attn_probs_instance(const ProbsParams& params, void* workspace, const Device& device);
+
+// The first head_dim of an ascending list that is large enough; 0: none is.
+template <size_t kCount> constexpr int instance_head_dim(const Problem& p, const int (&head_dims)[kCount]) {
+    for (const int head_dim : head_dims)
+        if (max(p.head_dim, p.head_dim_v) <= head_dim) return head_dim;
+    return 0;
+}
+
+// Why there is no instance for a problem; empty if there is one.
+template <size_t kCount> std::string why_no_instance(const Problem& p, const int (&head_dims)[kCount]) {
+    if (p.type != ElementType::kBFloat16 && p.type != ElementType::kFloat16)
+        return "elements are neither bfloat16 nor float16";
+    if (instance_head_dim(p, head_dims) == 0)
+        return "head_dim is " + std::to_string(max(p.head_dim, p.head_dim_v)) + ", more than " +
+               std::to_string(head_dims[kCount - 1]);
+    return "";
+}
+
+// f(Type<Element>, HeadDim<d>) for a problem that has an instance.
+template <const auto& kHeadDims, class F> const char* with_instance(const Problem& p, F f) {
+    const int needed = instance_head_dim(p, kHeadDims);
+    const auto with_head_dim = [&](auto head_dim) {
+        return p.type == ElementType::kBFloat16 ? f(Type<bf16>(), head_dim) : f(Type<fp16>(), head_dim);
+    };
+    return [&]<size_t... i>(std::index_sequence<i...>) {
+        const char* result = "there are no kernels for this head_dim";
+        static_cast<void>(((kHeadDims[i] == needed && (result = with_head_dim(HeadDim<kHeadDims[i]>()), true)) || ...));
+        return result;
+    }(std::make_index_sequence<std::size(kHeadDims)>());
+}
+
+// The passes of a backend, by its instances. Those that a build leaves out are not asked for.
+template <int kArch, const auto& kHeadDims, bool kIsBuilt> struct Instances {
+    static const char* fwd(const FwdParams& params, void* workspace, const Device& device) {
+        return run(params.problem, [&](auto type, auto head_dim) {
+            return fwd_instance<kArch, typename decltype(type)::type, head_dim.value>(params, workspace, device);
+        });
+    }
+    static const char* bwd(const BwdParams& params, void* workspace, const Device& device) {
+        return run(params.problem, [&](auto type, auto head_dim) {
+            return bwd_instance<kArch, typename decltype(type)::type, head_dim.value>(params, workspace, device);
+        });
+    }
+    static const char* attn_probs(const ProbsParams& params, void* workspace, const Device& device) {
+        return run(params.problem, [&](auto type, auto head_dim) {
+            return attn_probs_instance<kArch, typename decltype(type)::type, head_dim.value>(params, workspace, device);
+        });
+    }
+
+private:
+    template <class F> static const char* run(const Problem& p, F f) {
+        if constexpr (kIsBuilt)
+            return with_instance<kHeadDims>(p, f);
+        else
+            return "these kernels are not in this build";
+    }
+};
 
 }  // namespace cuda
 }  // namespace flash_attn

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string_view>
 #include "cuda/api.h"
+#include "ops/asked_backend.h"
 #include "ops/cuda_targets.h"
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
@@ -70,13 +71,6 @@ bool is_set(const char* variable) {
     return value && *value && std::string_view(value) != "0";
 }
 
-// FLASH_ATTN_GENERIC_KERNELS=1: every GPU is taken for one of the first generation that the kernels run on, so that the
-// generic kernels can be compared with those for newer ones. Asked at every call.
-int used_compute_capability(const DeviceInfo& info) {
-    constexpr int kOldest = 80;
-    return is_set("FLASH_ATTN_GENERIC_KERNELS") ? kOldest : info.compute_capability;
-}
-
 // Makes the device of q the current one, for as long as this lives, and names its current stream.
 class DeviceScope {
 public:
@@ -86,8 +80,12 @@ public:
         // The guard asks the runtime, which says 0 also in a thread that has no context yet, such as one of autograd's:
         // the runtime makes one when it needs it, the driver, which makes tensor maps, does not. This does.
         C10_CUDA_CHECK(cudaSetDevice(args.q.device().index()));
-        device_ = {used_compute_capability(info), info.smem_per_block, info.multiprocessors, info.l2_bytes,
-                   c10::cuda::getCurrentCUDAStream().stream()};
+        device_ = {info.compute_capability,
+                   info.smem_per_block,
+                   info.multiprocessors,
+                   info.l2_bytes,
+                   c10::cuda::getCurrentCUDAStream().stream(),
+                   asked_backend()};
     }
     const cuda::Device& operator*() const { return device_; }
 

@@ -31,14 +31,6 @@ inline bool runs_on(std::string_view target, int compute_capability) {
     return compute_capability >= version && (is_intermediate || compute_capability / 10 == version / 10);
 }
 
-// Whether a build has the kernels for Hopper, compute capability 9.0: they exist as its machine code only.
-inline bool has_hopper_kernels(std::string_view targets) {
-    for (const std::string& target : split_targets(targets)) {
-        if (target == "sm_90a") return true;
-    }
-    return false;
-}
-
 inline std::string version_text(int compute_capability) {
     return std::to_string(compute_capability / 10) + '.' + std::to_string(compute_capability % 10);
 }

@@ -3,27 +3,52 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 #include "cpu/backend.h"
+#include "ops/asked_backend.h"
 #include "ops/cuda_targets.h"
 #include "ops/eager_call.h"
 #include "ops/prepare.h"
 
 namespace flash_attn {
 
+pybind11::list as_list(const std::vector<std::string>& texts) {
+    pybind11::list list;
+    for (const std::string& text : texts) list.append(text);
+    return list;
+}
+
+// Best first, each with what it was built for: nothing if it is not in this build.
+pybind11::list backends() {
+    pybind11::list list;
+    const auto add = [&](const char* name, const std::vector<std::string>& built_for) {
+        pybind11::dict backend;
+        backend["name"] = name;
+        backend["built_for"] = as_list(built_for);
+        list.append(backend);
+    };
+    for (const cuda::BackendInfo& each : cuda::backends()) add(each.name, split_targets(each.code));
+    add(kCpuBackend, {cpu::instruction_set()});
+    return list;
+}
+
+bool has_hopper_kernels() {
+    for (const cuda::BackendInfo& each : cuda::backends())
+        if (each.name == std::string_view("sm90") && *each.code) return true;
+    return false;
+}
+
 pybind11::dict build_info() {
     pybind11::dict info;
-    pybind11::list cuda_archs;
-    bool hopper_kernels = false;
     info["torch_version"] = TORCH_VERSION;
 #ifdef FLASH_ATTN_CUDA_VERSION
     info["cuda_version"] = FLASH_ATTN_CUDA_VERSION;
-    for (const std::string& target : split_targets(FLASH_ATTN_CUDA_TARGETS)) cuda_archs.append(target);
-    hopper_kernels = has_hopper_kernels(FLASH_ATTN_CUDA_TARGETS);
+    info["cuda_archs"] = as_list(split_targets(FLASH_ATTN_CUDA_TARGETS));
 #else
     info["cuda_version"] = pybind11::none();
+    info["cuda_archs"] = pybind11::list();
 #endif
     info["cpu_instruction_set"] = cpu::instruction_set();
-    info["cuda_archs"] = cuda_archs;
-    info["hopper_kernels"] = hopper_kernels;
+    info["backends"] = backends();
+    info["hopper_kernels"] = has_hopper_kernels();
     info["max_head_dim"] = kMaxHeadDim;
     return info;
 }

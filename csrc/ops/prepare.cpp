@@ -1,6 +1,7 @@
 // Views of tensors, and the sizes of results.
 #include "ops/prepare.h"
 #include <cmath>
+#include "ops/asked_backend.h"
 #include "policy/host_device.h"
 #include "policy/scalars.h"
 
@@ -65,6 +66,7 @@ DropoutParams PreparedProblem::dropout_of(const ProblemArgs& args) {
 }
 
 PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const Tensor&)) {
+    check_asked_backend(args.q.device());
     const bool packed = args.packed(), paged = args.block_table.has_value();
     q_ = readable(args.q);
     k_ = readable(args.k);

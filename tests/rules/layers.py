@@ -8,20 +8,22 @@ from .source import Findings, Source
 # Parts of csrc by the beginnings of their paths; a file belongs to the longest that fits.
 POLICY = ("policy/host_device.h", "problem.h", "policy/")
 TILES = ("policy/host_device.h", "cuda/ptx/", "cuda/tile/")
-ATTENTION = (*POLICY, *TILES, "cuda/api.h", "cuda/instances.h", "cuda/launch.h", "cuda/attention/")
+BACKEND = ("problem.h", "cuda/api.h", "cuda/backend.h")
+SHARED = ("cuda/instances.h", "cuda/shape_table.h", "cuda/launch.h", "cuda/attention/")
+ARCHITECTURE = (*POLICY, *TILES, *BACKEND, *SHARED)
 MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "policy/host_device.h": (),
     "problem.h": (),
     "policy/": POLICY,
     "cuda/api.h": ("problem.h",),  # all that ops/ sees of the kernels
-    "cuda/instances.h": ("cuda/api.h",),
+    "cuda/backend.h": BACKEND,
+    "cuda/backends.cpp": BACKEND,
+    "cuda/instances.h": (*BACKEND, "policy/host_device.h"),
+    "cuda/shape_table.h": (),
     "cuda/launch.h": ("cuda/api.h",),
     "cuda/ptx/": ("policy/host_device.h",),
     "cuda/tile/": TILES,
-    "cuda/attention/": ATTENTION,
-    "cuda/sm80/": ATTENTION,
-    "cuda/sm90/": ATTENTION,
-    "cuda/backends.cpp": (*ATTENTION, "cuda/sm80/", "cuda/sm90/"),
+    "cuda/attention/": ARCHITECTURE,
     "cpu/backend.h": ("problem.h",),  # all that ops/ sees of the CPU backend
     "cpu/": (*POLICY, "cpu/backend.h"),
     "ops/": (*POLICY, "cuda/api.h", "cpu/backend.h"),
@@ -30,7 +32,14 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
 
 def layer_of(path: str) -> str | None:
     """The part that a path from the root of csrc belongs to, None if the table has none."""
+    if folder := re.match(r"cuda/sm\d+/", path):
+        return folder[0]
     return max((part for part in MAY_INCLUDE if path.startswith(part)), key=len, default=None)
+
+
+def may_include(layer: str) -> tuple[str, ...]:
+    """What a part may include beside itself. Folders of architectures do not know each other."""
+    return MAY_INCLUDE.get(layer, ARCHITECTURE)
 
 
 def includes_to_the_right(source: Source) -> Findings:
@@ -40,7 +49,7 @@ def includes_to_the_right(source: Source) -> Findings:
         return
     for number, included in quoted_includes(source):
         target = layer_of(included)
-        if target is not None and target not in (layer, *MAY_INCLUDE[layer]):
+        if target is not None and target not in (layer, *may_include(layer)):
             yield number, f'{layer} includes "{included}"'
 
 

@@ -7,15 +7,19 @@
 #   make -f tests/sim/Makefile debugger    run_case for a debugger: gdb --args build/sim/debug/run_case 'line of a case'
 SIM_JOBS ?= $(shell nproc)
 
-SIM_KERNELS := sm80/fwd sm80/bwd sm80/attn_probs sm90/fwd sm90/bwd
-SIM_HEAD_DIMS := 64 96 128 192 256
+# The folders of architectures, and the head_dims of each: sm80.64 and so on.
+SIM_ARCHS := $(patsubst csrc/cuda/%/backend.cpp,%,$(wildcard csrc/cuda/sm*/backend.cpp))
+sim_head_dims = $(shell sed 's|//.*||' csrc/cuda/$(1)/head_dims.inl | tr -c '0-9' ' ')
+SIM_KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/sm*/*.cu))
+SIM_BACKENDS := backends $(SIM_ARCHS:%=%/backend)
 SIM_RUNNER := case check_nonfinite check_other check_reference compare inputs io main reference run simulator tensors
 
-# Element type and head_dim of the kernels that each flavour has.
-plain_INSTANCES := $(foreach element,bf16 fp16,$(SIM_HEAD_DIMS:%=$(element).%))
-debug_INSTANCES := $(plain_INSTANCES)
-tsan_INSTANCES  := $(SIM_HEAD_DIMS:%=bf16.%)
-asan_INSTANCES  := bf16.64 bf16.96 bf16.256
+# Element type and head_dim of the kernels that each flavour has: those of a kernel of an architecture, as $(1).
+sim_instances = $(foreach element,$(2),$(patsubst %,$(element).%,$(call sim_head_dims,$(patsubst %/,%,$(dir $(1))))))
+plain_INSTANCES = $(call sim_instances,$(1),bf16 fp16)
+debug_INSTANCES = $(plain_INSTANCES)
+tsan_INSTANCES  = $(call sim_instances,$(1),bf16)
+asan_INSTANCES  = $(filter bf16.64 bf16.96 bf16.256,$(tsan_INSTANCES))
 
 # There are many of them, and at -O1 they run as fast as at -O2: the time is spent in the models. Reports need the line
 # numbers of -g1 only.
@@ -30,19 +34,20 @@ tsan_RUNNER  := plain
 asan_RUNNER  := plain
 debug_RUNNER := debug
 
-# Missing instances last: the linker takes a symbol from where it comes first.
+# What a flavour leaves out is missing.o's, whose symbols are weak.
 define sim_run_case
 SIM_KERNEL_OBJECTS_$(1) := $$(foreach kernel,$$(SIM_KERNELS),\
-    $$(patsubst %,$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o,$$($(1)_INSTANCES)))
+    $$(patsubst %,$$(SIM_BUILD)/$(1)/kernels/$$(kernel).%.o,$$(call $(1)_INSTANCES,$$(kernel))))
+SIM_BACKEND_OBJECTS_$(1) := $$(SIM_BACKENDS:%=$$(SIM_BUILD)/$(1)/kernels/%.o)
 SIM_RUNNER_OBJECTS_$(1) := $$(SIM_RUNNER:%=$$(SIM_BUILD)/$$($(1)_RUNNER)/runner/%.o)
 
-$$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BUILD)/$(1)/kernels/backends.o \
-    $$(SIM_MODEL_OBJECTS_$(1)) $$(SIM_BUILD)/plain/runner/missing.o
+$$(SIM_BUILD)/$(1)/run_case: $$(SIM_RUNNER_OBJECTS_$(1)) $$(SIM_KERNEL_OBJECTS_$(1)) $$(SIM_BACKEND_OBJECTS_$(1)) \
+    $$(SIM_MODEL_OBJECTS_$(1)) $$(SIM_ARCHS:%=$$(SIM_BUILD)/plain/runner/missing.%.o)
 	$$(CXX) $$($(1)_LINK) $$(SIM_LDFLAGS) $$^ -o $$@
 
-$$(SIM_BUILD)/$(1)/kernels/backends.o: csrc/cuda/backends.cpp tests/sim/Makefile
+$$(SIM_BACKEND_OBJECTS_$(1)): $$(SIM_BUILD)/$(1)/kernels/%.o: csrc/cuda/%.cpp tests/sim/Makefile
 	@mkdir -p $$(@D)
-	$$(CXX) $$(SIM_CXXFLAGS) -DFLASH_ATTN_HOPPER $$($(1)_KERNEL) -MMD -MP -c $$< -o $$@
+	$$(CXX) $$(SIM_CXXFLAGS) -DFLASH_ATTN_BACKEND_CODE='"simulator"' $$($(1)_KERNEL) -MMD -MP -c $$< -o $$@
 endef
 
 # $(1): flavour, $(2): kernel, $(3): element type and head_dim
@@ -55,11 +60,14 @@ sim_instance_flags = -DFA_ELEMENT=$(word 1,$(subst ., ,$(1))) -DFA_HEAD_DIM=$(wo
 
 $(foreach flavour,$(SIM_FLAVOURS),$(eval $(call sim_run_case,$(flavour))))
 $(foreach flavour,$(SIM_FLAVOURS),$(foreach kernel,$(SIM_KERNELS),$(foreach instance,\
-    $($(flavour)_INSTANCES),$(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
+    $(call $(flavour)_INSTANCES,$(kernel)),$(eval $(call sim_instance,$(flavour),$(kernel),$(instance))))))
 
 $(SIM_BUILD)/plain/runner/%.o: tests/sim/runner/%.cpp tests/sim/Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(SIM_CXXFLAGS) $(SIM_MODEL_FLAGS) -g1 -MMD -MP -c $< -o $@
+$(SIM_BUILD)/plain/runner/missing.sm%.o: tests/sim/runner/missing.cpp tests/sim/Makefile csrc/cuda/sm%/head_dims.inl
+	@mkdir -p $(@D)
+	$(CXX) $(SIM_CXXFLAGS) -DFA_ARCH=$* -DFA_HEAD_DIMS='"cuda/sm$*/head_dims.inl"' -MMD -MP -c $< -o $@
 $(SIM_BUILD)/debug/runner/%.o: tests/sim/runner/%.cpp tests/sim/Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(SIM_CXXFLAGS) -O0 -MMD -MP -c $< -o $@

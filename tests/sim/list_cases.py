@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.extend(str(Path(__file__).resolve().parents[up]) for up in (1, 2))
 
+from build_tools import cuda_objects
 from cases import (
     BATCHES,
     HEAD_DIMS,
@@ -34,7 +35,7 @@ from cases import (
 
 DTYPES = ["bfloat16", "float16"]
 SMALL_SMEM, LARGE_SMEM = 101376, 232448  # bytes of shared memory per block: compute capability 8.6 or 12.0, and 9.0
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = cuda_objects.all_head_dims()[-1]
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def long_rows() -> list[Row]:
 def other_checks() -> list[Row]:
     """What a comparison with the reference does not show; each check is explained in runner/check.h."""
     rows = [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets(), *long_rows()]
-    hidden = [row for dtype in DTYPES for dim in (64, 96, 128, 192, 256) for row in hidden_nonfinite(dim, dtype)]
+    hidden = [row for dtype in DTYPES for dim in cuda_objects.all_head_dims() for row in hidden_nonfinite(dim, dtype)]
     return [*rows, *hidden, (threshold_case(), Sim())]
 
 

@@ -21,11 +21,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.extend(str(Path(__file__).resolve().parents[up]) for up in (0, 2))
 
 from equivalent import EQUIVALENT
 from list_cases import Row, line_of, mutant_table
 from mutations import CSRC, Mutation, all_mutations
+
+from build_tools import cuda_objects
 
 # The kernels of each source in csrc/cuda.
 AROUND_BWD = ["cuda/attention/bwd_preprocess.h", "cuda/attention/bwd_postprocess.h"]
@@ -39,9 +41,9 @@ KERNELS = {
 PASSES = {"sm80/fwd": "fwd", "sm80/bwd": "bwd", "sm80/attn_probs": "probs", "sm90/fwd": "fwd", "sm90/bwd": "bwd"}
 # What both have is tried with the first; where they let a mutant pass, with the other.
 COMPUTE_CAPABILITIES = (80, 90)
-# The first has one tile shape. The others have tiles of several shapes, and what goes with them, and are tried where
-# the first lets a mutant pass.
-HEAD_DIMS = (64, 96, 192, 256)
+# Beside these a head_dim of an architecture has nothing of its own. The first has one tile shape; the others, with
+# tiles of several shapes and what goes with them, are tried where it lets a mutant pass.
+LIKE_OTHERS = {128}
 # Files of which the kernels for other head_dims make no use.
 HEAD_DIMS_OF = {"cuda/sm90/bwd_keys.h": (64, 96), "cuda/sm90/bwd_columns.h": (256, 192)}
 VERDICTS = {0: "-", 1: "wrong result", 3: "model check", 4: "deadlock", 66: "race report", 124: "hangs"}
@@ -93,9 +95,15 @@ def included(path: str, csrc: Path) -> set[str]:
     return found
 
 
-def head_dim_of(row: Row) -> int:
+def head_dims(capability: int) -> list[int]:
+    """Those with which mutants are tried."""
+    return [d for d in cuda_objects.head_dims(CSRC / f"cuda/sm{capability}") if d not in LIKE_OTHERS]
+
+
+def head_dim_of(row: Row, capability: int) -> int:
+    """Of the kernels that run a case."""
     needed = max(row[0].head_dim, row[0].head_dim_v)
-    return min(d for d in (64, 96, 128, 192, 256) if d >= needed)
+    return min(d for d in cuda_objects.head_dims(CSRC / f"cuda/sm{capability}") if d >= needed)
 
 
 class Workshop:
@@ -108,13 +116,15 @@ class Workshop:
         shutil.rmtree(self.root, ignore_errors=True)
         for folder in ("policy", "cuda"):
             shutil.copytree(CSRC / folder, self.csrc / folder)
+        shutil.copy(CSRC / "problem.h", self.csrc)
         self.mutations = all_mutations(self.csrc)
-        for flavour, head_dim, capability in itertools.product(FLAVOURS, HEAD_DIMS, COMPUTE_CAPABILITIES):
-            rows = [row for row in mutant_table() if head_dim_of(row) == head_dim]
-            rows = [row for row in rows if row[1].compute_capability == capability]
+        for flavour, capability in itertools.product(FLAVOURS, COMPUTE_CAPABILITIES):
             # Sequences that overlap are written by several blocks: a race that is no fault of kernels.
-            lines = [line_of(row) for row in rows if flavour == "plain" or row[1].check != "hostile"]
-            self.table(flavour, head_dim, capability).write_text("".join(f"{line}\n" for line in lines))
+            rows = [row for row in mutant_table() if flavour == "plain" or row[1].check != "hostile"]
+            rows = [row for row in rows if row[1].compute_capability == capability]
+            for head_dim in head_dims(capability):
+                lines = [line_of(row) for row in rows if head_dim_of(row, capability) == head_dim]
+                self.table(flavour, head_dim, capability).write_text("".join(f"{line}\n" for line in lines))
 
     @functools.cache  # noqa: B019 (there is one workshop)
     def patience(self, flavour: str, head_dim: int, capability: int) -> float:
@@ -151,8 +161,9 @@ class Workshop:
         build = self.tools.build / flavour
         intact = [self.object(s, flavour, head_dim) for s in KERNELS if s not in broken]
         objects += [path for path in intact if path.exists()]
-        objects += [build / "kernels/backends.o", *sorted((build / "models").glob("*.o"))]
-        runner = sorted((self.tools.build / "plain/runner").glob("*.o"), key=lambda o: o.name == "missing.o")
+        objects += [build / "kernels/backends.o", *sorted((build / "kernels").glob("sm*/backend.o"))]
+        objects += sorted((build / "models").glob("*.o"))
+        runner = sorted((self.tools.build / "plain/runner").glob("*.o"))
         program = folder / f"run_case.{flavour}"
         link = [self.tools.cxx, *shlex.split(self.tools.link_flags[flavour]), *map(str, [*objects, *runner])]
         subprocess.run([*link, "-o", str(program)], check=True)
@@ -175,18 +186,19 @@ class Workshop:
             f"-DFA_HEAD_DIM={head_dim}",
             "-w",
         ]
+        target.parent.mkdir(exist_ok=True)
         flags = shlex.split(self.tools.compile_flags[flavour])
         what = ["-x", "c++", "-c", str(self.csrc / f"cuda/{source}.cu"), "-o", str(target)]
         return subprocess.run([self.tools.cxx, *instance, *flags, *what], capture_output=True).returncode == 0
 
     def worst(self, mutation: Mutation, folder: Path, flavour: str) -> str:
         """The verdict of the first kernels that notice. Where there is a proof, one head_dim is enough to doubt it."""
-        head_dims = HEAD_DIMS_OF.get(mutation.path, HEAD_DIMS)
-        head_dims = head_dims[:1] if proof_of(mutation, self.mutations) else head_dims
-        for capability, head_dim in itertools.product(COMPUTE_CAPABILITIES, head_dims):
-            verdict = self.verdict(mutation, folder, flavour, head_dim, capability)
-            if verdict != VERDICTS[0]:
-                return verdict
+        for capability in COMPUTE_CAPABILITIES:
+            tried = HEAD_DIMS_OF.get(mutation.path, head_dims(capability))
+            for head_dim in tried[:1] if proof_of(mutation, self.mutations) else tried:
+                verdict = self.verdict(mutation, folder, flavour, head_dim, capability)
+                if verdict != VERDICTS[0]:
+                    return verdict
         return VERDICTS[0]
 
     def outcome(self, number: int, mutation: Mutation) -> Outcome:

@@ -17,7 +17,7 @@ from rules.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
-FOLDERS = ("policy", "cuda/tile", "cuda/attention", "cuda/sm80", "cuda/sm90")
+FOLDERS = ("policy", "cuda/tile", "cuda/attention", "cuda/sm*")
 # These have exhaustive tests of their own: tests/test_mask.py and tests/test_dropout.py, on every backend, and the
 # division among the primitives.
 TESTED_ELSEWHERE = {"policy/divisor.h", "policy/dropout.h", "policy/paged_kv.h", "policy/score.h", "policy/seqlen.h"}
@@ -45,7 +45,7 @@ class Mutation:
 
 def files(csrc: Path = CSRC) -> list[str]:
     """The scanned sources."""
-    found = [path for folder in FOLDERS for path in (csrc / folder).glob("*.h")]
+    found = [path for folder in FOLDERS for path in csrc.glob(f"{folder}/*.h")]
     return sorted({path.relative_to(csrc).as_posix() for path in found} - TESTED_ELSEWHERE)
 
 

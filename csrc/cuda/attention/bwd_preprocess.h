@@ -10,6 +10,7 @@
 #include "cuda/ptx/sync.h"
 #include "cuda/tile/gemm_sm80.h"
 #include "cuda/tile/gemm_sm90.h"
+#include "cuda/tile/smem_plan.h"
 
 namespace flash_attn {
 
@@ -72,7 +73,9 @@ bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
 
     const int64_t tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
     clear_dq_tile<Config>(params.accum, head, tile);
-    const typename Config::TileOut sOut{ptx::smem()}, sDout{sOut.end()};
+    using Smem = typename Config::PreprocessSmem;
+    const ptx::SmemPtr smem = ptx::smem();
+    const typename Config::TileOut sOut{smem + offsetof(Smem, out)}, sDout{smem + offsetof(Smem, dout)};
     const int64_t row0 = seq.first_row_q + m0;
     const int valid_rows = seq.seqlen_q - m0;
     load_tile<kThreads>(sOut, rows_from<Element>(pass.out, batch, head, row0), valid_rows, p.head_dim_v);

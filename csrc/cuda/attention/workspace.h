@@ -8,16 +8,7 @@ namespace flash_attn::cuda {
 struct WorkspaceShape {
     int block_m, tile_elements, turns;  // of a tile of dQ
     bool pads_rows;
-
-    constexpr bool operator==(const WorkspaceShape& other) const {
-        return block_m == other.block_m && tile_elements == other.tile_elements && turns == other.turns &&
-               pads_rows == other.pads_rows;
-    }
 };
-
-template <class Config> constexpr WorkspaceShape workspace_shape() {
-    return {Config::kBlockM, Config::kDqTileElements, Config::kDqTurns, Config::kPadsRows};
-}
 
 // Where the parts start, in bytes.
 struct WorkspaceOffsets {

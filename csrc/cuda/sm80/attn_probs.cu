@@ -2,17 +2,16 @@
 #include "cuda/instances.h"
 #include "cuda/launch.h"
 #include "cuda/sm80/attn_probs.h"
-#include "cuda/sm80/config.h"
 
 namespace flash_attn::cuda {
 
-template <class Element, int kHeadDim>
-const char* run_attn_probs_sm80(const ProbsParams& params, const Device& device) {
-    using Config = typename FwdTilesSm80<Element, kHeadDim>::Small;
+template <>
+const char* attn_probs_instance<80, FA_ELEMENT, FA_HEAD_DIM>(const ProbsParams& params, void*, const Device& device) {
+    using Element = FA_ELEMENT;
+    constexpr int kHeadDim = FA_HEAD_DIM;
+    using Config = FwdConfigSm80<Element, fwd_shape_sm80(kHeadDim, false)>;
     const int64_t blocks = query_grid(params.problem, Config::kBlockM).num_blocks();
     return launch(attn_probs_sm80<Config>, blocks, Config::kThreads, Config::kSmemBytes, device, params);
 }
-
-template const char* run_attn_probs_sm80<FA_ELEMENT, FA_HEAD_DIM>(const ProbsParams&, const Device&);
 
 }  // namespace flash_attn::cuda

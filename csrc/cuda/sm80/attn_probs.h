@@ -4,6 +4,7 @@
 #include "cuda/attention/rows.h"
 #include "cuda/attention/softmax_bwd.h"
 #include "cuda/ptx/sync.h"
+#include "cuda/sm80/fwd_config.h"
 #include "cuda/tile/gemm_sm80.h"
 #include "policy/variant.h"
 
@@ -22,8 +23,10 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
     const auto& score = variant.score;
     const Range tiles = tiles_of(mask.kv_range({m0, m0 + M}), N);
 
-    const typename Config::TileQ sQ{ptx::smem()};
-    const typename Config::TileK sK{sQ.end()};
+    using Smem = typename Config::Smem;
+    const ptx::SmemPtr smem = ptx::smem();
+    const typename Config::TileQ sQ{smem + offsetof(Smem, q)};
+    const typename Config::TileK sK{smem + offsetof(Smem, k)};
     const int64_t first_row = seq.first_row_q + m0;
     if (!tiles.empty())
         load_tile<kThreads>(sQ, rows_from<Element>(p.q, batch, head, first_row), seq.seqlen_q - m0, p.head_dim);

@@ -6,6 +6,7 @@
 #pragma once
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/softmax_bwd.h"
+#include "cuda/sm80/bwd_config.h"
 #include "cuda/tile/nonfinite.h"
 #include "cuda/tile/store_rows.h"
 #include "cuda/tile/store_tile.h"
@@ -38,10 +39,12 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     const Range tiles = tiles_of(mask.q_range({n0, n0 + N}), M);
     const int group = p.num_heads / p.num_heads_k;
 
-    const typename Config::TileK sK{ptx::smem()}, sV{sK.end()};
-    const typename Config::TileQ sQ{sV.end()}, sDout{sQ.end()};
-    const typename Config::TileS sP{sDout.end()}, sDS{sP.end()};
-    const typename Config::Rows sLse{sDS.end()}, sDsoftmaxSum{sLse.end()};
+    using Smem = typename Config::Smem;
+    const ptx::SmemPtr smem = ptx::smem();
+    const typename Config::TileK sK{smem + offsetof(Smem, k)}, sV{smem + offsetof(Smem, v)};
+    const typename Config::TileQ sQ{smem + offsetof(Smem, q)}, sDout{smem + offsetof(Smem, dout)};
+    const typename Config::TileS sP{smem + offsetof(Smem, p)}, sDS{smem + offsetof(Smem, ds)};
+    const typename Config::Rows sLse{smem + offsetof(Smem, lse)}, sDsoftmaxSum{smem + offsetof(Smem, dsoftmax_sum)};
     const auto load_q = [&](int head, int m) {
         const int64_t row = seq.first_row_q + m * M;
         load_tile<kThreads>(sQ, rows_from<Element>(p.q, batch, head, row), seq.seqlen_q - m * M, p.head_dim);

@@ -1,6 +1,8 @@
-// Tile shapes of the backward pass for compute capability 8.0 and later, shared by its three kernels.
+// A tile shape of the backward pass for compute capability 8.0 and later, as its three kernels take it.
 #pragma once
+#include "cuda/sm80/config.h"
 #include "cuda/tile/acc_tile.h"
+#include "cuda/tile/smem_plan.h"
 #include "cuda/tile/smem_rows.h"
 #include "cuda/tile/smem_tile.h"
 
@@ -17,20 +19,17 @@ template <int kRows_, int kCols_, int kWarps, int kRowWarps> struct WarpGrid {
     FA_DEVICE static int col0() { return warp_id() % kColWarps * kCols; }
 };
 
-// RowWarps: how many of the warps lie above each other in S and dP, in dK and dV, and in dQ. dQ is computed in kDqParts
-// parts of its columns, one after the other, where its accumulators would not fit beside those of dK and dV.
-template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps, int kRowWarpsS, int kRowWarpsDkv,
-          int kRowWarpsDq, int kDqParts_>
-struct BwdConfigSm80 {
+template <class Element_, BwdShapeSm80 kShape> struct BwdConfigSm80 {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
-    static constexpr int kThreads = kWarps * kWarpThreads;
-    using GridS = WarpGrid<kBlockM, kBlockN, kWarps, kRowWarpsS>;       // queries x keys
-    using GridDkv = WarpGrid<kBlockN, kHeadDim, kWarps, kRowWarpsDkv>;  // keys x head_dim
-    static constexpr int kDqParts = kDqParts_, kDqPartCols = kHeadDim / kDqParts;
-    using GridDq = WarpGrid<kBlockM, kDqPartCols, kWarps, kRowWarpsDq>;  // queries x a part of head_dim
+    static constexpr int kHeadDim = kShape.head_dim, kBlockM = kShape.block_m, kBlockN = kShape.block_n;
+    static constexpr int kWarps = kShape.warps, kThreads = kWarps * kWarpThreads;
+    using GridS = WarpGrid<kBlockM, kBlockN, kWarps, kShape.rows_s>;       // queries x keys
+    using GridDkv = WarpGrid<kBlockN, kHeadDim, kWarps, kShape.rows_dkv>;  // keys x head_dim
+    static constexpr int kDqParts = kShape.dq_parts, kDqPartCols = kHeadDim / kDqParts;
+    using GridDq = WarpGrid<kBlockM, kDqPartCols, kWarps, kShape.rows_dq>;  // queries x a part of head_dim
     FA_DEVICE static int dq_col0(int part) { return part * kDqPartCols + GridDq::col0(); }
-    static constexpr int kDqTileElements = kBlockM * kHeadDim, kDqTurns = 1;
+    static constexpr cuda::WorkspaceShape kWorkspace = workspace_shape(kShape);
+    static constexpr int kDqTileElements = kWorkspace.tile_elements, kDqTurns = kWorkspace.turns;
     // Element j of row block i of a part, within a tile of dQ: one element of all threads, then the next.
     FA_DEVICE static int dq_thread() { return ptx::thread_idx(); }
     FA_DEVICE static constexpr int dq_element(int part, int i, int j) {
@@ -41,9 +40,21 @@ struct BwdConfigSm80 {
     using TileK = SmemTile<kBlockN, kHeadDim>;
     using TileS = SmemTile<kBlockM, kBlockN>;
     using Rows = SmemRows<kBlockM>;
-    static constexpr int kSmemBytes = 2 * (TileQ::kBytes + TileK::kBytes + TileS::kBytes + Rows::kBytes);
+    struct Smem {
+        Place<TileK> k, v;
+        Place<TileQ> q, dout;
+        Place<TileS> p, ds;
+        Place<Rows> lse, dsoftmax_sum;
+    };
+    static_assert(are_multiples_of<TileK::kAlignment>(offsetof(Smem, v), offsetof(Smem, q), offsetof(Smem, dout)) &&
+                  are_multiples_of<TileS::kAlignment>(offsetof(Smem, p), offsetof(Smem, ds)) &&
+                  are_multiples_of<16>(offsetof(Smem, lse), offsetof(Smem, dsoftmax_sum)));
+    static constexpr int kSmemBytes = sizeof(Smem);
+    static_assert(kSmemBytes <= (kShape.large_smem ? kLargeSmemBytes : kSmallSmemBytes));
+
     using TileOut = TileQ;
-    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
+    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads;
+    struct PreprocessSmem { Place<TileOut> out, dout; };
     static constexpr int kPostprocessThreads = kThreads, kDqVector = 1;
     static constexpr bool kPadsRows = false, kDpByWgmma = false, kOverlap = false;
 };

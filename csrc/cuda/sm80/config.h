@@ -1,83 +1,74 @@
-// Tile shapes by head_dim and by how much shared memory a block may have.
+// Tile shapes for compute capability 8.0 and later. Plain data that the host reads as well: a workspace has to be made
+// before any kernel runs.
 //
-// Small: within 99 KB, which is all that compute capability 8.6, 8.9 and 12.x give to a block. Large: within 163 KB,
-// which 8.0 gives, and 9.0 more; LargeModified: the same for ModifiedScore.
+// Of the rows for a head_dim the last that fits is taken. Those with large_smem are for devices that give a block
+// 163 KB of shared memory, as 8.0 does, and 9.0 more; 8.6, 8.9 and 12.x give 99 KB, which the others keep within. Those
+// with plain_scores have no registers left for softcap, ALiBi and dropout.
 #pragma once
-#include <type_traits>
-#include "cuda/instances.h"
-#include "cuda/sm80/bwd_config.h"
-#include "cuda/sm80/fwd.h"
-#include "policy/variant.h"
+#include "cuda/attention/workspace.h"
+#include "cuda/shape_table.h"
 
 namespace flash_attn {
 
+constexpr int kHeadDimsSm80[] = {
+#include "cuda/sm80/head_dims.inl"
+};
+
 constexpr int kSmallSmemBytes = 99 * 1024, kLargeSmemBytes = 163 * 1024;
 
-// FwdConfigSm80<Element, head_dim, queries, keys, warps>. Warps of 32 queries load each tile of keys half as often from
-// shared memory as warps of 16; from head_dim 192 on their accumulators would not fit into registers.
-template <class Element, int kHeadDim> struct FwdTilesSm80;
-template <class Element> struct FwdTilesSm80<Element, 64> {
-    using Small = FwdConfigSm80<Element, 64, 128, 64, 4>;
-    using Large = Small;
-    using LargeModified = Large;
+// Warps of 32 queries load each tile of keys half as often from shared memory as warps of 16; from head_dim 192 on
+// their accumulators would not fit into registers.
+struct FwdShapeSm80 {
+    int head_dim, block_m, block_n, warps;
+    bool large_smem = false;
 };
-template <class Element> struct FwdTilesSm80<Element, 96> {
-    using Small = FwdConfigSm80<Element, 96, 128, 64, 4>;
-    using Large = Small;
-    using LargeModified = Large;
-};
-template <class Element> struct FwdTilesSm80<Element, 128> {
-    using Small = FwdConfigSm80<Element, 128, 128, 32, 4>;  // 64 keys need more registers than there are
-    using Large = Small;
-    using LargeModified = Large;
-};
-template <class Element> struct FwdTilesSm80<Element, 192> {
-    using Small = FwdConfigSm80<Element, 192, 128, 64, 8>;
-    using Large = Small;
-    using LargeModified = Large;
-};
-template <class Element> struct FwdTilesSm80<Element, 256> {
-    using Small = FwdConfigSm80<Element, 256, 64, 64, 4>;
-    using Large = FwdConfigSm80<Element, 256, 128, 64, 8>;
-    using LargeModified = Large;
+constexpr FwdShapeSm80 kFwdShapesSm80[] = {
+    {.head_dim = 64, .block_m = 128, .block_n = 64, .warps = 4},
+    {.head_dim = 96, .block_m = 128, .block_n = 64, .warps = 4},
+    {.head_dim = 128, .block_m = 128, .block_n = 32, .warps = 4},  // 64 keys need more registers than there are
+    {.head_dim = 192, .block_m = 128, .block_n = 64, .warps = 8},
+    {.head_dim = 256, .block_m = 64, .block_n = 64, .warps = 4},
+    {.head_dim = 256, .block_m = 128, .block_n = 64, .warps = 8, .large_smem = true},
 };
 
-// BwdConfigSm80<Element, head_dim, queries, keys, warps, rows of warps in S, in dK and dV, in dQ, parts of dQ>.
-template <class Element, int kHeadDim> struct BwdTilesSm80;
-template <class Element> struct BwdTilesSm80<Element, 64> {
-    using Small = BwdConfigSm80<Element, 64, 64, 128, 8, 2, 4, 4, 1>;
-    using Large = Small;
-    using LargeModified = Large;
-};
-template <class Element> struct BwdTilesSm80<Element, 96> {
-    using Small = BwdConfigSm80<Element, 96, 64, 64, 8, 4, 4, 4, 1>;
-    using Large = Small;
-    using LargeModified = Large;
-};
-template <class Element> struct BwdTilesSm80<Element, 128> {
-    using Small = BwdConfigSm80<Element, 128, 64, 64, 8, 4, 4, 4, 1>;
-    using Large = BwdConfigSm80<Element, 128, 64, 96, 8, 4, 2, 4, 1>;
-    using LargeModified = Small;  // random numbers and softcap need registers too
-};
-template <class Element> struct BwdTilesSm80<Element, 192> {
-    using Small = BwdConfigSm80<Element, 192, 32, 64, 8, 2, 4, 2, 3>;
-    using Large = BwdConfigSm80<Element, 192, 64, 64, 8, 4, 4, 4, 1>;
-    using LargeModified = Large;
-};
-template <class Element> struct BwdTilesSm80<Element, 256> {
-    using Small = BwdConfigSm80<Element, 256, 32, 32, 4, 2, 2, 2, 2>;
-    using Large = BwdConfigSm80<Element, 256, 64, 64, 8, 4, 4, 4, 2>;
-    using LargeModified = Large;
-};
+constexpr FwdShapeSm80 fwd_shape_sm80(int head_dim, bool large_smem) {
+    return last_row(kFwdShapesSm80, [&](const FwdShapeSm80& row) {
+        return row.head_dim == head_dim && (large_smem || !row.large_smem);
+    });
+}
 
-// f(Type<Config>) for what a device has room for.
-template <class Tiles, class Variant, class F> auto with_tiles(const cuda::Device& device, F f) {
-    using Small = typename Tiles::Small;
-    using Large = std::conditional_t<Variant::kModified, typename Tiles::LargeModified, typename Tiles::Large>;
-    static_assert(Small::kSmemBytes <= kSmallSmemBytes && Large::kSmemBytes <= kLargeSmemBytes);
-    if constexpr (!std::is_same_v<Small, Large>)
-        if (device.smem_per_block >= kLargeSmemBytes) return f(cuda::Type<Large>());
-    return f(cuda::Type<Small>());
+// rows_*: how many of the warps lie above each other in S and dP, in dK and dV, and in dQ. dQ is computed in dq_parts
+// parts of its columns, one after the other, where its accumulators would not fit beside those of dK and dV.
+struct BwdShapeSm80 {
+    int head_dim, block_m, block_n, warps;
+    int rows_s, rows_dkv, rows_dq, dq_parts = 1;
+    bool large_smem = false, plain_scores = false;
+};
+// clang-format off
+constexpr BwdShapeSm80 kBwdShapesSm80[] = {
+    {.head_dim = 64, .block_m = 64, .block_n = 128, .warps = 8, .rows_s = 2, .rows_dkv = 4, .rows_dq = 4},
+    {.head_dim = 96, .block_m = 64, .block_n = 64, .warps = 8, .rows_s = 4, .rows_dkv = 4, .rows_dq = 4},
+    {.head_dim = 128, .block_m = 64, .block_n = 64, .warps = 8, .rows_s = 4, .rows_dkv = 4, .rows_dq = 4},
+    {.head_dim = 128, .block_m = 64, .block_n = 96, .warps = 8, .rows_s = 4, .rows_dkv = 2, .rows_dq = 4,
+     .large_smem = true, .plain_scores = true},
+    {.head_dim = 192, .block_m = 32, .block_n = 64, .warps = 8, .rows_s = 2, .rows_dkv = 4, .rows_dq = 2,
+     .dq_parts = 3},
+    {.head_dim = 192, .block_m = 64, .block_n = 64, .warps = 8, .rows_s = 4, .rows_dkv = 4, .rows_dq = 4,
+     .large_smem = true},
+    {.head_dim = 256, .block_m = 32, .block_n = 32, .warps = 4, .rows_s = 2, .rows_dkv = 2, .rows_dq = 2,
+     .dq_parts = 2},
+    {.head_dim = 256, .block_m = 64, .block_n = 64, .warps = 8, .rows_s = 4, .rows_dkv = 4, .rows_dq = 4,
+     .dq_parts = 2, .large_smem = true},
+};
+// clang-format on
+
+constexpr BwdShapeSm80 bwd_shape_sm80(int head_dim, bool large_smem, bool modifies_scores) {
+    return last_row(kBwdShapesSm80, [&](const BwdShapeSm80& row) {
+        return row.head_dim == head_dim && (large_smem || !row.large_smem) && !(row.plain_scores && modifies_scores);
+    });
+}
+constexpr cuda::WorkspaceShape workspace_shape(const BwdShapeSm80& shape) {
+    return {.block_m = shape.block_m, .tile_elements = shape.block_m * shape.head_dim, .turns = 1, .pads_rows = false};
 }
 
 }  // namespace flash_attn

@@ -6,21 +6,13 @@
 #include "cuda/attention/score_tile.h"
 #include "cuda/attention/softmax.h"
 #include "cuda/ptx/sync.h"
+#include "cuda/sm80/fwd_config.h"
 #include "cuda/tile/gemm_sm80.h"
 #include "cuda/tile/nonfinite.h"
 #include "cuda/tile/store_rows.h"
 #include "policy/variant.h"
 
 namespace flash_attn {
-
-template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps> struct FwdConfigSm80 {
-    using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
-    static constexpr int kThreads = kWarps * kWarpThreads, kWarpRows = kBlockM / kWarps;
-    using TileQ = SmemTile<kBlockM, kHeadDim>;
-    using TileK = SmemTile<kBlockN, kHeadDim>;
-    static constexpr int kSmemBytes = TileQ::kBytes + 2 * TileK::kBytes;
-};
 
 template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
     using Element = typename Config::Element;
@@ -40,8 +32,10 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
     const Range rows{m0, m0 + M};
     const Range tiles = tiles_of(mask.kv_range(rows), N);
 
-    const typename Config::TileQ sQ{ptx::smem()};
-    const typename Config::TileK sK{sQ.end()}, sV{sK.end()};
+    using Smem = typename Config::Smem;
+    const ptx::SmemPtr smem = ptx::smem();
+    const typename Config::TileQ sQ{smem + offsetof(Smem, q)};
+    const typename Config::TileK sK{smem + offsetof(Smem, k)}, sV{smem + offsetof(Smem, v)};
     const int head_k = head / (p.num_heads / p.num_heads_k), warp_row0 = warp_id() * Config::kWarpRows;
     const auto load_k = [&](int n) {
         load_keys<Element, kThreads>(sK, p, p.k, batch, head_k, seq, n * N, p.head_dim);

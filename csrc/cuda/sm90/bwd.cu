@@ -5,8 +5,7 @@
 #include "cuda/instances.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/bwd.h"
-#include "cuda/sm90/can_implement.h"
-#include "cuda/sm90/config.h"
+#include "cuda/sm90/launch_plan.h"
 #include "cuda/sm90/tma_tensor.h"
 
 namespace flash_attn::cuda {
@@ -28,9 +27,8 @@ template <class Config> const char* make_tensors(BwdKernelParamsSm90& kernel_par
 template <class Config, class Variant>
 const char* launch_bwd(const BwdParams& params, void* workspace, const Device& device) {
     const Problem& p = params.problem;
-    static_assert(workspace_shape<Config>() == hopper_workspace(Config::kHeadDim, Variant::kModified));
     BwdKernelParamsSm90 kernel_params{};
-    kernel_params.common = {params, place_workspace(workspace, p, workspace_shape<Config>())};
+    kernel_params.common = {params, place_workspace(workspace, p, Config::kWorkspace)};
     const int64_t query_blocks = query_grid(p, Config::kBlockM).num_blocks();
     const TileGrid key_tiles = key_grid(p, Config::kBlockN);
     // Q and dO, and dQ in fp32.
@@ -42,8 +40,8 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
     kernel_params.blocks_at_a_time = device.multiprocessors;
     const char* error = make_tensors<Config>(kernel_params, params);
     if (!error)
-        error = launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads, Config::kPreprocessSmemBytes,
-                       device, kernel_params.common);
+        error = launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads,
+                       sizeof(typename Config::PreprocessSmem), device, kernel_params.common);
     if (!error)
         error = launch_pdl(bwd_sm90<Config, Variant>, key_tiles.num_blocks(), Config::kThreads, Config::kSmemBytes,
                            device, kernel_params);
@@ -55,16 +53,15 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
 
 }  // namespace
 
-template <class Element, int kHeadDim>
-const char* run_bwd_sm90(const BwdParams& params, void* workspace, const Device& device) {
+template <>
+const char* bwd_instance<90, FA_ELEMENT, FA_HEAD_DIM>(const BwdParams& params, void* workspace, const Device& device) {
+    using Element = FA_ELEMENT;
+    constexpr int kHeadDim = FA_HEAD_DIM;
     return with_variant(params.problem, [&](auto variant) {
         using Variant = typename decltype(variant)::type;
-        using Tiles = BwdTilesSm90<Element, kHeadDim>;
-        using Config = std::conditional_t<Variant::kModified, typename Tiles::Modified, typename Tiles::Plain>;
+        using Config = BwdConfigSm90<Element, bwd_shape_sm90(kHeadDim, Variant::kModified)>;
         return launch_bwd<Config, Variant>(params, workspace, device);
     });
 }
-
-template const char* run_bwd_sm90<FA_ELEMENT, FA_HEAD_DIM>(const BwdParams&, void*, const Device&);
 
 }  // namespace flash_attn::cuda

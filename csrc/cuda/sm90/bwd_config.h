@@ -1,19 +1,20 @@
-// Tile shapes of the backward pass for compute capability 9.0, and where things lie in shared memory.
+// A tile shape of the backward pass for compute capability 9.0, as its kernels take it, and where things lie in shared
+// memory.
 #pragma once
 #include "cuda/ptx/shared.h"
+#include "cuda/sm90/config.h"
 #include "cuda/sm90/warp_specialize.h"
 #include "cuda/tile/copy_sm90.h"
 #include "cuda/tile/pipeline.h"
+#include "cuda/tile/smem_plan.h"
 
 namespace flash_attn {
 
-// Consumers own rows of dK and dV, 64 keys each, or, where those would not fit into their registers, columns: as many
-// of all keys.
-template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdConfigSm90 {
+template <class Element_, BwdShapeSm90 kShape> struct BwdConfigSm90 {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
-    static constexpr bool kOwnsColumns = kHeadDim > 128;
-    static constexpr int kConsumers = kHeadDim == 192 ? 3 : 2, kThreads = (1 + kConsumers) * kWarpgroupThreads;
+    static constexpr int kHeadDim = kShape.head_dim, kBlockM = kShape.block_m, kBlockN = kShape.block_n;
+    static constexpr bool kOwnsColumns = kShape.owns_columns();
+    static constexpr int kConsumers = kShape.consumers, kThreads = (1 + kConsumers) * kWarpgroupThreads;
     static_assert(kOwnsColumns ? kHeadDim % (64 * kConsumers) == 0 : kBlockN == 64 * kConsumers);
 
     // A tile of dQ consists of as many blocks, of 64 rows, as there are consumers: half of all rows, or a share of the
@@ -21,8 +22,10 @@ template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdC
     static constexpr bool kDqHalvesRows = kBlockM == 128;
     static_assert(kBlockM == (kDqHalvesRows ? 128 : 64));
     static constexpr int kDqCols = kDqHalvesRows ? kHeadDim : kHeadDim / kConsumers;
-    static constexpr int kDqBlockElements = 64 * kDqCols, kDqTileElements = kConsumers * kDqBlockElements;
-    static constexpr int kDqTurns = kOwnsColumns ? kConsumers : 1;
+    static constexpr cuda::WorkspaceShape kWorkspace = workspace_shape(kShape);
+    static constexpr int kDqTileElements = kWorkspace.tile_elements, kDqTurns = kWorkspace.turns;
+    static constexpr int kDqBlockElements = 64 * kDqCols;
+    static_assert(kDqTileElements == kConsumers * kDqBlockElements);
     FA_DEVICE static constexpr int dq_row0(int block) { return kDqHalvesRows ? 64 * block : 0; }
     FA_DEVICE static constexpr int dq_column0(int block) { return kDqHalvesRows ? 0 : kDqCols * block; }
     // Element j of a thread, within a block, or, if it has all blocks one after another, within the tile: 16 bytes of
@@ -33,18 +36,41 @@ template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdC
     using TileQ = WideTile<kBlockM, kHeadDim>;     // dO too
     using TileDs = WideTile<kBlockM, kBlockN>;     // two of them: of this step and the last, or P and dS
     static constexpr int kRowBytes = kBlockM * 4;  // one number per query
-    static constexpr int kDqBytes = kOwnsColumns ? 0 : kDqTileElements * 4;
-    static constexpr int kTileBytes = 2 * TileK::kBytes + 3 * TileQ::kBytes + 2 * TileDs::kBytes + kDqBytes;
-    // dO has a second stage where there is room for it beside barriers and numbers, 2 KB at most.
-    static constexpr int kStagesQ = 2, kStagesDout = kTileBytes + TileQ::kBytes + 2048 <= kSm90SmemBytes ? 2 : 1;
+
+    template <int kStagesQ, int kStagesDout> struct Tiles {
+        Place<TileK> k, v;
+        Place<TileQ, kStagesQ> q;
+        Place<TileQ, kStagesDout> dout;
+        Place<TileDs, 2> ds;
+    };
+    // A tile of dQ on its way to the workspace.
+    template <int kStagesQ, int kStagesDout> struct TilesAndDq {
+        Tiles<kStagesQ, kStagesDout> tiles;
+        float dq[kDqTileElements];
+    };
+    template <int kStagesQ, int kStagesDout> struct OnlyTiles { Tiles<kStagesQ, kStagesDout> tiles; };
+    template <int kStagesQ, int kStagesDout> struct Plan {
+        std::conditional_t<kOwnsColumns, OnlyTiles<kStagesQ, kStagesDout>, TilesAndDq<kStagesQ, kStagesDout>> large;
+        float lse_log2[kStagesQ][kBlockM], dsoftmax_sum[kStagesDout][kBlockM];
+        MbarrierPlace k_restored;
+        Place<Pipeline<kStagesQ>> pipe_q;
+        Place<Pipeline<kStagesDout>> pipe_dout;
+        MbarrierPlace scanned[kStagesDout];
+        uint32_t has_nonfinite[kStagesDout];
+        int64_t first_query_tile;
+        uint32_t times_cleared[kConsumers];
+    };
+    // dO has a second stage where there is room for it.
+    static constexpr int kStagesQ = 2, kStagesDout = sizeof(Plan<kStagesQ, 2>) <= kSm90SmemBytes ? 2 : 1;
     using PipelineQ = Pipeline<kStagesQ>;
     using PipelineDout = Pipeline<kStagesDout>;
-    static constexpr int kDqOffset = 2 * TileK::kBytes + (kStagesQ + kStagesDout) * TileQ::kBytes + 2 * TileDs::kBytes;
-    static constexpr int kRowsOffset = kDqOffset + kDqBytes;
-    static constexpr int kBarriersOffset = kRowsOffset + (kStagesQ + kStagesDout) * kRowBytes;
-    static constexpr int kScanBytes = kStagesDout * (ptx::kMbarrierBytes + 4);
-    static constexpr int kBarrierBytes = ptx::kMbarrierBytes + PipelineQ::kBytes + PipelineDout::kBytes + kScanBytes;
-    static constexpr int kSmemBytes = kBarriersOffset + round_up(kBarrierBytes, 8) + 8 + 4 * kConsumers;
+    using Smem = Plan<kStagesQ, kStagesDout>;
+    static_assert(are_multiples_of<kWideTileAlignment>(offsetof(Smem, large.tiles.v), offsetof(Smem, large.tiles.q),
+                                                       offsetof(Smem, large.tiles.dout),
+                                                       offsetof(Smem, large.tiles.ds)));
+    static_assert(are_multiples_of<16>(offsetof(Smem, lse_log2), offsetof(Smem, dsoftmax_sum)));
+    static_assert(are_multiples_of<ptx::kMbarrierBytes>(offsetof(Smem, pipe_q), offsetof(Smem, pipe_dout)));
+    static constexpr int kSmemBytes = sizeof(Smem);
     static_assert(kSmemBytes <= kSm90SmemBytes);
 
     // Rows of dK and dV that are stored at a time.
@@ -52,7 +78,8 @@ template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_> struct BwdC
 
     // Of the kernels before and after the main one. The one after has as many threads as there are consumers.
     using TileOut = WideTile<kBlockM, kHeadDim>;
-    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads, kPreprocessSmemBytes = 2 * TileOut::kBytes;
+    static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads;
+    struct PreprocessSmem { Place<TileOut> out, dout; };
     static constexpr int kPostprocessThreads = kConsumers * kWarpgroupThreads, kDqParts = 1, kDqVector = 4;
     static constexpr bool kPadsRows = true, kDpByWgmma = true, kOverlap = true;
     struct GridDq {
@@ -71,30 +98,35 @@ template <class Config> struct BwdSmemSm90 {
     using TileK = typename Config::TileK;
     using TileQ = typename Config::TileQ;
     using TileDs = typename Config::TileDs;
+    using Smem = typename Config::Smem;
     TileK k, v;
     ptx::SmemPtr k_restored;                  // completes whenever K has come again after the first time
     typename Config::PipelineQ pipe_q;        // with softmax_lse
     typename Config::PipelineDout pipe_dout;  // with dsoftmax_sum
 
     FA_DEVICE explicit BwdSmemSm90(ptx::SmemPtr base)
-        : k{base}, v{k.end()}, k_restored(base + Config::kBarriersOffset), pipe_q{k_restored + ptx::kMbarrierBytes},
-          pipe_dout{pipe_q.end()} {}
-    FA_DEVICE TileQ q(int stage) const { return {v.end() + stage * TileQ::kBytes}; }
-    FA_DEVICE TileQ dout(int stage) const { return {v.end() + (Config::kStagesQ + stage) * TileQ::kBytes}; }
-    FA_DEVICE TileDs ds(int i) const { return {dout(Config::kStagesDout).base + i * TileDs::kBytes}; }
-    FA_DEVICE ptx::SmemPtr dq() const { return k.base + Config::kDqOffset; }
+        : k{base}, v{base + offsetof(Smem, large.tiles.v)}, k_restored(base + offsetof(Smem, k_restored)),
+          pipe_q{base + offsetof(Smem, pipe_q)}, pipe_dout{base + offsetof(Smem, pipe_dout)} {}
+    FA_DEVICE TileQ q(int stage) const { return {from_v(offsetof(Smem, large.tiles.q)) + stage * TileQ::kBytes}; }
+    FA_DEVICE TileQ dout(int stage) const { return {from_v(offsetof(Smem, large.tiles.dout)) + stage * TileQ::kBytes}; }
+    FA_DEVICE TileDs ds(int i) const { return {at(offsetof(Smem, large.tiles.ds)) + i * TileDs::kBytes}; }
+    FA_DEVICE ptx::SmemPtr dq() const { return at(offsetof(Smem, large.dq)); }
     FA_DEVICE ptx::SmemPtr lse_log2(int stage) const {
-        return k.base + (Config::kRowsOffset + stage * Config::kRowBytes);
+        return at(offsetof(Smem, lse_log2)) + stage * Config::kRowBytes;
     }
     // Of the same stage, where both have as many.
-    static constexpr int kDsoftmaxSumOffset = Config::kStagesQ * Config::kRowBytes;
+    static constexpr int kDsoftmaxSumOffset = offsetof(Smem, dsoftmax_sum) - offsetof(Smem, lse_log2);
     FA_DEVICE ptx::SmemPtr dsoftmax_sum(int stage) const { return lse_log2(stage) + kDsoftmaxSumOffset; }
     // Of each stage of dO: a barrier that completes when its tiles have been scanned, and a word, the result.
-    FA_DEVICE ptx::SmemPtr scanned(int stage) const { return pipe_dout.end() + stage * ptx::kMbarrierBytes; }
-    FA_DEVICE ptx::SmemPtr has_nonfinite(int stage) const { return scanned(Config::kStagesDout) + stage * 4; }
+    FA_DEVICE ptx::SmemPtr scanned(int stage) const {
+        return at(offsetof(Smem, scanned)) + stage * ptx::kMbarrierBytes;
+    }
+    FA_DEVICE ptx::SmemPtr has_nonfinite(int stage) const { return at(offsetof(Smem, has_nonfinite)) + stage * 4; }
 
     // How often anything that is not finite was cleared for a consumer.
-    FA_DEVICE ptx::SmemPtr times_cleared(int consumer) const { return first_query_tile() + (8 + 4 * consumer); }
+    FA_DEVICE ptx::SmemPtr times_cleared(int consumer) const {
+        return at(offsetof(Smem, times_cleared)) + 4 * consumer;
+    }
     // Number of the first tile in the workspace, of the first head, which is needed too rarely to keep it in registers.
     FA_DEVICE void store_first_query_tile(int64_t tile) const {
         ptx::store_shared(first_query_tile(), static_cast<uint32_t>(tile));
@@ -116,15 +148,23 @@ template <class Config> struct BwdSmemSm90 {
     }
 
 private:
-    FA_DEVICE ptx::SmemPtr first_query_tile() const { return k_restored + round_up(Config::kBarrierBytes, 8); }
+    FA_DEVICE ptx::SmemPtr at(int offset) const { return k.base + offset; }
+    // Of Q and dO, which are scanned beside K: added to another base, they leave that of K alone.
+    FA_DEVICE ptx::SmemPtr from_v(int offset) const { return v.base + (offset - int(offsetof(Smem, large.tiles.v))); }
+    FA_DEVICE ptx::SmemPtr first_query_tile() const { return at(offsetof(Smem, first_query_tile)); }
 };
 
-// Barriers of a block, beside 0, that of all its threads.
+// Named barriers of a block.
 struct BwdBarriersSm90 {
-    static constexpr int kConsumers = 1;                                         // among all consumers
-    FA_DEVICE static constexpr int group(int consumer) { return 2 + consumer; }  // among the threads of one
-    static constexpr int kScanWarps = 5;
-    FA_DEVICE static constexpr int ds(int stage) { return 6 + stage; }  // dS of that stage is complete
+    enum : int {
+        kBlock = 0,      // all threads
+        kConsumers = 1,  // among all consumers
+        kGroup = 2,      // one for each consumer, among its threads
+        kScanWarps = 5,
+        kDs = 6,  // one for each stage: its dS is complete
+    };
+    FA_DEVICE static constexpr int group(int consumer) { return kGroup + consumer; }
+    FA_DEVICE static constexpr int ds(int stage) { return kDs + stage; }
 };
 
 }  // namespace flash_attn

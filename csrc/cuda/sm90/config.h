@@ -1,96 +1,109 @@
-// Tile shapes for compute capability 9.0, by head_dim.
+// Tile shapes for compute capability 9.0. Plain data that the host reads as well: a workspace has to be made before any
+// kernel runs.
+//
+// Of the rows for a head_dim the last that fits is taken. Those with plain_scores have no registers left for softcap,
+// ALiBi and dropout; those with long_sequences are slower where prefers_short() says so.
 #pragma once
-#include <type_traits>
-#include "cuda/sm90/bwd_config.h"
-#include "cuda/sm90/fwd_config.h"
+#include "cuda/attention/workspace.h"
+#include "cuda/shape_table.h"
+#include "policy/mask.h"
 #include "policy/tile_order.h"
 
 namespace flash_attn {
 
-// FwdConfigSm90<Element, head_dim, head_dim_v, queries, keys, stages>. Plain is for scores that are only scaled; Short
-// too, where prefers_short() says that tiles of fewer queries are quicker; Modified is for softcap, ALiBi and dropout,
-// which need registers of their own.
-template <class Element, int kHeadDim, int kHeadDimV> struct FwdTilesSm90;
-template <class Element> struct FwdTilesSm90<Element, 64, 64> {
-    using Plain = FwdConfigSm90<Element, 64, 64, 192, 128, 4>;
-    using Short = FwdConfigSm90<Element, 64, 64, 128, 128, 4>;
-    using Modified = Short;
+constexpr int kHeadDimsSm90[] = {
+#include "cuda/sm90/head_dims.inl"
 };
-template <class Element> struct FwdTilesSm90<Element, 96, 96> {
-    using Plain = FwdConfigSm90<Element, 96, 96, 128, 128, 2>;
-    using Short = Plain;
-    using Modified = Plain;
+
+constexpr int kSm90SmemBytes = 227 * 1024;  // that a block may have
+
+struct FwdShapeSm90 {
+    int head_dim, head_dim_v, block_m, block_n, stages;
+    bool plain_scores = false, long_sequences = false;
+
+    bool operator==(const FwdShapeSm90&) const = default;
 };
-template <class Element> struct FwdTilesSm90<Element, 128, 128> {
-    using Plain = FwdConfigSm90<Element, 128, 128, 128, 128, 2>;
-    using Short = Plain;
-    using Modified = Plain;
+// clang-format off
+constexpr FwdShapeSm90 kFwdShapesSm90[] = {
+    {.head_dim = 64, .head_dim_v = 64, .block_m = 128, .block_n = 128, .stages = 4},
+    {.head_dim = 64, .head_dim_v = 64, .block_m = 192, .block_n = 128, .stages = 4,
+     .plain_scores = true, .long_sequences = true},
+    {.head_dim = 96, .head_dim_v = 96, .block_m = 128, .block_n = 128, .stages = 2},
+    {.head_dim = 128, .head_dim_v = 128, .block_m = 128, .block_n = 128, .stages = 2},
+    {.head_dim = 192, .head_dim_v = 128, .block_m = 128, .block_n = 128, .stages = 2},
+    {.head_dim = 192, .head_dim_v = 192, .block_m = 128, .block_n = 96, .stages = 2},
+    {.head_dim = 192, .head_dim_v = 192, .block_m = 128, .block_n = 112, .stages = 2, .plain_scores = true},
+    {.head_dim = 256, .head_dim_v = 256, .block_m = 128, .block_n = 64, .stages = 2},
+    {.head_dim = 256, .head_dim_v = 256, .block_m = 128, .block_n = 80, .stages = 2, .plain_scores = true},
 };
-template <class Element> struct FwdTilesSm90<Element, 192, 128> {
-    using Plain = FwdConfigSm90<Element, 192, 128, 128, 128, 2>;
-    using Short = Plain;
-    using Modified = Plain;
-};
-template <class Element> struct FwdTilesSm90<Element, 192, 192> {
-    using Plain = FwdConfigSm90<Element, 192, 192, 128, 112, 2>;
-    using Short = Plain;
-    using Modified = FwdConfigSm90<Element, 192, 192, 128, 96, 2>;
-};
-template <class Element> struct FwdTilesSm90<Element, 256, 256> {
-    using Plain = FwdConfigSm90<Element, 256, 256, 128, 80, 2>;
-    using Short = Plain;
-    using Modified = FwdConfigSm90<Element, 256, 256, 128, 64, 2>;
-};
+// clang-format on
+
+constexpr FwdShapeSm90 fwd_shape_sm90(int head_dim, int head_dim_v, bool modifies_scores, bool is_short) {
+    return last_row(kFwdShapesSm90, [&](const FwdShapeSm90& row) {
+        return row.head_dim == head_dim && row.head_dim_v == head_dim_v && !(row.plain_scores && modifies_scores) &&
+               !(row.long_sequences && is_short);
+    });
+}
+// The least head_dim_v that the kernels have beside a head_dim, if it is enough.
+constexpr int fwd_head_dim_v_sm90(int head_dim, int needed) {
+    int least = head_dim;
+    for (const FwdShapeSm90& row : kFwdShapesSm90)
+        if (row.head_dim == head_dim && row.head_dim_v >= needed) least = min(least, row.head_dim_v);
+    return least;
+}
 
 // Microseconds on an H200 (benchmarks/results/nvidia-h200, experiment 12) for a tile of queries of head_dim 64, and for
 // every tile of keys that it sees.
-template <class Config> double estimated_time(const Problem& p) {
-    static_assert(Config::kHeadDim == 64 && Config::kBlockN == 128);
-    static_assert(Config::kBlockM == 128 || Config::kBlockM == 192);
-    constexpr double kTileTime = Config::kBlockM == 192 ? 1.96 : 1.74, kKeysTime = Config::kBlockM == 192 ? 1.51 : 1.15;
+inline double estimated_time(const Problem& p, const FwdShapeSm90& shape) {
+    const bool is_large = shape.block_m == 192;
+    const double tile_time = is_large ? 1.96 : 1.74, keys_time = is_large ? 1.51 : 1.15;
     const auto mask = WindowMask::of(p, {0, 0, p.seqlens.seqlen_q, p.seqlens.seqlen_k}, 0, 0);
     double time = 0;
-    for (int m0 = 0; m0 < p.seqlens.seqlen_q; m0 += Config::kBlockM) {
-        const Range tiles = tiles_of(mask.kv_range({m0, m0 + Config::kBlockM}), Config::kBlockN);
-        time += kTileTime + kKeysTime * max(tiles.end - tiles.begin, 0);
+    for (int m0 = 0; m0 < p.seqlens.seqlen_q; m0 += shape.block_m) {
+        const Range tiles = tiles_of(mask.kv_range({m0, m0 + shape.block_m}), shape.block_n);
+        time += tile_time + keys_time * max(tiles.end - tiles.begin, 0);
     }
     return time;
 }
 
-// Whether Short is quicker than Plain. Long sequences are always better off with the larger tiles.
-template <class Tiles> bool prefers_short(const Problem& p) {
-    using Short = typename Tiles::Short;
-    using Plain = typename Tiles::Plain;
+// Whether tiles of fewer queries are quicker. Long sequences are always better off with the larger ones.
+inline bool prefers_short(const Problem& p, int head_dim, int head_dim_v) {
     constexpr int kLongestShort = 2048;
-    // Sums run over the same tiles of keys, or the bits of a sequence would depend on what else is in its batch.
-    static_assert(Short::kBlockN == Plain::kBlockN);
-    if constexpr (std::is_same_v<Short, Plain>)
-        return false;
-    else
-        return p.seqlens.seqlen_q <= kLongestShort && estimated_time<Short>(p) < estimated_time<Plain>(p);
+    const FwdShapeSm90 brief = fwd_shape_sm90(head_dim, head_dim_v, false, true);
+    const FwdShapeSm90 plain = fwd_shape_sm90(head_dim, head_dim_v, false, false);
+    if (brief == plain || p.seqlens.seqlen_q > kLongestShort) return false;
+    return estimated_time(p, brief) < estimated_time(p, plain);
 }
 
-// BwdConfigSm90<Element, head_dim, queries, keys>.
-template <class Element, int kHeadDim> struct BwdTilesSm90;
-template <class Element> struct BwdTilesSm90<Element, 64> {
-    using Plain = BwdConfigSm90<Element, 64, 128, 128>;
-    using Modified = BwdConfigSm90<Element, 64, 64, 128>;
+// Consumers own rows of dK and dV, 64 keys each, or, where those would not fit into their registers, columns: as many
+// of all keys.
+struct BwdShapeSm90 {
+    int head_dim, block_m, block_n, consumers;
+    bool plain_scores = false;
+
+    constexpr bool owns_columns() const { return head_dim > 128; }
 };
-template <class Element> struct BwdTilesSm90<Element, 96> {
-    using Plain = BwdConfigSm90<Element, 96, 64, 128>;
-    using Modified = Plain;
+constexpr BwdShapeSm90 kBwdShapesSm90[] = {
+    {.head_dim = 64, .block_m = 64, .block_n = 128, .consumers = 2},
+    {.head_dim = 64, .block_m = 128, .block_n = 128, .consumers = 2, .plain_scores = true},
+    {.head_dim = 96, .block_m = 64, .block_n = 128, .consumers = 2},
+    {.head_dim = 128, .block_m = 64, .block_n = 128, .consumers = 2},
+    {.head_dim = 192, .block_m = 64, .block_n = 96, .consumers = 3},
+    {.head_dim = 256, .block_m = 64, .block_n = 64, .consumers = 2},  // dropout draws for 32 keys at a time
+    {.head_dim = 256, .block_m = 64, .block_n = 80, .consumers = 2, .plain_scores = true},
 };
-template <class Element> struct BwdTilesSm90<Element, 128> {
-    using Plain = BwdConfigSm90<Element, 128, 64, 128>;
-    using Modified = Plain;
-};
-template <class Element> struct BwdTilesSm90<Element, 192> {
-    using Plain = BwdConfigSm90<Element, 192, 64, 96>;
-    using Modified = Plain;
-};
-template <class Element> struct BwdTilesSm90<Element, 256> {
-    using Plain = BwdConfigSm90<Element, 256, 64, 80>;
-    using Modified = BwdConfigSm90<Element, 256, 64, 64>;  // dropout draws for 32 keys at a time
-};
+
+constexpr BwdShapeSm90 bwd_shape_sm90(int head_dim, bool modifies_scores) {
+    return last_row(kBwdShapesSm90, [&](const BwdShapeSm90& row) {
+        return row.head_dim == head_dim && !(row.plain_scores && modifies_scores);
+    });
+}
+// Consumers that own columns each have a turn at a tile of dQ.
+constexpr cuda::WorkspaceShape workspace_shape(const BwdShapeSm90& shape) {
+    return {.block_m = shape.block_m,
+            .tile_elements = shape.block_m * shape.head_dim,
+            .turns = shape.owns_columns() ? shape.consumers : 1,
+            .pads_rows = true};
+}
 
 }  // namespace flash_attn

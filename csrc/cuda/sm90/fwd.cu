@@ -1,9 +1,8 @@
 // The forward pass for compute capability 9.0, for one FA_ELEMENT and FA_HEAD_DIM.
 #include "cuda/instances.h"
 #include "cuda/launch.h"
-#include "cuda/sm90/can_implement.h"
-#include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd.h"
+#include "cuda/sm90/launch_plan.h"
 #include "cuda/sm90/tma_tensor.h"
 
 namespace flash_attn::cuda {
@@ -52,29 +51,29 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
                   device, kernel_params);
 }
 
-template <class Tiles> const char* run_with(const FwdParams& params, void* workspace, const Device& device) {
+template <class Element, int kHeadDim, int kHeadDimV>
+const char* run_with(const FwdParams& params, void* workspace, const Device& device) {
     return with_variant(params.problem, [&](auto variant) {
         using Variant = typename decltype(variant)::type;
-        if constexpr (Variant::kModified) {
-            return launch_fwd<typename Tiles::Modified, Variant>(params, workspace, device);
-        } else {
-            return prefers_short<Tiles>(params.problem)
-                       ? launch_fwd<typename Tiles::Short, Variant>(params, workspace, device)
-                       : launch_fwd<typename Tiles::Plain, Variant>(params, workspace, device);
-        }
+        constexpr FwdShapeSm90 kLong = fwd_shape_sm90(kHeadDim, kHeadDimV, Variant::kModified, false);
+        constexpr FwdShapeSm90 kShort = fwd_shape_sm90(kHeadDim, kHeadDimV, Variant::kModified, true);
+        // Sums run over the same tiles of keys, or the bits of a sequence would depend on what else is in its batch.
+        static_assert(kShort.block_n == kLong.block_n);
+        return !Variant::kModified && prefers_short(params.problem, kHeadDim, kHeadDimV)
+                   ? launch_fwd<FwdConfigSm90<Element, kShort>, Variant>(params, workspace, device)
+                   : launch_fwd<FwdConfigSm90<Element, kLong>, Variant>(params, workspace, device);
     });
 }
 
 }  // namespace
 
-template <class Element, int kHeadDim>
-const char* run_fwd_sm90(const FwdParams& params, void* workspace, const Device& device) {
-    if constexpr (kHeadDim == 192)
-        if (params.problem.head_dim_v <= 128)
-            return run_with<FwdTilesSm90<Element, 192, 128>>(params, workspace, device);
-    return run_with<FwdTilesSm90<Element, kHeadDim, kHeadDim>>(params, workspace, device);
+template <>
+const char* fwd_instance<90, FA_ELEMENT, FA_HEAD_DIM>(const FwdParams& params, void* workspace, const Device& device) {
+    using Element = FA_ELEMENT;
+    constexpr int kHeadDim = FA_HEAD_DIM;
+    constexpr int kNarrow = fwd_head_dim_v_sm90(kHeadDim, 1);
+    if (params.problem.head_dim_v <= kNarrow) return run_with<Element, kHeadDim, kNarrow>(params, workspace, device);
+    return run_with<Element, kHeadDim, kHeadDim>(params, workspace, device);
 }
-
-template const char* run_fwd_sm90<FA_ELEMENT, FA_HEAD_DIM>(const FwdParams&, void*, const Device&);
 
 }  // namespace flash_attn::cuda

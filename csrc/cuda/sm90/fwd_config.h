@@ -1,19 +1,21 @@
-// Tile shapes of the forward pass for compute capability 9.0, and where things lie in shared memory.
+// A tile shape of the forward pass for compute capability 9.0, as its kernel takes it, and where things lie in shared
+// memory.
 #pragma once
+#include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_repeats.h"
 #include "cuda/sm90/tile_queue.h"
 #include "cuda/sm90/warp_specialize.h"
 #include "cuda/tile/copy_sm90.h"
 #include "cuda/tile/pipeline.h"
+#include "cuda/tile/smem_plan.h"
 
 namespace flash_attn {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kStages_>
-struct FwdConfigSm90 {
+template <class Element_, FwdShapeSm90 kShape> struct FwdConfigSm90 {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_;
-    static constexpr int kStages = kStages_, kConsumers = kBlockM / kWarpgroupRows;
-    static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+    static constexpr int kHeadDim = kShape.head_dim, kHeadDimV = kShape.head_dim_v;
+    static constexpr int kBlockM = kShape.block_m, kBlockN = kShape.block_n, kStages = kShape.stages;
+    static constexpr int kConsumers = kBlockM / kWarpgroupRows, kThreads = (1 + kConsumers) * kWarpgroupThreads;
     static_assert(kConsumers == 2 || kConsumers == 3);
     static_assert(kStages >= 2);  // a consumer waits for the next V before it is done with this one
     // Ping-pong scheduling is worth it where softmax takes nearly as long as the products.
@@ -28,25 +30,41 @@ struct FwdConfigSm90 {
     using TileV = WideTile<kBlockN, kHeadDimV>;
     using TileOut = WideTile<kWarpgroupRows, kHeadDimV>;
     using Stages = Pipeline<kStages>;
-    static constexpr int kOutBytes = kConsumers * TileOut::kBytes;
-    // Barriers: the queue's and the pipelines' and two more; and a word.
-    static constexpr int kOtherBytes = TileQueueSm90::kBytes + Pipeline<2 * kConsumers>::kBytes + 2 * Stages::kBytes +
-                                       round_up(2 * ptx::kMbarrierBytes + 4, 16);
-    static constexpr int kLeastBytes =
-        kConsumers * TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + kOtherBytes;
+
+    struct OutBesideV {
+        Place<TileV, kStages> v;
+        Place<TileOut, kConsumers> out;
+    };
+    union OutOverV {
+        Place<TileV, kStages> v;
+        Place<TileOut, kConsumers> out;
+    };
+    // Q: a ring, of which each consumer takes every kConsumers-th.
+    template <int kSlots, class ValuesAndOut> struct Plan {
+        Place<TileQ, kSlots> q;
+        Place<TileK, kStages> k;
+        ValuesAndOut values;
+        alignas(16) Place<TileQueueSm90> queue;
+        Place<Pipeline<kSlots>> pipe_q;
+        Place<Stages> pipe_k, pipe_v;
+        MbarrierPlace out_left, repeats_known;
+        uint32_t repeats;
+    };
     // Where there is room, the output has a place of its own; otherwise it takes that of V, which is the last that the
     // next tile needs.
-    static constexpr bool kOutApart = kLeastBytes + kOutBytes <= kSm90SmemBytes;
-    // A ring of tiles of queries: each consumer takes every kConsumers-th. With more room the next ones are loaded
-    // while these are still in use.
-    static constexpr bool kRoomForNextQ = kLeastBytes + kOutBytes + kConsumers * TileQ::kBytes <= kSm90SmemBytes;
+    static constexpr bool kOutApart = sizeof(Plan<kConsumers, OutBesideV>) <= kSm90SmemBytes;
+    // With more room the next Q are loaded while these are still in use.
+    static constexpr bool kRoomForNextQ = sizeof(Plan<2 * kConsumers, OutBesideV>) <= kSm90SmemBytes;
     static constexpr int kSlotsQ = kRoomForNextQ ? 2 * kConsumers : kConsumers;
     using PipelineQ = Pipeline<kSlotsQ>;
-    static constexpr int kKeysOffset = kSlotsQ * TileQ::kBytes, kValuesOffset = kKeysOffset + kStages * TileK::kBytes;
-    static constexpr int kOutOffset = kValuesOffset + (kOutApart ? kStages * TileV::kBytes : 0);
-    static constexpr int kSmemBytes =
-        kLeastBytes + (kSlotsQ - kConsumers) * TileQ::kBytes + (kOutApart ? kOutBytes : 0);
-    static_assert(kSmemBytes <= kSm90SmemBytes && (kOutApart || kOutBytes <= kStages * TileV::kBytes));
+    using Smem = Plan<kSlotsQ, std::conditional_t<kOutApart, OutBesideV, OutOverV>>;
+    static_assert(are_multiples_of<kWideTileAlignment>(offsetof(Smem, k), offsetof(Smem, values.v),
+                                                       offsetof(Smem, values.out)));
+    static_assert(are_multiples_of<ptx::kMbarrierBytes>(offsetof(Smem, pipe_q), offsetof(Smem, pipe_k),
+                                                        offsetof(Smem, pipe_v)));
+    static_assert(kOutApart || sizeof(OutOverV) == sizeof(Place<TileV, kStages>));
+    static constexpr int kSmemBytes = sizeof(Smem);
+    static_assert(kSmemBytes <= kSm90SmemBytes);
 };
 
 template <class Config> struct FwdSmemSm90 {
@@ -54,26 +72,27 @@ template <class Config> struct FwdSmemSm90 {
     using TileV = typename Config::TileV;
     using TileQ = typename Config::TileQ;
     using TileOut = typename Config::TileOut;
-    TileQ first_q;
+    using Smem = typename Config::Smem;
+    ptx::SmemPtr base;
     TileQueueSm90 queue;
     typename Config::PipelineQ pipe_q;
     typename Config::Stages pipe_k, pipe_v;
 
     FA_DEVICE explicit FwdSmemSm90(ptx::SmemPtr base)
-        : first_q{base}, queue{base + (Config::kSmemBytes - Config::kOtherBytes)}, pipe_q{queue.end()},
-          pipe_k{pipe_q.end()}, pipe_v{pipe_k.end()} {}
-    FA_DEVICE TileQ q(int slot) const { return {first_q.base + slot * TileQ::kBytes}; }
+        : base(base), queue{base + offsetof(Smem, queue)}, pipe_q{base + offsetof(Smem, pipe_q)},
+          pipe_k{base + offsetof(Smem, pipe_k)}, pipe_v{base + offsetof(Smem, pipe_v)} {}
+    FA_DEVICE TileQ q(int slot) const { return {base + slot * TileQ::kBytes}; }
+    FA_DEVICE TileK k(int stage) const { return {base + (int(offsetof(Smem, k)) + stage * TileK::kBytes)}; }
+    FA_DEVICE TileV v(int stage) const { return {base + (int(offsetof(Smem, values.v)) + stage * TileV::kBytes)}; }
     FA_DEVICE TileOut out(int consumer) const {
-        return {first_q.base + (Config::kOutOffset + consumer * TileOut::kBytes)};
+        return {base + (int(offsetof(Smem, values.out)) + consumer * TileOut::kBytes)};
     }
-    FA_DEVICE TileK k(int stage) const { return {first_q.base + (Config::kKeysOffset + stage * TileK::kBytes)}; }
-    FA_DEVICE TileV v(int stage) const { return {first_q.base + (Config::kValuesOffset + stage * TileV::kBytes)}; }
     // Completes when a tile's output has left the memory of V.
-    FA_DEVICE ptx::SmemPtr out_left() const { return pipe_v.end(); }
+    FA_DEVICE ptx::SmemPtr out_left() const { return base + offsetof(Smem, out_left); }
     // Completes when all tiles are in the list that have to be computed again.
-    FA_DEVICE ptx::SmemPtr repeats_known() const { return out_left() + ptx::kMbarrierBytes; }
+    FA_DEVICE ptx::SmemPtr repeats_known() const { return base + offsetof(Smem, repeats_known); }
     // Where the list begins (FwdRepeats).
-    FA_DEVICE ptx::SmemPtr repeats() const { return repeats_known() + ptx::kMbarrierBytes; }
+    FA_DEVICE ptx::SmemPtr repeats() const { return base + offsetof(Smem, repeats); }
 
     // One thread.
     FA_DEVICE void init() const {
@@ -89,12 +108,16 @@ template <class Config> struct FwdSmemSm90 {
     }
 };
 
-// Barriers 1 to 7 of a block; 0 is that of all its threads.
+// Named barriers of a block.
 struct FwdBarriersSm90 {
-    // The consumer may issue its products.
-    FA_DEVICE static constexpr int ping_pong(int consumer) { return 1 + consumer; }
-    FA_DEVICE static constexpr int group(int consumer) { return 4 + consumer; }  // among the threads of a consumer
-    static constexpr int kConsumers = 7;                                         // among all consumers
+    enum : int {
+        kBlock = 0,      // all threads
+        kPingPong = 1,   // one for each consumer: it may issue its products
+        kGroup = 4,      // one for each consumer, among its threads
+        kConsumers = 7,  // among all consumers
+    };
+    FA_DEVICE static constexpr int ping_pong(int consumer) { return kPingPong + consumer; }
+    FA_DEVICE static constexpr int group(int consumer) { return kGroup + consumer; }
 };
 
 }  // namespace flash_attn

@@ -6,8 +6,6 @@
 
 namespace flash_attn {
 
-constexpr int kSm90SmemBytes = 227 * 1024;  // that a block may have
-
 // One of the four warps of the loading warpgroup loads; the others scan tiles for NaN and infinity.
 constexpr int kScanWarps = 3;
 

@@ -11,6 +11,7 @@ template <int kRows, int kCols, int kPanelCols_ = kCols == 64 || kCols % 128 == 
     static constexpr int kPanelCols = kPanelCols_;
     static constexpr int kPanels = kCols / kPanelCols, kPanelChunks = kPanelCols / 8;
     static constexpr int kRowBytes = kPanelCols * 2, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
+    static constexpr int kAlignment = kRowBytes;  // flipped bits are those of an address within a row
     ptx::SmemPtr base;
 
     FA_DEVICE ptx::SmemPtr end() const { return base + kBytes; }
@@ -46,8 +47,8 @@ template <int kRows, int kCols, int kPanelCols_ = kCols == 64 || kCols % 128 == 
     }
 };
 
-// Of panels of 64 columns only, which is how TMA with the 128-byte swizzle writes a tile and wgmma reads it. Has to
-// start at a multiple of 1024 bytes.
+// Of panels of 64 columns only, which is how TMA with the 128-byte swizzle writes a tile and wgmma reads it.
 template <int kRows, int kCols> using WideTile = SmemTile<kRows, (kCols + 63) / 64 * 64, 64>;
+constexpr int kWideTileAlignment = 1024;
 
 }  // namespace flash_attn

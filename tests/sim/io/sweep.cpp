@@ -76,22 +76,24 @@ template <class Config> void backward(int seqlen) {
     const int64_t key_blocks = key_grid(pass.problem, Config::kBlockN).num_blocks();
     const auto main_kernel = bwd_sm80<Config, AttentionVariant<FullMask, PlainScore<float>>>;
     sim::counters = {};
-    check(cuda::launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads, Config::kPreprocessSmemBytes,
-                       kDevice, params));
+    check(cuda::launch(bwd_preprocess<Config>, query_blocks, Config::kPreprocessThreads,
+                       sizeof(typename Config::PreprocessSmem), kDevice, params));
     check(cuda::launch(main_kernel, key_blocks, Config::kThreads, Config::kSmemBytes, kDevice, params));
     check(cuda::launch(bwd_postprocess<Config>, query_blocks, Config::kThreads, 0, kDevice, params));
     report<Config>("backward", seqlen);
 }
 
 // Square tiles, a warp for every 16 queries.
-template <int kSize> using SquareTiles = FwdConfigSm80<bf16, kHeadDim, kSize, kSize, kSize / 16>;
+template <int kSize> using SquareTiles = FwdConfigSm80<
+    bf16,
+    FwdShapeSm80{.head_dim = kHeadDim, .block_m = kSize, .block_n = kSize, .warps = kSize / 16, .large_smem = true}>;
 
 }  // namespace
 
 int main() {
     for (const int seqlen : {100, 128, 256, 512, 1024}) {
-        forward<FwdTilesSm80<bf16, kHeadDim>::Large>(seqlen);
-        backward<BwdTilesSm80<bf16, kHeadDim>::Large>(seqlen);
+        forward<FwdConfigSm80<bf16, fwd_shape_sm80(kHeadDim, true)>>(seqlen);
+        backward<BwdConfigSm80<bf16, bwd_shape_sm80(kHeadDim, true, false)>>(seqlen);
     }
     forward<SquareTiles<32>>(1024);
     forward<SquareTiles<64>>(1024);

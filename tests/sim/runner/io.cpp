@@ -1,5 +1,6 @@
 #include "runner/io.h"
 #include <algorithm>
+#include "cuda/instances.h"
 #include "cuda/sm80/config.h"
 #include "cuda/sm90/config.h"
 
@@ -13,36 +14,24 @@ struct TileShape {
     int head_dim;  // of the kernel: what is asked for, rounded up
 };
 
-template <class Config> TileShape shape() { return {Config::kBlockM, Config::kBlockN, Config::kHeadDim}; }
-
 bool modifies_scores(const Case& c) { return c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0; }
+bool has_large_smem(const Case& c) { return c.smem >= kLargeSmemBytes; }
 
-template <class Tiles> TileShape shape_of(const Case& c) {
-    if (c.smem < kLargeSmemBytes) return shape<typename Tiles::Small>();
-    return modifies_scores(c) ? shape<typename Tiles::LargeModified>() : shape<typename Tiles::Large>();
-}
-
-template <class Tiles> TileShape hopper_shape_of(const Case& c) {
-    return modifies_scores(c) ? shape<typename Tiles::Modified>() : shape<typename Tiles::Plain>();
-}
-template <class Tiles> TileShape hopper_fwd_shape_of(const Inputs& x) {
-    const bool is_short = !modifies_scores(x.c) && prefers_short<Tiles>(x.problem());
-    return is_short ? shape<typename Tiles::Short>() : hopper_shape_of<Tiles>(x.c);
-}
-template <int kHeadDim> TileShape hopper_fwd_shape(const Inputs& x) {
-    if constexpr (kHeadDim == 192)
-        if (x.c.head_dim_v <= 128) return hopper_fwd_shape_of<FwdTilesSm90<bf16, 192, 128>>(x);
-    return hopper_fwd_shape_of<FwdTilesSm90<bf16, kHeadDim, kHeadDim>>(x);
+// Of the largest kernels, for a case that none runs.
+template <size_t kCount> int kernel_head_dim(const Problem& p, const int (&head_dims)[kCount]) {
+    const int found = cuda::instance_head_dim(p, head_dims);
+    return found ? found : head_dims[kCount - 1];
 }
 
-// The tiles of the first head_dim that is large enough.
-template <class F> TileShape by_head_dim(const Case& c, F tiles) {
-    const int head_dim = std::max(c.head_dim, c.head_dim_v);
-    if (head_dim <= 64) return tiles.template operator()<64>();
-    if (head_dim <= 96) return tiles.template operator()<96>();
-    if (head_dim <= 128) return tiles.template operator()<128>();
-    if (head_dim <= 192) return tiles.template operator()<192>();
-    return tiles.template operator()<256>();
+template <class Shape> TileShape tiles_of(const Shape& shape) { return {shape.block_m, shape.block_n, shape.head_dim}; }
+
+TileShape fwd_tiles(const Inputs& x, bool hopper) {
+    const Problem p = x.problem();
+    if (!hopper) return tiles_of(fwd_shape_sm80(kernel_head_dim(p, kHeadDimsSm80), has_large_smem(x.c)));
+    const int head_dim = kernel_head_dim(p, kHeadDimsSm90);
+    const int head_dim_v = fwd_head_dim_v_sm90(head_dim, p.head_dim_v);
+    return tiles_of(fwd_shape_sm90(head_dim, head_dim_v, modifies_scores(x.c),
+                                   !modifies_scores(x.c) && prefers_short(p, head_dim, head_dim_v)));
 }
 
 // Whether any query of a tile sees any key of a tile: other pairs of tiles are passed over.
@@ -62,9 +51,7 @@ template <class F> void for_each_tile(int length, int size, F f) {
 
 Traffic forward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
-    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
-        return hopper ? hopper_fwd_shape<kHeadDim>(x) : shape_of<FwdTilesSm80<bf16, kHeadDim>>(c);
-    });
+    const TileShape t = fwd_tiles(x, hopper);
     Traffic bytes;
     for (const Sequence& s : sequences(c))
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {
@@ -83,14 +70,15 @@ Traffic forward_traffic(const Inputs& x, bool hopper) {
 
 Traffic backward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
-    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
-        return hopper ? hopper_shape_of<BwdTilesSm90<bf16, kHeadDim>>(c) : shape_of<BwdTilesSm80<bf16, kHeadDim>>(c);
-    });
-    // On Hopper, consumers that own columns have a counter each for every tile of dQ, and two numbers per query are
-    // written once more, for whole tiles, which the main kernel then reads.
-    const int64_t dims = c.head_dim + c.head_dim_v, dq_tile_bytes = t.rows * t.head_dim * kFloatBytes;
-    const int64_t turns = !hopper || t.head_dim <= 128 ? 1 : t.head_dim == 192 ? 3 : 2;
-    const int64_t padded_bytes = hopper ? 2 * t.rows * kFloatBytes : 0;
+    const Problem p = x.problem();
+    const auto shape80 = bwd_shape_sm80(kernel_head_dim(p, kHeadDimsSm80), has_large_smem(c), modifies_scores(c));
+    const auto shape90 = bwd_shape_sm90(kernel_head_dim(p, kHeadDimsSm90), modifies_scores(c));
+    const TileShape t = hopper ? tiles_of(shape90) : tiles_of(shape80);
+    const cuda::WorkspaceShape workspace = hopper ? workspace_shape(shape90) : workspace_shape(shape80);
+    // A tile of dQ, and counters of turns; where the main kernel wants them, two numbers per query are written once
+    // more, for whole tiles, which it then reads.
+    const int64_t dims = c.head_dim + c.head_dim_v, dq_tile_bytes = workspace.tile_elements * kFloatBytes;
+    const int64_t turns = workspace.turns, padded_bytes = workspace.pads_rows ? 2 * t.rows * kFloatBytes : 0;
     Traffic bytes;
     for (const Sequence& s : sequences(c)) {
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int) {
@@ -121,10 +109,7 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
 
 Traffic probs_traffic(const Inputs& x) {
     const Case& c = x.c;
-    const TileShape t = by_head_dim(c, [&]<int kHeadDim>() {
-        using Config = typename FwdTilesSm80<bf16, kHeadDim>::Small;
-        return TileShape{Config::kBlockM, Config::kBlockN, kHeadDim};
-    });
+    const TileShape t = tiles_of(fwd_shape_sm80(kernel_head_dim(x.problem(), kHeadDimsSm80), false));
     Traffic bytes;
     for (const Sequence& s : sequences(c))
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {

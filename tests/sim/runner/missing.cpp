@@ -1,39 +1,40 @@
-// Instances of kernels that a build leaves out. The linker prefers what stands before this file, so it must come last.
+// Instances of the kernels for FA_ARCH that a build leaves out. Those that it has come first: these symbols are weak.
 #include "cuda/instances.h"
 
 namespace flash_attn::cuda {
 namespace {
 
 constexpr const char* kMissing = "this build has no kernels for this element type and head_dim";
+constexpr int kHeadDims[] = {
+#include FA_HEAD_DIMS
+};
 
 }  // namespace
 
-template <class Element, int kHeadDim> const char* run_fwd_sm80(const FwdParams&, const Device&) { return kMissing; }
-template <class Element, int kHeadDim> const char* run_fwd_sm90(const FwdParams&, void*, const Device&) {
+template <int kArch, class Element, int kHeadDim> const char* fwd_instance(const FwdParams&, void*, const Device&) {
     return kMissing;
 }
-template <class Element, int kHeadDim> const char* run_bwd_sm80(const BwdParams&, void*, const Device&) {
+template <int kArch, class Element, int kHeadDim> const char* bwd_instance(const BwdParams&, void*, const Device&) {
     return kMissing;
 }
-template <class Element, int kHeadDim> const char* run_bwd_sm90(const BwdParams&, void*, const Device&) {
-    return kMissing;
-}
-template <class Element, int kHeadDim> const char* run_attn_probs_sm80(const ProbsParams&, const Device&) {
+template <int kArch, class Element, int kHeadDim>
+const char* attn_probs_instance(const ProbsParams&, void*, const Device&) {
     return kMissing;
 }
 
-template <class Element, int... kHeadDims> struct Missing {
-    const void* functions[5 * sizeof...(kHeadDims)] = {
-        reinterpret_cast<const void*>(run_fwd_sm80<Element, kHeadDims>)...,
-        reinterpret_cast<const void*>(run_fwd_sm90<Element, kHeadDims>)...,
-        reinterpret_cast<const void*>(run_bwd_sm80<Element, kHeadDims>)...,
-        reinterpret_cast<const void*>(run_bwd_sm90<Element, kHeadDims>)...,
-        reinterpret_cast<const void*>(run_attn_probs_sm80<Element, kHeadDims>)...,
+// Whoever can be asked for their addresses has them.
+template <class Element, size_t... i> const void* missing(size_t n, std::index_sequence<i...>) {
+    const void* const all[] = {
+        reinterpret_cast<const void*>(fwd_instance<FA_ARCH, Element, kHeadDims[i]>)...,
+        reinterpret_cast<const void*>(bwd_instance<FA_ARCH, Element, kHeadDims[i]>)...,
+        reinterpret_cast<const void*>(attn_probs_instance<FA_ARCH, Element, kHeadDims[i]>)...,
     };
-};
-extern const Missing<bf16, 64, 96, 128, 192, 256> missing_bf16;
-extern const Missing<fp16, 64, 96, 128, 192, 256> missing_fp16;
-const Missing<bf16, 64, 96, 128, 192, 256> missing_bf16;
-const Missing<fp16, 64, 96, 128, 192, 256> missing_fp16;
+    return all[n];
+}
+template <int kArch> const void* missing(size_t n);
+template <> const void* missing<FA_ARCH>(size_t n) {
+    constexpr auto kAll = std::make_index_sequence<std::size(kHeadDims)>();
+    return n % 2 ? missing<bf16>(n / 2, kAll) : missing<fp16>(n / 2, kAll);
+}
 
 }  // namespace flash_attn::cuda

@@ -1,9 +1,8 @@
-// Which problems the kernels for compute capability 9.0 take. The others are served by those for 8.0 and later.
+// What the host works out of a problem for the kernels for compute capability 9.0.
 #pragma once
 #include <bit>
 #include <limits>
 #include "cuda/api.h"
-#include "cuda/attention/workspace.h"
 #include "cuda/sm90/tma_strides.h"
 #include "policy/host_device.h"
 #include "policy/tile_order.h"
@@ -18,24 +17,6 @@ inline TensorSize query_size(const Problem& p, int columns) {
 inline TensorSize key_size(const Problem& p, int columns) {
     const bool packed = p.seqlens.cu_seqlens_k;
     return {packed ? 1 : p.batch_size, p.num_heads_k, packed ? p.seqlens.total_k : p.seqlens.seqlen_k, columns};
-}
-
-// Keys and values in pages are not taken, nor tensors that TMA cannot see.
-inline bool can_implement(const Problem& p, const Device& device) {
-    return device.compute_capability == 90 && !p.paged_kv.block_table &&
-           TmaStrides(p.q, query_size(p, p.head_dim)).fit() && TmaStrides(p.k, key_size(p, p.head_dim)).fit() &&
-           TmaStrides(p.v, key_size(p, p.head_dim_v)).fit();
-}
-inline bool can_implement(const FwdParams& params, const Device& device) {
-    const Problem& p = params.problem;
-    return can_implement(p, device) && TmaStrides(params.out, query_size(p, p.head_dim_v)).fit();
-}
-
-inline bool can_implement(const BwdParams& params, const Device& device) {
-    const Problem& p = params.problem;
-    return can_implement(p, device) && TmaStrides(params.dout, query_size(p, p.head_dim_v)).fit() &&
-           TmaStrides(params.dk, key_size(p, p.head_dim)).fit() &&
-           TmaStrides(params.dv, key_size(p, p.head_dim_v)).fit();
 }
 
 inline const char* check_tiles(int64_t tiles) {
@@ -60,13 +41,6 @@ inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& d
 constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8, kFwdRepeatRows = 64;
 inline int64_t fwd_repeat_places(const Problem& p) {
     return masks_keys(p) ? p.num_heads * num_query_tiles(p, kFwdRepeatRows) : 0;
-}
-
-// The workspace for a head_dim of the kernels: as BwdTilesSm90 has it, which only nvcc can read.
-constexpr WorkspaceShape hopper_workspace(int head_dim, bool modified) {
-    const int block_m = head_dim <= 64 && !modified ? 128 : 64;
-    const int turns = head_dim <= 128 ? 1 : head_dim == 192 ? 3 : 2;
-    return {block_m, block_m * head_dim, turns, true};
 }
 
 }  // namespace flash_attn::cuda
