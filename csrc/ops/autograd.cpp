@@ -1,6 +1,7 @@
 // The ops that compute attention are differentiable, once.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #include "ops/attention.h"
 #include "ops/backward_node.h"
@@ -89,7 +90,9 @@ AttentionResult run_attention(at::TensorList inputs, AttentionArgs args) {
         auto [out, softmax_lse] =
             std::apply([&, &q = q, &k = k, &v = v](const auto&... tail) { return fwd.call(q, k, v, tail...); },
                        AttentionArgs::fields(args));
-        return {std::move(out), std::move(softmax_lse), args.rng_state ? *args.rng_state : no_rng_state(q)};
+        // Not no_rng_state(), which writes to memory: tensors may be fake here.
+        Tensor rng_state = args.rng_state ? *args.rng_state : at::zeros({2}, q.options().dtype(at::kLong));
+        return {std::move(out), std::move(softmax_lse), std::move(rng_state)};
     }
     auto [out, softmax_lse, s_dmask, rng_state] =
         args.packed()
