@@ -2,6 +2,7 @@
 // No torch, no CUDA headers. Strides count elements; every offset into a tensor is computed in 64 bits.
 #pragma once
 #include <cstdint>
+#include "policy/divisor.h"
 
 namespace flash_attn {
 
@@ -46,6 +47,12 @@ struct Window {
     int32_t left, right;  // kMaxSeqlen: unbounded
 };
 
+// And iff position i + shift is in the same chunk of keys as j: from one multiple of size to below the next.
+struct Chunks {
+    Divisor size;    // kMaxSeqlen: there is one chunk
+    int32_t lowest;  // position of a chunk: 0; -kMaxSeqlen without chunks
+};
+
 struct ScoreParams {
     double softmax_scale;        // > 0
     double softcap;              // scores become softcap * tanh(score / softcap); 0: off
@@ -73,6 +80,7 @@ struct Problem {
     Seqlens seqlens;
     PagedKv paged_kv;
     Window window;
+    Chunks chunks;  // by make_chunks() of policy/mask.h
     ScoreParams score;
     DropoutParams dropout;
     Scalars<float> scalars;

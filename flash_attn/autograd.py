@@ -147,8 +147,8 @@ def _run(
     # Compiled, packed inputs are split here: with dynamic shapes, inductor (torch 2.13) forgets where in the buffer of
     # a gradient those views begin through which it is written.
     in_one_piece = layout != SEPARATE and not torch.compiler.is_compiling()
-    if deterministic or (deterministic is not None and in_one_piece):
-        return _attention(inputs, **where, **options, deterministic=deterministic)
+    if deterministic or (deterministic is not None and in_one_piece) or "attention_chunk" in options:
+        return _attention(inputs, **where, **options, deterministic=bool(deterministic))
     forward = _varlen_forward if where else _dense_forward
     out, softmax_lse, _, rng_state = forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
     return out, softmax_lse, rng_state
@@ -168,6 +168,7 @@ def attention(
     alibi_slopes: Tensor | None,
     deterministic: bool,
     return_attn_probs: bool,
+    attention_chunk: int = 0,
 ) -> Any:
     """What every public function calls, with its own name and its arguments.
 
@@ -183,6 +184,7 @@ def attention(
             softmax_scale,
             causal,
             window_size,
+            attention_chunk,
             softcap,
             alibi_slopes,
             deterministic,
@@ -194,6 +196,7 @@ def attention(
         *(function, layout, inputs, sequences, alibi_slopes),
         *(dropout_p, softmax_scale, causal, window_size, softcap),
     )
+    (attention_chunk,) = _checks.integers(function, attention_chunk=attention_chunk)
     if layout != SEPARATE:
         _check_packing(function, layout, inputs, sequences is not None)
     first = inputs[0]
@@ -212,6 +215,8 @@ def attention(
         "softcap": softcap,
         "dropout_p": dropout_p,
     }
+    if attention_chunk != 0:
+        options["attention_chunk"] = attention_chunk
     out, softmax_lse, rng_state = _run(layout, inputs, where, options, bool(deterministic) if needs_grad else None)
     if not return_attn_probs:
         return out

@@ -67,6 +67,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    attention_chunk: int = 0,
 ) -> Any:
     """Attention, softmax(softmax_scale * q @ k^T) @ v, of a batch of sequences of one length.
 
@@ -109,6 +111,8 @@ def flash_attn_func(
         deterministic: the backward pass gives the same bits every time. Always so on the CPU, and where
             torch.use_deterministic_algorithms is on.
         return_attn_probs: also return softmax_lse and S_dmask.
+        attention_chunk: query i also sees only the keys of its chunk, as in Llama 4 (2025): with p = i + seqlen_k -
+            seqlen_q, those with j // attention_chunk == p // attention_chunk, rounded down; 0: off.
 
     Returns:
         out, (batch_size, seqlen_q, num_heads, head_dim_v); or, with return_attn_probs, (out, softmax_lse, S_dmask):
@@ -134,6 +138,7 @@ def flash_attn_func(
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
+        attention_chunk=attention_chunk,
     )
 
 
@@ -222,6 +227,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    attention_chunk: int = 0,
 ) -> Any:
     """flash_attn_func for sequences of different lengths, packed one after the other without padding.
 
@@ -254,6 +261,7 @@ def flash_attn_varlen_func(
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
+        attention_chunk=attention_chunk,
     )
 
 

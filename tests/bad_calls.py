@@ -5,7 +5,7 @@ import math
 import torch
 
 DTYPE = torch.float32
-NO_MASK = {"causal": False, "window_size_left": -1, "window_size_right": -1}
+NO_MASK = {"causal": False, "window_size_left": -1, "window_size_right": -1, "attention_chunk": 0}
 POLICY = {
     "alibi_slopes": None, "softmax_scale": None, **NO_MASK, "softcap": 0.0, "dropout_p": 0.0,
     "rng_state": torch.tensor([3, 4]),
@@ -108,6 +108,7 @@ SHAPES = [
       for x in (0.0, -0.1, math.nan, math.inf, 1e39, 2.5e38, 1e-39)],
     ("dense", {"softmax_scale": 1e20, "softcap": 1e-20}, [("softcap", "softmax_scale=1e+20 can be divided", "1e-20")]),
     ("dense", {"softmax_scale": 1e-20, "softcap": 1e20}, [("softcap", "softmax_scale=1e-20 can be divided", "1e+20")]),
+    ("dense", {"attention_chunk": -1}, [("attention_chunk", "a number of keys, or 0", "-1")]),
     ("dense", {"alibi_slopes": rows(3)}, [("alibi_slopes", "(num_heads=4,) or (batch_size=2, num_heads=4)", "(3,)")]),
     ("dense", {"alibi_slopes": rows(3, 4)}, [("alibi_slopes", "(batch_size=2, num_heads=4)", "(3, 4)")]),
     ("dense", {"alibi_slopes": rows(2, 4, 1)}, [("alibi_slopes", "(num_heads=4,)", "(2, 4, 1)")]),

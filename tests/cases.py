@@ -25,6 +25,7 @@ class Case:
     packed: bool = False
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
+    attention_chunk: int = 0
     softcap: float = 0.0
     softmax_scale: float | None = None
     alibi: str = ""  # "heads": (num_heads,), "batch": (batch_size, num_heads)
@@ -213,7 +214,27 @@ def edge_cases() -> list[Case]:
         for n, dtype in itertools.product((1, 2, 257, 1024), DTYPES)
     ]
     with_type = [dataclasses.replace(c, dtype=dtype) for c in empty for dtype in ("float32", "bfloat16")]
-    return [dataclasses.replace(c, lse_grad=i % 2 == 1) for i, c in enumerate(with_type + large + heads + few)]
+    cases = [*with_type, *large, *heads, *few, *chunk_cases()]
+    return [dataclasses.replace(c, lse_grad=i % 2 == 1) for i, c in enumerate(cases)]
+
+
+def chunk_cases() -> list[Case]:
+    """Chunks as long as tiles, longer, shorter and of one key; queries before all keys, and as many as keys."""
+    masks = [
+        {"attention_chunk": 1, "head_dim": 40},
+        {"attention_chunk": 37, "causal": True, "num_heads": 4},
+        {"attention_chunk": 64, "head_dim": 128, "head_dim_v": 128},
+        {"attention_chunk": 128, "causal": True, "alibi": "batch", "softcap": 1.5},
+        {"attention_chunk": 100, "window_size": (30, 80), "dropout_p": 0.17},
+        {"attention_chunk": 1000, "head_dim": 256, "head_dim_v": 256},
+    ]
+    lengths = [((150, 1), (150, 1)), ((64, 256), (300, 128)), ((300, 17), (129, 17))]
+    cases = []
+    for (i, (q, k)), (j, mask) in itertools.product(enumerate(lengths), enumerate(masks)):
+        dense = {"seqlens_q": q[:1], "seqlens_k": k[:1]}
+        packed = {"seqlens_q": q, "seqlens_k": k, "packed": True}
+        cases.append(Case(**(dense if i == 1 else packed), **mask, dtype=DTYPES[(i + j) % 4]))
+    return cases
 
 
 def key_range_cases() -> list[Case]:

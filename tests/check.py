@@ -51,6 +51,7 @@ def scores_of(case: Case, x: Inputs) -> dict:
         "causal": case.causal,
         "window_size_left": case.window_size[0],
         "window_size_right": case.window_size[1],
+        "attention_chunk": case.attention_chunk,
         "softcap": case.softcap,
         "dropout_p": case.dropout_p,
         "rng_state": x.rng_state,
@@ -94,6 +95,7 @@ def public(case: Case, x: Inputs) -> Tensors:
         "softmax_scale": case.softmax_scale,
         "causal": case.causal,
         "window_size": case.window_size,
+        "attention_chunk": case.attention_chunk,
         "softcap": case.softcap,
         "alibi_slopes": x.alibi_slopes,
         "return_attn_probs": True,
@@ -149,7 +151,7 @@ def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> 
     single = torch.zeros(sizes.shape[:-1], dtype=torch.bool, device=sizes.device)
     for s in sequences(case):
         shape = (s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start)
-        s.of(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device).sum(1) == 1
+        s.of(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device, case.attention_chunk).sum(1) == 1
     largest = max(other.abs().double().nan_to_num(0).flatten().tolist(), default=0.0)
     return case.scale * sizes[single].norm().item() * largest
 

@@ -10,7 +10,7 @@ using namespace flash_attn;
 
 namespace {
 
-WindowMask make_mask(const int32_t* m) { return {m[0], m[1], m[2], m[3]}; }
+WindowMask make_mask(const int32_t* m) { return {m[0], m[1], m[2], m[3], make_chunks(m[4])}; }
 
 // The same by the bounds of the key.
 bool keep_by_key(const WindowMask& mask, int row, int key) {
@@ -24,7 +24,7 @@ uint8_t agreed(bool a, bool b) { return a == b ? a : 2; }
 
 extern "C" {
 
-// Masks are four numbers: seqlen_q, seqlen_k, left, right.
+// Masks are five numbers: seqlen_q, seqlen_k, left, right and the chunk, 0 if there is none.
 uint8_t mask_keep(const int32_t* mask, int row, int key) {
     return agreed(make_mask(mask).keep(row, key), keep_by_key(make_mask(mask), row, key));
 }

@@ -23,7 +23,9 @@ class Result:
     dv: torch.Tensor | None = None
 
 
-def visible(seqlen_q: int, seqlen_k: int, window: tuple[int, int], device="cpu") -> torch.Tensor:
+def visible(
+    seqlen_q: int, seqlen_k: int, window: tuple[int, int], device="cpu", attention_chunk: int = 0
+) -> torch.Tensor:
     """Which keys each query sees: (seqlen_q, seqlen_k), True where it does. -1 is unbounded."""
     row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
     key = torch.arange(seqlen_k, device=device)[None, :]
@@ -32,6 +34,8 @@ def visible(seqlen_q: int, seqlen_k: int, window: tuple[int, int], device="cpu")
         mask &= key >= row - window[0]
     if window[1] >= 0:
         mask &= key <= row + window[1]
+    if attention_chunk > 0:
+        mask &= torch.div(row, attention_chunk, rounding_mode="floor") == key // attention_chunk
     return mask
 
 
@@ -72,7 +76,7 @@ def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USU
     """
     group = q.shape[1] // k.shape[1]
     q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    mask = visible(q.shape[1], k.shape[1], case.window, q.device)
+    mask = visible(q.shape[1], k.shape[1], case.window, q.device, case.attention_chunk)
     distance = distances(q.shape[1], k.shape[1], q.device)
     if order.keys_reversed:
         k, v, mask, distance = k.flip(1), v.flip(1), mask.flip(1), distance.flip(1)

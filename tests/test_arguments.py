@@ -205,6 +205,7 @@ TYPE_ERRORS = {
     "dropout_p": ["0.1", None, [0.1]],
     "softmax_scale": ["1", [1.0], 1j],
     "window_size": [3, None, (1,), (1, 2, 3), (1.5, 2), ("1", 2), "12", torch.ones(2)],
+    "attention_chunk": [None, 1.5, "8"],
     "softcap": ["1", None],
     "alibi_slopes": [[0.1] * HEADS, 0.5],
     "cu_seqlens_q": [[0, 3], None],

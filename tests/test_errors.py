@@ -94,7 +94,8 @@ PUBLIC = [row for row in ROWS if is_public(row)]
 
 
 def call_public(call: str, a: dict):
-    options = {name: a[name] for name in ("dropout_p", "softmax_scale", "causal", "softcap", "alibi_slopes")}
+    names = ("dropout_p", "softmax_scale", "causal", "attention_chunk", "softcap", "alibi_slopes")
+    options = {name: a[name] for name in names}
     options["window_size"] = (a["window_size_left"], a["window_size_right"])
     if call == "dense":
         return flash_attn.flash_attn_func(a["q"], a["k"], a["v"], **options)

@@ -103,6 +103,7 @@ FUNCTIONS = {
     "causal with softmax_lse": (flash_attn.flash_attn_func, dense_of, {"causal": True, "return_attn_probs": True}),
     "dropout": (flash_attn.flash_attn_func, dense_of, {"dropout_p": 0.3}),
     "window": (flash_attn.flash_attn_func, dense_of, {"window_size": (4, 2), "softcap": 2.0, "softmax_scale": 0.5}),
+    "chunks": (flash_attn.flash_attn_func, dense_of, {"attention_chunk": 5, "causal": True}),
     "alibi": (flash_attn.flash_attn_func, dense_of, {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
     "varlen": (run_varlen, varlen_of, {"causal": True}),
     "varlen with dropout": (run_varlen, varlen_of, {"dropout_p": 0.3}),

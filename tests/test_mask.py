@@ -50,7 +50,7 @@ def spans(length: int) -> np.ndarray:
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
-def brute_mask(seqlen_q, seqlen_k, left, right) -> np.ndarray:
+def brute_mask(seqlen_q, seqlen_k, left, right, chunk) -> np.ndarray:
     row = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
     key = np.arange(seqlen_k)[None, :]
     keep = np.ones((seqlen_q, seqlen_k), dtype=bool)
@@ -58,6 +58,8 @@ def brute_mask(seqlen_q, seqlen_k, left, right) -> np.ndarray:
         keep &= row - key <= left
     if right >= 0:
         keep &= key - row <= right
+    if chunk > 0:
+        keep &= row // chunk == key // chunk
     return keep
 
 
@@ -71,17 +73,17 @@ def brute_range(lines: np.ndarray, ranges: np.ndarray):
     return np.stack([np.where(some, first, 0), np.where(some, last, 0)], 1)
 
 
-def check_mask(policies, seqlen_q, seqlen_k, left, right):
+def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0):
     """keep, kv_range, q_range and is_full_block for every row, key and range of them."""
-    mask = brute_mask(seqlen_q, seqlen_k, left, right)
+    mask = brute_mask(seqlen_q, seqlen_k, left, right, chunk)
     rows, keys = spans(seqlen_q), spans(seqlen_k)
     keep = np.zeros(mask.shape, np.uint8)
     kv_range, q_range = np.zeros((len(rows), 2), np.int32), np.zeros((len(keys), 2), np.int32)
     is_full_block = np.zeros((len(rows), len(keys)), np.uint8)
     arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (keep, kv_range, q_range, is_full_block)]
     unbounded = [UNBOUNDED if side < 0 else side for side in (left, right)]
-    policies.mask_tables(ints([seqlen_q, seqlen_k, *unbounded]), *arrays)
-    where = f"seqlens {seqlen_q}, {seqlen_k}, window {left}, {right}"
+    policies.mask_tables(ints([seqlen_q, seqlen_k, *unbounded, chunk]), *arrays)
+    where = f"seqlens {seqlen_q}, {seqlen_k}, window {left}, {right}, chunk {chunk}"
     assert np.array_equal(keep, mask), where
     for found, lines, ranges in [(kv_range, mask, rows), (q_range, mask.T, keys)]:
         if lines.shape[1] == 0:
@@ -101,25 +103,29 @@ def check_mask(policies, seqlen_q, seqlen_k, left, right):
 def test_mask_of_every_small_shape(policies, seqlen_q):
     for seqlen_k, left, right in itertools.product(range(10), range(-1, 11), range(-1, 11)):
         check_mask(policies, seqlen_q, seqlen_k, left, right)
+    for seqlen_k, left, right, chunk in itertools.product(range(10), (-1, 0, 2), (-1, 0, 3), (1, 2, 3, 7, 11)):
+        check_mask(policies, seqlen_q, seqlen_k, left, right, chunk)
 
 
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 50), st.integers(-1, 50))
-def test_mask_of_larger_shapes(policies, seqlen_q, seqlen_k, left, right):
-    check_mask(policies, seqlen_q, seqlen_k, left, right)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 50), st.integers(-1, 50), st.integers(0, 50))
+def test_mask_of_larger_shapes(policies, seqlen_q, seqlen_k, left, right, chunk):
+    check_mask(policies, seqlen_q, seqlen_k, left, right, chunk)
 
 
 LENGTH = st.one_of(st.integers(1, 300), st.integers(1, UNBOUNDED - 1))
 SIDE = st.one_of(st.just(-1), st.integers(0, 300), st.integers(0, UNBOUNDED - 1))
+CHUNK = st.one_of(st.just(0), st.integers(1, 300), st.integers(1, UNBOUNDED - 1))
 
 
-@given(st.data(), LENGTH, LENGTH, SIDE, SIDE)
-def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right):
+@given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK)
+def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chunk):
     """Lengths up to the limit: nothing overflows, and the four answers agree with the definition and each other."""
-    mask = ints([seqlen_q, seqlen_k, *(UNBOUNDED if side < 0 else side for side in (left, right))])
+    mask = ints([seqlen_q, seqlen_k, *(UNBOUNDED if side < 0 else side for side in (left, right)), chunk])
 
     def sees(row, key):
-        distance = key - row - (seqlen_k - seqlen_q)
-        return (left < 0 or distance >= -left) and (right < 0 or distance <= right)
+        position = row + seqlen_k - seqlen_q
+        in_window = (left < 0 or key >= position - left) and (right < 0 or key <= position + right)
+        return in_window and (chunk == 0 or position // chunk == key // chunk)
 
     rows = sorted(data.draw(st.tuples(st.integers(0, seqlen_q - 1), st.integers(0, seqlen_q - 1))))
     keys = sorted(data.draw(st.tuples(st.integers(0, seqlen_k - 1), st.integers(0, seqlen_k - 1))))

@@ -62,7 +62,7 @@ def selecting_reference(case: Case, x: Inputs) -> tuple[torch.Tensor, ...]:
     Each query has keys and values of its own, zero where it does not look, so that NaN spreads by selection alone.
     """
     q, k, v = (t[0].double().requires_grad_() for t in (x.q, x.k, x.v))
-    mask = visible(q.shape[0], k.shape[0], case.window, q.device)
+    mask = visible(q.shape[0], k.shape[0], case.window, q.device, case.attention_chunk)
     seen = mask[:, :, None, None]
     own_q = torch.where(seen, q[:, None], 0.0)
     own_k = torch.where(seen, k[None], 0.0)
@@ -79,7 +79,7 @@ def selecting_reference(case: Case, x: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 PLACES = [0, 17, 64, 130, 149]
-MASKS = [{}, {"causal": True}, {"window_size": (20, 3)}, {"window_size": (0, 0)}]
+MASKS = [{}, {"causal": True}, {"window_size": (20, 3)}, {"window_size": (0, 0)}, {"attention_chunk": 24}]
 
 
 @pytest.mark.parametrize("features", MASKS, ids=str)

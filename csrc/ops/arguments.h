@@ -20,7 +20,7 @@ struct AttentionArgs {
     OptionalTensor seqused_k = {}, leftpad_k = {}, block_table = {}, alibi_slopes = {};
     std::optional<double> softmax_scale = {};
     bool causal = false;
-    int64_t window_size_left = -1, window_size_right = -1;
+    int64_t window_size_left = -1, window_size_right = -1, attention_chunk = 0;
     double softcap = 0, dropout_p = 0;
     OptionalTensor rng_state = {};
 
@@ -28,11 +28,11 @@ struct AttentionArgs {
     template <class Self> static auto fields(Self& a) {
         return std::tie(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.seqused_k, a.leftpad_k,
                         a.block_table, a.alibi_slopes, a.softmax_scale, a.causal, a.window_size_left,
-                        a.window_size_right, a.softcap, a.dropout_p, a.rng_state);
+                        a.window_size_right, a.attention_chunk, a.softcap, a.dropout_p, a.rng_state);
     }
     bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
     // Whether the forward ops of flash_attn 2.8.3 have all the arguments that are given.
-    bool fits_original() const { return !rng_state && softmax_scale && (packed() || !seqused_k); }
+    bool fits_original() const { return !rng_state && softmax_scale && !attention_chunk && (packed() || !seqused_k); }
 };
 
 enum class Pass { kForward, kBackward, kProbs };

@@ -111,8 +111,8 @@ struct EagerCall {
     bool read(Reader reader) {
         return read_inputs(reader, inputs) && read_sequences(reader, args) && reader.real(args.dropout_p) &&
                reader.real(args.softmax_scale) && reader.boolean(args.causal) && read_window(reader, args) &&
-               reader.real(args.softcap) && reader.tensor(args.alibi_slopes) && reader.boolean(deterministic) &&
-               reader.boolean(return_attn_probs) && reader.is_at_end();
+               reader.integer(args.attention_chunk) && reader.real(args.softcap) && reader.tensor(args.alibi_slopes) &&
+               reader.boolean(deterministic) && reader.boolean(return_attn_probs) && reader.is_at_end();
     }
     // Whether nothing is left to be done for it in Python.
     bool is_plain() const {

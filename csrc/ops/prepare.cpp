@@ -3,6 +3,7 @@
 #include <cmath>
 #include "ops/asked_backend.h"
 #include "policy/host_device.h"
+#include "policy/mask.h"
 #include "policy/scalars.h"
 
 namespace flash_attn {
@@ -99,6 +100,7 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
         p.paged_kv.page_size = int32_t(args.k.size(1));
     }
     p.window = window_of(args);
+    p.chunks = make_chunks(int(min<int64_t>(args.attention_chunk, kMaxSeqlen - 1)));
     // As Python computes it, to the bit.
     p.score.softmax_scale = args.softmax_scale.value_or(std::pow(double(p.head_dim), -0.5));
     p.score.softcap = max(args.softcap, 0.0);

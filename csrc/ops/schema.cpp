@@ -32,7 +32,7 @@ const std::string kTail =
     "*, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
     "Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? block_table=None, Tensor? alibi_slopes=None, "
     "float? softmax_scale=None, bool causal=False, int window_size_left=-1, int window_size_right=-1, "
-    "float softcap=0.0, float dropout_p=0.0, Tensor? rng_state=None";
+    "int attention_chunk=0, float softcap=0.0, float dropout_p=0.0, Tensor? rng_state=None";
 const std::string kBackward =
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse=None, ";
 

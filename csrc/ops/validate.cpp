@@ -244,6 +244,7 @@ template <class T> void Validator::check_score_numbers() {
 
 void Validator::check_numbers() {
     args_.q.scalar_type() == at::kDouble ? check_score_numbers<double>() : check_score_numbers<float>();
+    if (args_.attention_chunk < 0) reasons_.add("attention_chunk", "a number of keys, or 0", args_.attention_chunk);
     if (!(args_.dropout_p >= 0 && args_.dropout_p < 1)) {
         reasons_.add("dropout_p", "a number in [0, 1)", args_.dropout_p);
     }

@@ -34,19 +34,35 @@ struct WindowMask {
     static constexpr bool kMasked = true;  // hides keys from some queries and not from others
     int seqlen_q, seqlen_k;
     int left, right;
+    Chunks chunks;
 
     // The mask of a head of a sequence.
     FA_HOST_DEVICE static WindowMask of(const Problem& p, const Sequence& seq, int /*batch*/, int /*head*/) {
-        return {seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right};
+        return {seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right, p.chunks};
     }
 
     // The position of a query among the keys; negative if it is before all of them.
     FA_HOST_DEVICE int position(int row) const { return row + seqlen_k - seqlen_q; }
+    // Keys of the chunk of a query, and positions of the queries of the chunk of a key: without chunks these are all.
+    // Without branches: kernels compute them for every row of a block.
+    FA_HOST_DEVICE int first_of_chunk(int position) const {
+        return chunks.size.quotient(max(position, 0)) * int(chunks.size.divisor);
+    }
+    FA_HOST_DEVICE int last_of_chunk(int position) const {
+        const int end = min(first_of_chunk(position) + int(chunks.size.divisor), kMaxSeqlen);
+        return position < chunks.lowest ? -1 : end - 1;
+    }
     // What one query sees, and by which queries one key is seen. Either is a range, and may be empty or end outside.
-    FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, 0); }
-    FA_HOST_DEVICE int last_key(int row) const { return min(position(row) + right, seqlen_k - 1); }
-    FA_HOST_DEVICE int first_query(int key) const { return key < seqlen_k ? key - right - position(0) : kMaxSeqlen; }
-    FA_HOST_DEVICE int last_query(int key) const { return key - position(0) + left; }
+    FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, first_of_chunk(position(row))); }
+    FA_HOST_DEVICE int last_key(int row) const {
+        return min(min(position(row) + right, last_of_chunk(position(row))), seqlen_k - 1);
+    }
+    FA_HOST_DEVICE int first_query(int key) const {
+        return key < seqlen_k ? max(key - right, first_of_chunk(key) + chunks.lowest) - position(0) : kMaxSeqlen;
+    }
+    FA_HOST_DEVICE int last_query(int key) const {
+        return min(key - position(0) + left, last_of_chunk(key) - position(0));
+    }
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const { return {first_key(row), last_key(row)}; }
     FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
 
@@ -103,6 +119,11 @@ struct FullMask {
 };
 
 // Whether a problem needs more than FullMask.
-FA_HOST_DEVICE bool masks_keys(const Problem& p) { return p.window.left < kMaxSeqlen || p.window.right < kMaxSeqlen; }
+FA_HOST_DEVICE bool masks_keys(const Problem& p) {
+    return p.window.left < kMaxSeqlen || p.window.right < kMaxSeqlen || p.chunks.lowest == 0;
+}
+
+// size: of a chunk; 0: there are none.
+inline Chunks make_chunks(int size) { return {make_divisor(size > 0 ? size : kMaxSeqlen), size > 0 ? 0 : -kMaxSeqlen}; }
 
 }  // namespace flash_attn

@@ -144,7 +144,7 @@ def shared_cases() -> list[Row]:
 
 UNEVEN = Case((70, 0, 131, 64), (33, 9, 200, 64), "bfloat16", 4, 2, packed=True)
 SMALL = Case((150,), (150,), "bfloat16", 1, 1, 6, 5, lse_grad=True)
-FEW_MASKS: list[dict] = [{}, {"causal": True}, {"window_size": (20, 3)}]
+FEW_MASKS: list[dict] = [{}, {"causal": True}, {"window_size": (20, 3)}, {"attention_chunk": 50}]
 
 
 def batch_checks() -> list[Row]:
@@ -197,7 +197,7 @@ def wide_nonfinite(head_dim: int) -> Case:
 def hidden_nonfinite(dim: int, dtype: str = "bfloat16") -> list[Row]:
     """NaN and infinity in V that some rows of some tiles see."""
     case = Case((300, 0, 150, 400), (300, 9, 200, 130), dtype, 4, 2, dim, dim, packed=True)
-    masks = [{"causal": True}, {"window_size": (40, 30), "softcap": 2.0, "alibi": "batch"}]
+    masks = [{"causal": True}, {"window_size": (40, 30), "softcap": 2.0, "alibi": "batch"}, {"attention_chunk": 70}]
     return [(dataclasses.replace(case, **mask), Sim("hidden")) for mask in masks]
 
 
@@ -242,7 +242,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
         "heads": [(2, 2), (2, 1)],
         "dims": list(dims),
         "lengths": [(129, 129), (17, 200), (200, 64), (64, 1)],
-        "mask": MASKS[:4:3] + MASKS[1:2] + MASKS[-1:],
+        "mask": [*MASKS[:4:3], *MASKS[1:2], MASKS[-1], {"attention_chunk": 50}],
         "score": SCORES[::2],
         "batch": BATCHES[::3],
         "keys": ["", "both"],
@@ -296,6 +296,8 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(tiles, seqlens_q=(64, 64), seqlens_k=(64, 64)), Sim()),  # dQ tiles: one more than needed
         (dataclasses.replace(tiles, causal=True, **odd, **modified), Sim(layout="gaps", deterministic=True)),
         (dataclasses.replace(tiles, window_size=(40, 30), unused_rows=3), Sim(deterministic=True)),
+        (dataclasses.replace(tiles, attention_chunk=60, causal=True), Sim(deterministic=True)),
+        (dataclasses.replace(tiles, attention_chunk=64), Sim()),
         (dataclasses.replace(tiles, **used, **modified, seed=93), Sim(smem=SMALL_SMEM)),
         (Case((256, 256), (128, 128), "bfloat16", 1, 1, causal=True, lse_grad=True), Sim(deterministic=True)),
         (Case((64,), (500,), "bfloat16"), Sim(deterministic=True)),

@@ -89,6 +89,7 @@ const std::map<std::string, Setter>& setters() {
         {"packed", set(&Case::packed)},
         {"causal", set(&Case::causal)},
         {"window_size", set_window},
+        {"attention_chunk", set(&Case::attention_chunk)},
         {"softcap", set(&Case::softcap)},
         {"softmax_scale", set(&Case::softmax_scale)},
         {"alibi", set(&Case::alibi)},
@@ -171,8 +172,10 @@ int total_rows_k(const Case& c) {
 }
 
 bool visible(const Case& c, const Sequence& s, int i, int j) {
-    const int shift = s.seqlen_k - s.seqlen_q, right = c.causal ? 0 : c.window_right;
-    return (c.window_left < 0 || j >= i + shift - c.window_left) && (right < 0 || j <= i + shift + right);
+    const int position = i + s.seqlen_k - s.seqlen_q, right = c.causal ? 0 : c.window_right;
+    const bool same_chunk =
+        c.attention_chunk == 0 || (position >= 0 && position / c.attention_chunk == j / c.attention_chunk);
+    return same_chunk && (c.window_left < 0 || j >= position - c.window_left) && (right < 0 || j <= position + right);
 }
 
 }  // namespace flash_attn::runner

@@ -15,8 +15,9 @@ struct Case {
     int num_heads = 2, num_heads_k = 2, head_dim = 64, head_dim_v = 64;
     bool packed = false, causal = false;
     int window_left = -1, window_right = -1;  // -1: unbounded
-    double softcap = 0, softmax_scale = 0;    // a scale of 0 stands for head_dim^-0.5
-    std::string alibi;                        // "heads", "batch" or none
+    int attention_chunk = 0;
+    double softcap = 0, softmax_scale = 0;  // a scale of 0 stands for head_dim^-0.5
+    std::string alibi;                      // "heads", "batch" or none
     double dropout_p = 0;
     std::vector<int> seqused_k, leftpad_k;  // one number per sequence, or none at all
     int page_size = 0, unused_rows = 0;
@@ -53,7 +54,7 @@ std::vector<Sequence> sequences(const Case& c);
 int total_rows_q(const Case& c);
 int total_rows_k(const Case& c);
 
-// Whether query i sees key j, by the definition in params.h.
+// Whether query i sees key j, by the definition in problem.h.
 bool visible(const Case& c, const Sequence& s, int i, int j);
 
 }  // namespace flash_attn::runner

@@ -4,6 +4,7 @@
 #include <numbers>
 #include <numeric>
 #include "policy/host_device.h"
+#include "policy/mask.h"
 #include "policy/scalars.h"
 #include "runner/elements.h"
 
@@ -184,6 +185,7 @@ Problem Inputs::problem() const {
     if (c.packed) p.seqlens.total_q = q.shape().rows, p.seqlens.total_k = c.paged() ? 0 : k.shape().rows;
     if (c.paged()) p.paged_kv = {block_table.data(), max_pages, max_pages, num_pages, c.page_size};
     p.window = {c.window_left < 0 ? kMaxSeqlen : c.window_left, c.window_right < 0 ? kMaxSeqlen : c.window_right};
+    p.chunks = make_chunks(c.attention_chunk);
     if (c.causal) p.window.right = 0;
     p.score = {c.scale(), c.softcap, alibi_slopes.data(), c.alibi == "batch" ? c.num_heads : 0};
     if (c.dropout_p > 0) {
