@@ -9,6 +9,7 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 from flash_attn import _flops  # noqa: F401  for torch.utils.flop_counter
+from flash_attn._explain import Explanation, explain
 from flash_attn._library import build_info
 from flash_attn._version import __version__
 from flash_attn.flash_attn_interface import (
@@ -22,8 +23,10 @@ from flash_attn.flash_attn_interface import (
 )
 
 __all__ = [
+    "Explanation",
     "__version__",
     "build_info",
+    "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

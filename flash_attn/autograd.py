@@ -62,7 +62,7 @@ def default_scale(q: Tensor) -> float:
         return 1.0
 
 
-def _cast_for_autocast(inputs: Sequence[Tensor], device_type: str) -> tuple[Tensor, ...]:
+def cast_for_autocast(inputs: Sequence[Tensor], device_type: str) -> tuple[Tensor, ...]:
     """The inputs in the dtype of the autocast region around the call; float64 and others stay as they are."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in inputs)
@@ -78,7 +78,7 @@ def _check_packing(function: str, layout: str, inputs: Sequence[Tensor], is_varl
     _checks.reject(ValueError, function, [f"{name}: expected shape {shape}, got {tuple(packed.shape)}"])
 
 
-def _convert_arguments(
+def convert_arguments(
     function: str,
     layout: str,
     inputs: Sequence[Any],
@@ -177,22 +177,11 @@ def attention(
         sequences: None for a dense call.
     """
     if not torch.compiler.is_compiling():
-        result = _eager_call(
-            inputs,
-            sequences,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            attention_chunk,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+        numbers = (dropout_p, softmax_scale, causal, window_size, attention_chunk, softcap)
+        result = _eager_call(inputs, sequences, *numbers, alibi_slopes, deterministic, return_attn_probs)
         if result is not None:
             return result
-    sequences, dropout_p, softmax_scale, causal, window_size, softcap = _convert_arguments(
+    sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
         *(function, layout, inputs, sequences, alibi_slopes),
         *(dropout_p, softmax_scale, causal, window_size, softcap),
     )
@@ -201,7 +190,7 @@ def attention(
         _check_packing(function, layout, inputs, sequences is not None)
     first = inputs[0]
     if not first.is_meta and torch.is_autocast_enabled(first.device.type):
-        inputs = _cast_for_autocast(inputs, first.device.type)
+        inputs = cast_for_autocast(inputs, first.device.type)
     needs_grad = _needs_grad(function, inputs, alibi_slopes)
     if needs_grad and layout == SEPARATE and sequences is not None:
         inputs, sequences = _gather_pages(inputs, sequences)

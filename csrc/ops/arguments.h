@@ -5,8 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/SymInt.h>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 namespace flash_attn {
 
@@ -77,6 +79,9 @@ inline Tensor gradient_buffer(const Tensor& of) { return at::empty_symint(of.sym
 using FwdImplementation = FwdResult (*)(const FwdArgs&);
 using BwdImplementation = Tensor (*)(const BwdArgs&);
 using ProbsImplementation = Tensor (*)(const ProbsArgs&);
+// The name of the backend that runs a forward pass, then the name of each better one and why it does not.
+using Names = std::vector<std::string>;
+using ExplainImplementation = Names (*)(const FwdArgs&);
 
 // Our ops as the dispatcher calls them. Tail: the types of the fields of AttentionArgs, as it passes them.
 template <class... Tail> struct OpsWithTail {
@@ -101,6 +106,10 @@ template <class... Tail> struct OpsWithTail {
     template <ProbsImplementation attn_probs>
     static Tensor run_attn_probs(const Tensor& q, const Tensor& k, const Tensor& softmax_lse, Tail... tail) {
         return attn_probs({{{tail...}, Pass::kProbs, q, k, nullptr}, softmax_lse});
+    }
+    template <ExplainImplementation explain>
+    static Names run_explain(const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
+        return explain({{{tail...}, Pass::kForward, q, k, &v}});
     }
 };
 

@@ -1,6 +1,8 @@
 // The ops on the CPU: check, allocate, fill what lies outside of sequences, run the kernels.
 #include <torch/library.h>
 #include "cpu/backend.h"
+#include "cuda/api.h"
+#include "ops/asked_backend.h"
 #include "ops/cpu_host.h"
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
@@ -93,8 +95,23 @@ Tensor attn_probs_cpu(const ProbsArgs& args) {
     return probs;
 }
 
+Names explain_cpu(const FwdArgs& args) {
+    validate(args);
+    const PreparedProblem prepared(args.problem);
+    validate_values(args.problem, *prepared);
+    Names names{kCpuBackend};
+    for (const cuda::BackendInfo& each : cuda::backends()) {
+        names.emplace_back(each.name);
+        names.emplace_back(*each.code ? "the tensors are on the CPU" : "it is not in this build");
+    }
+    return names;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(flash_attn, CPU, m) { implement_ops<fwd_cpu, bwd_cpu, attn_probs_cpu>(m); }
+TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
+    implement_ops<fwd_cpu, bwd_cpu, attn_probs_cpu>(m);
+    m.impl("_explain", Ops::run_explain<explain_cpu>);
+}
 
 }  // namespace flash_attn

@@ -234,8 +234,29 @@ Tensor attn_probs_cuda(const ProbsArgs& args) {
     return probs;
 }
 
+// Of the tensors that kernels would be given, copies where they cannot read those of the call.
+Names explain_cuda(const FwdArgs& args) {
+    validate(args);
+    require_supported(args.problem);
+    const DeviceScope device(args.problem);
+    const PreparedProblem prepared(args.problem, aligned_rows);
+    check_values(args.problem, *prepared);
+    const Tensor out = empty(out_sizes(args.problem), args.problem.q, args.problem.q.scalar_type());
+    const cuda::Explanation explanation =
+        cuda::explain(FwdParams{*prepared, view_of(out, args.problem.packed()), {}}, *device);
+    Names names{explanation.backend ? explanation.backend : ""};
+    for (const cuda::Refusal& each : explanation.better) {
+        names.emplace_back(each.backend);
+        names.push_back(each.reason);
+    }
+    return names;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) { implement_ops<fwd_cuda, bwd_cuda, attn_probs_cuda>(m); }
+TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
+    implement_ops<fwd_cuda, bwd_cuda, attn_probs_cuda>(m);
+    m.impl("_explain", Ops::run_explain<explain_cuda>);
+}
 
 }  // namespace flash_attn

@@ -19,6 +19,7 @@ template <class Result, class Args> Result no_cuda(const Args& args) {
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
     implement_ops<no_cuda<FwdResult, FwdArgs>, no_cuda<Tensor, BwdArgs>, no_cuda<Tensor, ProbsArgs>>(m);
+    m.impl("_explain", Ops::run_explain<no_cuda<Names, FwdArgs>>);
 }
 
 }  // namespace flash_attn

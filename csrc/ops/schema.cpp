@@ -76,6 +76,7 @@ TORCH_LIBRARY(flash_attn, m) {
     const std::string bwd = kBackward + kTail + ", bool deterministic=False";
     define("bwd(" + bwd + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsoftmax_sum)");
     define("bwd.out(" + bwd + ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor dsoftmax_sum");
+    define("_explain(Tensor q, Tensor k, Tensor v, " + kTail + ") -> str[]");
     define("attn_probs(Tensor q, Tensor k, Tensor softmax_lse, " + kTail + ") -> Tensor");
     // For gradients in one piece of packed inputs, (q, kv) or (qkv) in place of (q, k, v), for deterministic ones, and
     // for arguments that the ops of 2.8.3 do not have.

@@ -6,14 +6,15 @@ import re
 from .source import Findings, Source
 
 # Parts of csrc by the beginnings of their paths; a file belongs to the longest that fits.
-POLICY = ("policy/host_device.h", "problem.h", "policy/")
+POLICY = ("policy/host_device.h", "policy/divisor.h", "problem.h", "policy/")
 TILES = ("policy/host_device.h", "cuda/ptx/", "cuda/tile/")
 BACKEND = ("problem.h", "cuda/api.h", "cuda/backend.h")
 SHARED = ("cuda/instances.h", "cuda/shape_table.h", "cuda/launch.h", "cuda/attention/")
 ARCHITECTURE = (*POLICY, *TILES, *BACKEND, *SHARED)
 MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "policy/host_device.h": (),
-    "problem.h": (),
+    "policy/divisor.h": ("policy/host_device.h",),
+    "problem.h": ("policy/divisor.h",),
     "policy/": POLICY,
     "cuda/api.h": ("problem.h",),  # all that ops/ sees of the kernels
     "cuda/backend.h": BACKEND,
@@ -74,6 +75,7 @@ PYTHON_LAYERS = (
     "_autograd_names",
     "utils",
     "autograd",
+    "_explain",
     "_kernel_interface",
     "flash_attn_interface",
     "bert_padding",
