@@ -42,15 +42,14 @@ struct WindowMask {
     }
 
     // The position of a query among the keys; negative if it is before all of them.
-    FA_HOST_DEVICE int position(int row) const { return row + seqlen_k - seqlen_q; }
+    FA_HOST_DEVICE int position(int row) const { return row + (seqlen_k - seqlen_q); }
     // Keys of the chunk of a query, and positions of the queries of the chunk of a key: without chunks these are all.
     // Without branches: kernels compute them for every row of a block.
     FA_HOST_DEVICE int first_of_chunk(int position) const {
         return chunks.size.quotient(max(position, 0)) * int(chunks.size.divisor);
     }
     FA_HOST_DEVICE int last_of_chunk(int position) const {
-        const int end = min(first_of_chunk(position) + int(chunks.size.divisor), kMaxSeqlen);
-        return position < chunks.lowest ? -1 : end - 1;
+        return position < chunks.lowest ? -1 : first_of_chunk(position) + int(chunks.size.divisor) - 1;
     }
     // What one query sees, and by which queries one key is seen. Either is a range, and may be empty or end outside.
     FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, first_of_chunk(position(row))); }
@@ -61,10 +60,12 @@ struct WindowMask {
         return key < seqlen_k ? max(key - right, first_of_chunk(key) + chunks.lowest) - position(0) : kMaxSeqlen;
     }
     FA_HOST_DEVICE int last_query(int key) const {
-        return min(key - position(0) + left, last_of_chunk(key) - position(0));
+        return min(key - position(0) + left, min(last_of_chunk(key), kMaxSeqlen) - position(0));
     }
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const { return {first_key(row), last_key(row)}; }
-    FA_HOST_DEVICE bool keep(int row, int key) const { return key >= first_key(row) && key <= last_key(row); }
+    template <bool kByKey = false> FA_HOST_DEVICE bool keep(int row, int key) const {
+        return !hides<Edge::kAfter, kByKey>(row, key) && !hides<Edge::kBefore, kByKey>(row, key);
+    }
 
     // Keys that at least one of the rows may see. Rows past the last one change nothing: it sees the last key. An empty
     // range ends at or before 0.
@@ -104,7 +105,7 @@ struct FullMask {
         return {seq.seqlen_q, seq.seqlen_k};
     }
 
-    FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
+    template <bool kByKey = false> FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
     FA_HOST_DEVICE Range kv_range(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range q_range(Range) const { return {0, seqlen_q}; }
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range, Range keys) const {

@@ -79,7 +79,9 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
         softmax.update_max(acc_s, score.scale_log2);
         softmax.rescale(acc_o);
         if (Variant::kMasked && nonfinite) {
-            const auto attends = [&](int r, int k) { return mask.keep(m0 + warp_row0 + lane_row(r), n0 + k); };
+            const auto attends = [&](int r, int k) {
+                return mask.template keep<true>(ptx::opaque(at.row0) + lane_row(r), n0 + k);
+            };
             add_nonfinite<Element>(acc_o, sV, 0, attends);
             ptx::sync_threads();  // all warps have seen what is about to be cleared
             clear_nonfinite<Element, kThreads>(sV);
