@@ -1,7 +1,7 @@
 """Mutants that change nothing, each with the proof: (file, mutation, which of those alike in the file) -> why."""
 
 SOFTMAX = "cuda/attention/softmax.h"
-MASK, SCORES, FWD, BWD = "policy/mask.h", "cuda/attention/score_tile.h", "cuda/sm80/fwd.h", "cuda/sm80/bwd.h"
+SCORES, FWD, BWD = "cuda/attention/score_tile.h", "cuda/sm80/fwd.h", "cuda/sm80/bwd.h"
 FWD_HOPPER, BWD_HOPPER, CONSUMER = "cuda/sm90/fwd.h", "cuda/sm90/bwd.h", "cuda/sm90/bwd_consumer.h"
 COLUMNS, KEYS = "cuda/sm90/bwd_columns.h", "cuda/sm90/bwd_keys.h"
 REPEATS = "cuda/sm90/fwd_repeats.h"
@@ -13,10 +13,6 @@ SLOW_PATH = (
     "by every query, it is added by this path instead of the product"
 )
 CLEARED_IN_VAIN = "what is finite is written back as it was"
-NEVER_FULL = (
-    "no side of a window is wider than kMaxSeqlen, so that none is called full: WindowMask, with more to compute, "
-    "comes to the same as FullMask"
-)
 NOTHING_DROPPED = "no random number is below a threshold of 0: nothing is dropped, and weights have no sign to clear"
 HINT = "a hint for the cache changes no result"
 EARLIER = "the kernel that follows may begin later: it waits for the end of this one either way"
@@ -38,7 +34,7 @@ LIES = (
 ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which does not change it"
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
-    (SOFTMAX, "false: `rescale_factor[r] == row_max[r]`", 0): NOT_FUSED,
+    (SOFTMAX, "false: `rescale_factor[r] = rescale_factor[r] == row_max[r]`", 0): NOT_FUSED,
     (FWD_HOPPER, "false: `Config::kOutApart`", 1): "where the output has a place of its own, nobody waits for it to "
     "leave",
     (FWD_HOPPER, "true: `found`", 0): CLEARED_IN_VAIN,
@@ -52,14 +48,14 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (BWD_HOPPER, "false: `tile.is_outside() \\|\\| tile.tiles().empty()`", 0): HINT,
     (BWD_HOPPER, "true: `!Config::kOwnsColumns`", 0): HINT,
     (BWD_HOPPER, "false: `!Config::kOwnsColumns`", 0): HINT,
-    (BWD_HOPPER, "removed: `prefetch_next_block<Config, Mask>(params)`", 0): HINT,
+    (BWD_HOPPER, "removed: `prefetch_next_block<Config, Variant>(params)`", 0): HINT,
     (
         BWD_HOPPER,
         "`<` becomes `<=`: `t = Config::kStagesDout < Config::kStagesQ \\|\\| is_`",
         0,
     ): "Q is asked for before dO then, as where dO has fewer stages",
     (COLUMNS, "true: `!is_full`", 0): MASKED_IN_VAIN,
-    (KEYS, "true: `kBlockMasked \\|\\| (!Mask::kMasked && !tile_.is_full_block(m))`", 0): MASKED_IN_VAIN,
+    (KEYS, "true: `kBlockMasked \\|\\| (!Variant::kMasked && !tile_.is_full_bloc...`", 0): MASKED_IN_VAIN,
     (KEYS, "`==` becomes `!=`: `st bool adds_dq = stage == consumer_; if (`", 0): "the consumers change places",
     (KEYS, "false: `!in_turn`", 0): NOBODY_READS,
     (FWD_HOPPER, "true: `!tile.is_full_block(n)`", 0): MASKED_IN_VAIN,
@@ -77,32 +73,28 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (FWD_HOPPER, "`tile.seq.seqlen_k - n * N` instead of `min(N, tile.seq.seqlen_k - n * N)`", 0): ADDED_AGAIN,
     (COLUMNS, "true: `this->is_leader()`", 0): EVERYONE_WAITS,
     (COLUMNS, "false: `!params_.common.pass.deterministic`", 1): NOBODY_READS,
-    (MASK, "`>` becomes `>=`: `const { return keys.end > seqlen_k; } FA_HOST`", 0): MASKED_IN_VAIN,
-    (SOFTMAX, "true: `mask.hides_after(queries, keys)`", 0): MASKED_IN_VAIN,
-    (SOFTMAX, "true: `mask.hides_before(queries, keys)`", 0): MASKED_IN_VAIN,
-    (MASK, "`>=` becomes `>`: `dow& w) { return w.left >= kMaxSeqlen && w.right >`", 0): NEVER_FULL,
-    (MASK, "`>=` becomes `>`: `= kMaxSeqlen && w.right >= kMaxSeqlen; } // The m`", 0): NEVER_FULL,
+    (SOFTMAX, "true: `mask.template crosses<Edge::kAfter, At::kByKey>(queries, ...`", 0): MASKED_IN_VAIN,
+    (SOFTMAX, "true: `mask.template crosses<Edge::kBefore, At::kByKey>(queries,...`", 0): MASKED_IN_VAIN,
     (
         "cuda/attention/rows.h",
         "false: `!p.paged_kv.block_table`",
         0,
     ): "kv_row_offset() finds rows without a table as well",
-    (SCORES, "`<` becomes `<=`: `1.f); return square < 0.04f ? x * series : la`", 0): "both formulas are right there",
-    (SCORES, "false: `slope == 0.f`", 0): "a slope of 0 adds 0 to every score",
-    (SCORES, "false: `dropout.threshold == 0`", 0): NOTHING_DROPPED,
-    (SCORES, "false: `dropout.threshold == 0`", 1): NOTHING_DROPPED,
-    (BWD, "true: `Mask::kMasked && !is_full`", 0): SEARCHED_IN_VAIN,
+    (SCORES, "`<` becomes `<=`: `; return square < 0.04f ? x * series : la`", 0): "both formulas are right there",
+    (SCORES, "false: `score.dropout.threshold == 0`", 0): NOTHING_DROPPED,
+    (SCORES, "false: `score.dropout.threshold == 0`", 1): NOTHING_DROPPED,
+    (BWD, "true: `Variant::kMasked && !is_full`", 0): SEARCHED_IN_VAIN,
     (BWD, "true: `!k_searched`", 0): "K is searched once more: it is the same",
     (BWD, "true: `!is_full`", 0): MASKED_IN_VAIN,
-    (BWD, "true: `Mask::kMasked && nonfinite`", 0): SLOW_PATH,
+    (BWD, "true: `Variant::kMasked && nonfinite`", 0): SLOW_PATH,
     (BWD, "true: `ptx::thread_idx() == 0`", 0): EVERYONE_WAITS,
     (BWD, "`==` becomes `!=`: `if (ptx::thread_idx() == 0) ptx::wait_for_turn(t`", 0): EVERYONE_WAITS,
     (BWD, "true: `pass.deterministic`", 1): "turns are passed that nobody waits for",
     (FWD, "`N` instead of `min(N, 32)`", 0): "the same weights, more of them at a time: costs registers",
     (FWD, "`32` instead of `min(N, 32)`", 0): "no tile has fewer than 32 keys",
-    (FWD, "true: `Mask::kMasked && !is_full`", 0): SEARCHED_IN_VAIN,
+    (FWD, "true: `Variant::kMasked && !is_full`", 0): SEARCHED_IN_VAIN,
     (FWD, "true: `!is_full`", 0): MASKED_IN_VAIN,
-    (FWD, "true: `Mask::kMasked && nonfinite`", 0): SLOW_PATH,
+    (FWD, "true: `Variant::kMasked && nonfinite`", 0): SLOW_PATH,
     (CONSUMER, "`<` becomes `<=`: `= tile.tiles().begin; m < tile.tiles().end; ++m)`", 0): "the tile after the last "
     "has no query that sees these keys: nothing is added to it",
     (CONSUMER, "false: `tile.is_full_block(m)`", 0): ADDED_AGAIN,

@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 FOLDERS = ("policy", "cuda/tile", "cuda/attention", "cuda/sm*")
 # These have exhaustive tests of their own: tests/test_mask.py and tests/test_dropout.py, on every backend, and the
-# division among the primitives.
-TESTED_ELSEWHERE = {"policy/divisor.h", "policy/dropout.h", "policy/paged_kv.h", "policy/score.h", "policy/seqlen.h"}
+# division among the primitives. What a problem is compiled for is no matter of kernels.
+TESTED_ELSEWHERE = {
+    f"policy/{name}.h" for name in ("divisor", "dropout", "mask", "paged_kv", "scalars", "score", "seqlen", "variant")
+}
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,12 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("cuda/sm80/fwd.h", "n >= tiles.begin;", "n > tiles.begin;"),
     ("cuda/sm80/bwd.h", "ptx::sync_threads_or(", "bool("),
     ("cuda/sm80/bwd.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
-    ("cuda/sm80/bwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "true"),
-    ("cuda/sm80/bwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "mask.is_full_block(rows, {n0 + 1, n0 + N - 1})"),
+    ("cuda/sm80/bwd.h", "mask.template is_full_block<true>(rows, {n0, n0 + N})", "true"),
+    (
+        "cuda/sm80/bwd.h",
+        "mask.template is_full_block<true>(rows, {n0, n0 + N})",
+        "mask.template is_full_block<true>(rows, {n0 + 1, n0 + N - 1})",
+    ),
     (
         "cuda/sm80/bwd.h",
         "n - tiles_of(mask.kv_range(rows), N).begin",
@@ -214,7 +220,7 @@ BY_HAND: list[tuple[str, str, str]] = [
     ("cuda/sm90/fwd.h", "out_left_ ^= 1;", ""),
     ("cuda/sm90/tile_queue.h", "num_blocks + (taken", "(taken"),
     ("cuda/sm90/tile_queue.h", "if (lane_id() == 0) pipe().release(at);", "pipe().release(at);"),
-    ("cuda/sm90/bwd.h", "Mask::kMasked ? kScanWarps : 0", "0"),
+    ("cuda/sm90/bwd.h", "Variant::kMasked ? kScanWarps : 0", "0"),
     ("cuda/sm90/bwd_tile.h", "end - 1 - n", "end - n"),
     ("cuda/sm90/bwd_consumer.h", "(times_cleared() - 1) % 2", "0"),
     ("cuda/sm90/bwd.h", "is_first = false;", ""),
