@@ -5,6 +5,7 @@
 #include <sstream>
 #include <string>
 #include "cuda/api.h"
+#include "policy/mask.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ struct Call {
         p.head_dim = p.head_dim_v = kHeadDim;
         p.seqlens.seqlen_q = p.seqlens.seqlen_k = kRows;
         p.window = {kMaxSeqlen, kMaxSeqlen};
+        p.chunks = make_chunks(0);
         numbers = {{"compute_capability", &device.compute_capability},
                    {"smem_per_block", &device.smem_per_block},
                    {"type", reinterpret_cast<int32_t*>(&p.type)},

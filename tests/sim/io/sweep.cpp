@@ -37,6 +37,7 @@ Problem problem(int seqlen) {
     p.v = tensor(seqlen);
     p.seqlens.seqlen_q = p.seqlens.seqlen_k = seqlen;
     p.window = {kMaxSeqlen, kMaxSeqlen};
+    p.chunks = make_chunks(0);
     p.score.softmax_scale = 0.125;
     round_scalars(p);
     return p;
