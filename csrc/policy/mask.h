@@ -62,7 +62,10 @@ struct WindowMask {
     FA_HOST_DEVICE int last_query(int key) const {
         return min(key - position(0) + left, min(last_of_chunk(key), kMaxSeqlen) - position(0));
     }
-    FA_HOST_DEVICE VisibleKeys<int> visible(int row) const { return {first_key(row), last_key(row)}; }
+    FA_HOST_DEVICE VisibleKeys<int> visible(int row) const {
+        if (chunks.lowest == 0) return {first_key(row), last_key(row)};
+        return {max(position(row) - left, 0), min(position(row) + right, seqlen_k - 1)};
+    }
     template <bool kByKey = false> FA_HOST_DEVICE bool keep(int row, int key) const {
         return !hides<Edge::kAfter, kByKey>(row, key) && !hides<Edge::kBefore, kByKey>(row, key);
     }
