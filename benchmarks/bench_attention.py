@@ -51,9 +51,9 @@ def measure(case: Case, device: str, budget: float) -> tuple[Row, list[str]]:
     problems = list(filter(None, (disagreement(case, ours, peer) for peer in peers)))
     providers = {each.name: Provider(each.run, each.context) for each in (ours, *peers)}
     rounds = time_interleaved(providers, device, budget)
-    milliseconds = {name: 1e3 * contestant.median() for name, contestant in providers.items()}
+    milliseconds = {name: 1e3 * provider.median() for name, provider in providers.items()}
     reference = providers.pop(OURS)
-    ratios = {name: contestant.ratio_to(reference) for name, contestant in providers.items()}
+    ratios = {name: provider.ratio_to(reference) for name, provider in providers.items()}
     return Row(case, rounds, milliseconds, ratios), problems
 
 

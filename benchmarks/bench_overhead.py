@@ -65,7 +65,7 @@ def measure(shape: tuple[int, ...], dtype: str, device: str, backward: bool, bud
     """Median microseconds per call."""
     providers = {name: Provider(call) for name, call in calls(shape, dtype, device, backward).items()}
     time_interleaved(providers, device, budget, min_rounds=20, max_rounds=2000)
-    return {name: 1e6 * contestant.median() for name, contestant in providers.items()}
+    return {name: 1e6 * provider.median() for name, provider in providers.items()}
 
 
 def main() -> int:

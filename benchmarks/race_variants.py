@@ -105,7 +105,7 @@ def measure(name: str, length: int, head_dim: int, causal: bool, budget: float) 
         providers = {each: Provider(own[which]) for each, own in calls.items()}
         time_interleaved(providers, "cuda", budget, min_rounds=5)
         speedups = {each: providers[THIS].ratio_to(providers[each]) for each in calls if each != THIS}
-        milliseconds = {each: round(1e3 * contestant.median(), 5) for each, contestant in providers.items()}
+        milliseconds = {each: round(1e3 * provider.median(), 5) for each, provider in providers.items()}
         yield {"case": name, "pass": which, "ms": milliseconds, "speedup": speedups, "differ": differ}
 
 

@@ -38,9 +38,9 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, f"flash_attn: the extension was built for torch {built_for}, not {torch.__version__}; {_REMEDY}"
 
 
-_extension, _trouble = _load()
-if _trouble:
-    warnings.warn(_trouble, stacklevel=2)
+_extension, _unavailable_reason = _load()
+if _unavailable_reason:
+    warnings.warn(_unavailable_reason, stacklevel=2)
 
 MAX_HEAD_DIM: int = _extension.build_info().get("max_head_dim", 0) if _extension is not None else 0
 
@@ -58,7 +58,7 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def _unavailable(*args: Any, **kwargs: Any) -> NoReturn:
-    raise RuntimeError(_trouble)
+    raise RuntimeError(_unavailable_reason)
 
 
 def build_info() -> dict[str, Any]:
@@ -78,5 +78,5 @@ def build_info() -> dict[str, Any]:
         RuntimeError: the extension is not available.
     """
     if _extension is None:
-        raise RuntimeError(_trouble)
+        raise RuntimeError(_unavailable_reason)
     return dict(_extension.build_info())

@@ -84,7 +84,7 @@ def measure(
         started = time.time()
         rounds = time_interleaved(providers, device, budget, min_rounds=MIN_ROUNDS)
         state = monitor.between(started, time.time())
-        milliseconds = {name: 1e3 * contestant.median() for name, contestant in providers.items()}
+        milliseconds = {name: 1e3 * provider.median() for name, provider in providers.items()}
         ours = providers.pop(OURS)
         row["passes"][which] = {
             "rounds": rounds,

@@ -82,10 +82,10 @@ def time_interleaved(
     started = time.perf_counter()
     for number in range(max_rounds):
         first = number % len(order)
-        for contestant in order[first:] + order[:first]:
-            if number % contestant.stride == 0:
-                with contestant.context():
-                    contestant.samples[number] = stopwatch(contestant.function, contestant.calls)
+        for provider in order[first:] + order[:first]:
+            if number % provider.stride == 0:
+                with provider.context():
+                    provider.samples[number] = stopwatch(provider.function, provider.calls)
         spent = time.perf_counter() - started
         if (spent > budget and number + 1 >= min_rounds) or spent > 6 * budget:
             return number + 1
@@ -95,12 +95,12 @@ def time_interleaved(
 def _warm_up(providers: Mapping[str, Provider], stopwatch: Stopwatch) -> None:
     """Two calls of each; the second one decides how often each is called."""
     estimates = {}
-    for name, contestant in providers.items():
-        with contestant.context():
-            stopwatch(contestant.function)
-            estimates[name] = stopwatch(contestant.function)
+    for name, provider in providers.items():
+        with provider.context():
+            stopwatch(provider.function)
+            estimates[name] = stopwatch(provider.function)
     quickest = min(estimates.values())
-    for name, contestant in providers.items():
-        if contestant.repeats:
-            contestant.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
-        contestant.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))
+    for name, provider in providers.items():
+        if provider.repeats:
+            provider.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
+        provider.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))
