@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _library
+from flash_attn import _checks, _library
 from flash_attn.autograd import SEPARATE, Sequences, cast_for_autocast, convert_arguments
 
 _explain = _library.op("_explain")
@@ -71,6 +71,7 @@ def explain(
     sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
         "explain", SEPARATE, (q, k, v), sequences, alibi_slopes, *numbers
     )
+    (attention_chunk,) = _checks.integers("explain", attention_chunk=attention_chunk)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = cast_for_autocast((q, k, v), q.device.type)
     where: dict[str, Any] = {} if sequences is None else sequences._asdict()

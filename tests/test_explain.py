@@ -70,6 +70,7 @@ def test_under_autocast_it_is_the_call_with_cast_inputs():
 
 BAD = {
     "type": (TypeError, {"causal": "yes"}, "explain: causal: expected bool"),
+    "type of a later argument": (TypeError, {"attention_chunk": 1.5}, "explain: attention_chunk: expected int"),
     "shape": (ValueError, {"k": torch.zeros(1, 5, 2, 9)}, "k: expected shape"),
     "value": (ValueError, {"dropout_p": 2.0}, "dropout_p: expected a number in"),
     "one of two": (TypeError, packed(cu_seqlens_k=None), "cu_seqlens_k: expected torch.Tensor, got None"),

@@ -56,25 +56,16 @@ inline OriginalFwdArgs varlen_fwd_args(const Tensor& q, const Tensor& k, const T
                                        const OptionalTensor& block_table, const OptionalTensor& leftpad_k,
                                        const OptionalTensor& seqused_k,
                                        bool /*zero_tensors: nothing is ever left unwritten*/) {
-    return {{{.cu_seqlens_q = cu_seqlens_q,
-              .cu_seqlens_k = cu_seqlens_k,
-              .max_seqlen_q = std::move(max_seqlen_q),
-              .max_seqlen_k = std::move(max_seqlen_k),
-              .seqused_k = seqused_k,
-              .leftpad_k = leftpad_k,
-              .block_table = block_table,
-              .alibi_slopes = alibi_slopes,
-              .softmax_scale = softmax_scale,
-              .causal = causal,
-              .window_size_left = as_int(window_size_left),
-              .window_size_right = as_int(window_size_right),
-              .softcap = softcap,
-              .dropout_p = dropout_p},
-             Pass::kForward,
-             q,
-             k,
-             &v},
-            return_softmax};
+    OriginalFwdArgs args = dense_fwd_args(q, k, v, dropout_p, softmax_scale, causal, window_size_left,
+                                          window_size_right, softcap, alibi_slopes, return_softmax);
+    args.problem.cu_seqlens_q = cu_seqlens_q;
+    args.problem.cu_seqlens_k = cu_seqlens_k;
+    args.problem.max_seqlen_q = std::move(max_seqlen_q);
+    args.problem.max_seqlen_k = std::move(max_seqlen_k);
+    args.problem.seqused_k = seqused_k;
+    args.problem.leftpad_k = leftpad_k;
+    args.problem.block_table = block_table;
+    return args;
 }
 
 inline OriginalBwdArgs dense_bwd_args(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
