@@ -149,12 +149,20 @@ def bwd(
     rng_state: Tensor | None,
 ) -> list[Tensor]:
     """Backward pass, dense: [dq, dk, dv, softmax_d]. The dropout mask is that of rng_state; gen_ is not used."""
-    gradients = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
-    options: tuple[Any, ...] = (p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap)
+    dq, dk, dv = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
     softmax_d = _flash_attn_backward(
-        *(dout, q, k, v, out, softmax_lse, *gradients, *options, alibi_slopes_, deterministic, rng_state)
+        *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
+        dropout_p=p_dropout,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes_,
+        deterministic=deterministic,
+        rng_state=rng_state,
     )
-    return [*gradients, softmax_d]
+    return [dq, dk, dv, softmax_d]
 
 
 def varlen_bwd(
@@ -184,13 +192,24 @@ def varlen_bwd(
     rng_state: Tensor | None,
 ) -> list[Tensor]:
     """Backward pass, packed: [dq, dk, dv, softmax_d]. zero_tensors and gen_ are not used."""
-    gradients = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options: tuple[Any, ...] = (p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap)
+    dq, dk, dv = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
     softmax_d = _flash_attn_varlen_backward(
-        *(dout, q, k, v, out, softmax_lse, *gradients, *lengths, *options, alibi_slopes_, deterministic, rng_state)
+        *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=p_dropout,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes_,
+        deterministic=deterministic,
+        rng_state=rng_state,
     )
-    return [*gradients, softmax_d]
+    return [dq, dk, dv, softmax_d]
 
 
 def fwd_kvcache(q: Tensor, kcache: Tensor, vcache: Tensor, *args: Any, **kwargs: Any) -> NoReturn:

@@ -48,8 +48,17 @@ def _flash_attn_forward(
         rng_state, int64[2], names the dropout mask for the backward pass; zeros when dropout_p is 0.
     """
     scale = default_scale(q) if softmax_scale is None else softmax_scale
-    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax)
-    return _dense_forward(q, k, v, *options)
+    return _dense_forward(
+        *(q, k, v),
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_softmax=return_softmax,
+    )
 
 
 def _flash_attn_varlen_forward(
@@ -81,9 +90,25 @@ def _flash_attn_varlen_forward(
     """
     max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn_varlen_func", max_seqlen_q, max_seqlen_k)
     scale = default_scale(q) if softmax_scale is None else softmax_scale
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax)
-    return _varlen_forward(q, k, v, *lengths, *options, block_table, leftpad_k, seqused_k, zero_tensors)
+    return _varlen_forward(
+        *(q, k, v),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_softmax=return_softmax,
+        block_table=block_table,
+        leftpad_k=leftpad_k,
+        seqused_k=seqused_k,
+        zero_tensors=zero_tensors,
+    )
 
 
 def _flash_attn_backward(
@@ -116,9 +141,18 @@ def _flash_attn_backward(
         softmax_d, rowsum(dout * out), in the shape of softmax_lse.
     """
     scale = default_scale(q) if softmax_scale is None else softmax_scale
-    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    return _dense_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, *options, deterministic, rng_state)
+    return _dense_backward(
+        *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        rng_state=rng_state,
+    )
 
 
 def _flash_attn_varlen_backward(
@@ -149,12 +183,22 @@ def _flash_attn_varlen_backward(
     """Backward pass of flash_attn_varlen_func; see _flash_attn_backward. zero_tensors is without effect."""
     max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn varlen backward", max_seqlen_q, max_seqlen_k)
     scale = default_scale(q) if softmax_scale is None else softmax_scale
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = (dropout_p, scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    gradients = (dq, dk, dv)
     return _varlen_backward(
-        *(dout, q, k, v, out, softmax_lse), *gradients, *lengths, *options, deterministic, rng_state, zero_tensors
+        *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        rng_state=rng_state,
+        zero_tensors=zero_tensors,
     )
 
 
