@@ -15,7 +15,6 @@ struct fp16;
 
 namespace cuda {
 
-template <class T> struct Type { using type = T; };
 template <int kHeadDim> using HeadDim = std::integral_constant<int, kHeadDim>;
 
 template <int kArch, class Element, int kHeadDim>

@@ -18,4 +18,7 @@ template <class T> FA_HOST_DEVICE constexpr T ceil_div(T a, T b) { return (a + b
 template <class T> FA_HOST_DEVICE constexpr T round_down(T a, T multiple) { return a / multiple * multiple; }
 template <class T> FA_HOST_DEVICE constexpr T round_up(T a, T multiple) { return ceil_div(a, multiple) * multiple; }
 
+// A type as a value, for functions that choose one.
+template <class T> struct Type { using type = T; };
+
 }  // namespace flash_attn

@@ -20,8 +20,6 @@ template <class Mask_, class Score_> struct AttentionVariant {
         : mask(Mask::of(p, seq, batch, head)), score(p, seq, batch, head) {}
 };
 
-template <class T> struct Type { using type = T; };
-
 // The list of variants that GPU kernels are compiled for: f(Type<Variant>) for the least that serves a problem.
 template <class F> auto with_variant(const Problem& p, F f) {
     const auto with_score = [&](auto mask) {
