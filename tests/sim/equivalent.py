@@ -102,6 +102,11 @@ EQUIVALENT: dict[tuple[str, str, int], str] = {
     (CONSUMER, "`N` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): NOT_READ,
     (CONSUMER, "`tile.seq.seqlen_k - tile.n0` instead of `min(N, tile.seq.seqlen_k - tile.n0)`", 0): ADDED_AGAIN,
     (CONSUMER, "true: `acc_dq.x[0][j] != 0.f`", 0): "zeros are added",
+    (
+        "policy/tile_order.h",
+        "`grid.num_tiles` instead of `max(grid.num_tiles, 1)`",
+        0,
+    ): "TMA takes no tensor without rows, so no grid without tiles comes here",
     ("cuda/sm90/tile_queue.h", "false: `taken`", 0): "the division of tiles is fixed then: each is worked on once",
     (
         "cuda/tile/copy_sm80.h",
