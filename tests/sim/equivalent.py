@@ -35,7 +35,7 @@ ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which
 
 EQUIVALENT: dict[tuple[str, str, int], str] = {
     (SOFTMAX, "false: `rescale_factor[r] = rescale_factor[r] == row_max[r]`", 0): NOT_FUSED,
-    (FWD_HOPPER, "false: `Config::kOutApart`", 1): "where the output has a place of its own, nobody waits for it to "
+    (FWD_HOPPER, "false: `Config::kOutApart`", 2): "where the output has a place of its own, nobody waits for it to "
     "leave",
     (FWD_HOPPER, "true: `found`", 0): CLEARED_IN_VAIN,
     (FWD_HOPPER, "removed: `next_v.advance()`", 0): ENDS_A_BLOCK,
