@@ -49,7 +49,7 @@ export SHARD LIMIT RESULTS
 # Folders too, so that a file that has gone counts as a change.
 SOURCES := setup.py pyproject.toml flash_attn/_version.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
-CXX_FILES = $(shell find build_tools csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find build_tools csrc examples simulator tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 # Says what starts and, when the shell of the recipe ends, how it went and how long it took.
 define step
@@ -110,11 +110,11 @@ gpu-pack: ## compile for make gpu-first on another machine: build/gpu-first.tgz,
 
 race: ## the CUDA kernels on the simulator, under ThreadSanitizer
 	@$(call step,race); \
-	$(MAKE) -f tests/sim/Makefile -j$$(nproc) race
+	$(MAKE) -f tests/kernels/Makefile -j$$(nproc) race
 
 mutants: ## break one line of the CUDA kernels at a time, and see that it is noticed; ARGS='--sample 40' for some
 	@$(call step,mutants); \
-	$(MAKE) -f tests/sim/Makefile -j$$(nproc) mutants
+	$(MAKE) -f tests/kernels/Makefile -j$$(nproc) mutants
 
 report: $(REPORT_READY) ## compile the CUDA kernels, and report on them from the compiler's output and the machine code
 	@$(call step,report); \

@@ -1,7 +1,8 @@
 """How many bytes of global memory attention moves: exact counts of our CUDA kernels, and those of standard attention.
 
 All for one head without a mask, elements of two bytes, head_dim_v = head_dim. The simulator counts the same numbers
-(tests/test_io_model.py); tests/sim/runner/io.cpp has the formula with masks, groups of heads and packed sequences.
+(tests/kernels/test_io_model.py); tests/kernels/runner/io.cpp has the formula with masks, groups of heads and packed
+sequences.
 """
 
 from __future__ import annotations
@@ -52,6 +53,6 @@ def on_chip_bytes(head_dim: int, block_m: int, block_n: int) -> int:
 
 def simulated() -> list[dict[str, Any]]:
     """What the simulator counts: pass, seqlen, block_m, block_n and bytes, for head_dim 64. Needs g++ and make."""
-    command = ["make", "--silent", "-f", "tests/sim/Makefile", "io"]
+    command = ["make", "--silent", "-f", "tests/kernels/Makefile", "io"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]

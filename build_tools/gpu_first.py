@@ -149,7 +149,7 @@ def run_all(folder: Path, device: str, end: float, scale: float) -> list[Outcome
 def primitives_facts() -> dict[str, str]:
     """What the tests of single instructions are compiled from."""
     nvcc = cuda_objects.nvcc_of(cuda_objects.cuda_home() or Path(cuda_objects.USUAL_HOME))
-    folders = (ROOT / "csrc", ROOT / "tests" / "sim" / "primitives")
+    folders = (ROOT / "csrc", ROOT / "simulator" / "primitives")
     return {**{each.name: prebuilt.fingerprint(each) for each in folders}, "nvcc": cuda_objects.cuda_version(nvcc)}
 
 
@@ -161,7 +161,7 @@ def compile_primitives() -> None:
     prebuilt.forget(PRIMITIVES.parent)
     PRIMITIVES.unlink(missing_ok=True)
     nvcc = cuda_objects.nvcc_of(cuda_objects.cuda_home() or Path(cuda_objects.USUAL_HOME))
-    command = ["make", "-s", "-f", "tests/sim/Makefile", "SIM_GPU=90a", f"NVCC={nvcc}", "primitives-device"]
+    command = ["make", "-s", "-f", "simulator/Makefile", "SIM_GPU=90a", f"NVCC={nvcc}", "primitives-device"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         raise cuda_objects.ToolError("compiling the tests of single instructions failed")
     prebuilt.note(PRIMITIVES.parent, facts)

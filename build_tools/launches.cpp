@@ -1,5 +1,5 @@
 // Prints, for the static report, with how many threads and how much shared memory every kernel is launched: one line
-// of JSON per kernel and tile shape. Compiled by g++ against the host models of tests/sim: it needs no CUDA toolkit.
+// of JSON per kernel and tile shape. Compiled by g++ against the host models of simulator: it needs no CUDA toolkit.
 #include <cstdio>
 #include <typeinfo>
 #include <utility>

@@ -137,7 +137,7 @@ class Kernel:
 def launches(folder: Path) -> list[Launch]:
     """Every kernel and tile shape that is launched."""
     program = folder / "launches"
-    includes = [f"-I{ROOT / 'tests' / 'sim'}", f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{ROOT / 'simulator'}", f"-I{ROOT / 'csrc'}"]
     source = ROOT / "build_tools" / "launches.cpp"
     compiler = os.environ.get("CXX") or "g++"
     subprocess.run([*compiler.split(), "-std=c++20", *includes, str(source), "-o", str(program)], check=True)

@@ -77,7 +77,7 @@ def host_commands(home: Path, csrc: Path, folder: Path, name: str) -> list[list[
         "backends": (csrc / "cuda" / "backends.cpp", []),
         "backend_sm80": (csrc / "cuda" / "sm80" / "backend.cpp", []),
         "backend_sm90": (csrc / "cuda" / "sm90" / "backend.cpp", hopper),
-        "missing": (ROOT / "tests" / "sim" / "runner" / "missing.cpp", hopper),
+        "missing": (ROOT / "tests" / "kernels" / "runner" / "missing.cpp", hopper),
     }
     for each, (source, own) in sources.items():
         target = ["-c", str(source), "-o", str(folder / f"{each}.o")]

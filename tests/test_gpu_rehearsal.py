@@ -3,15 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
 from build_tools.shards import Shard, read_lines
-
-ROOT = Path(__file__).resolve().parent.parent
+from paths import ROOT
 
 
 def run(*command, **environment):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_large import STRIDES, test_offsets_have_64_bits  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
@@ -14,7 +15,6 @@ from bad_calls import CALLS, VALUES, op_of
 from compare import assert_bitwise
 from device import DEVICE, gpu_memory, needs_gpu, random_qkv
 from flash_attn.flash_attention import FlashMHA
-from test_large import STRIDES, test_offsets_have_64_bits  # noqa: F401
 
 KEPT = {"softmax_lse", "dlse", "alibi_slopes"}
 

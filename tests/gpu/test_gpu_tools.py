@@ -17,7 +17,7 @@ from device import KERNELS, environment_of, needs_gpu
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-PRIMITIVES = ROOT / "tests" / "sim" / "primitives"
+PRIMITIVES = ROOT / "simulator" / "primitives"
 
 
 def find_sanitizer() -> str | None:

@@ -13,7 +13,7 @@ import torch
 from flash_attn.layers.rotary import RotaryEmbedding
 from flash_attn.modules.mha import MHA
 from plain_attention import assert_near
-from test_rotary import frequencies, rotated
+from rotation import frequencies, rotated
 
 POSITIONS = [0, 1, 10_000, 99_999]
 

@@ -1,0 +1,270 @@
+"""The policies that every backend shares (csrc/policy/) against definitions written in Python.
+
+The mask is compared exhaustively for small shapes and windows and by random trials beyond; lengths and tables that
+could come from a device are tried with hostile values.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import philox
+from paths import ROOT
+
+hypothesis.settings.register_profile("flash_attn", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("flash_attn")
+
+UNBOUNDED = 1 << 30
+
+
+@pytest.fixture(scope="session")
+def policies(tmp_path_factory):
+    """The shared library of policies.cpp."""
+    compiler = shutil.which("g++") or shutil.which("c++") or "g++"
+    library = tmp_path_factory.mktemp("policies") / "policies.so"
+    source = Path(__file__).with_name("policies.cpp")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.mask_keep.restype = loaded.mask_is_full_block.restype = ctypes.c_uint8
+    loaded.row_offset.restype = ctypes.c_int64
+    loaded.rescale.restype = ctypes.c_double
+    return loaded
+
+
+def ints(values, kind=ctypes.c_int32):
+    return None if values is None else (kind * len(values))(*values)
+
+
+def spans(length: int) -> np.ndarray:
+    """Every (begin, end) with 0 <= begin < end <= length, in the order of the C code."""
+    found = [(a, b) for a in range(length) for b in range(a + 1, length + 1)]
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+
+def brute_mask(seqlen_q, seqlen_k, left, right, chunk) -> np.ndarray:
+    row = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    key = np.arange(seqlen_k)[None, :]
+    keep = np.ones((seqlen_q, seqlen_k), dtype=bool)
+    if left >= 0:
+        keep &= row - key <= left
+    if right >= 0:
+        keep &= key - row <= right
+    if chunk > 0:
+        keep &= row // chunk == key // chunk
+    return keep
+
+
+def brute_range(lines: np.ndarray, ranges: np.ndarray):
+    """First and past-the-last True over each range of lines; (0, 0) where there is none."""
+    count = np.concatenate([np.zeros((1, lines.shape[1]), int), lines.cumsum(0)])
+    seen = count[ranges[:, 1]] - count[ranges[:, 0]] > 0
+    first = seen.argmax(1)
+    last = seen.shape[1] - seen[:, ::-1].argmax(1)
+    some = seen.any(1)
+    return np.stack([np.where(some, first, 0), np.where(some, last, 0)], 1)
+
+
+def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0):
+    """keep, kv_range, q_range and is_full_block for every row, key and range of them."""
+    mask = brute_mask(seqlen_q, seqlen_k, left, right, chunk)
+    rows, keys = spans(seqlen_q), spans(seqlen_k)
+    keep = np.zeros(mask.shape, np.uint8)
+    kv_range, q_range = np.zeros((len(rows), 2), np.int32), np.zeros((len(keys), 2), np.int32)
+    is_full_block = np.zeros((len(rows), len(keys)), np.uint8)
+    arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (keep, kv_range, q_range, is_full_block)]
+    unbounded = [UNBOUNDED if side < 0 else side for side in (left, right)]
+    policies.mask_tables(ints([seqlen_q, seqlen_k, *unbounded, chunk]), *arrays)
+    where = f"seqlens {seqlen_q}, {seqlen_k}, window {left}, {right}, chunk {chunk}"
+    assert np.array_equal(keep, mask), where
+    for found, lines, ranges in [(kv_range, mask, rows), (q_range, mask.T, keys)]:
+        if lines.shape[1] == 0:
+            assert (found[:, 0] >= found[:, 1]).all(), where
+            continue
+        expected = brute_range(lines, ranges) if len(ranges) else np.zeros((0, 2))
+        empty = found[:, 0] >= found[:, 1]
+        assert np.array_equal(np.where(empty[:, None], 0, found), expected), where
+    total = np.zeros((seqlen_q + 1, seqlen_k + 1), int)
+    total[1:, 1:] = mask.cumsum(0).cumsum(1)
+    (a, b), (c, d) = rows.T[:, :, None], keys.T[:, None, :]
+    seen = total[b, d] - total[a, d] - total[b, c] + total[a, c]
+    assert np.array_equal(is_full_block, seen == (b - a) * (d - c)), where
+
+
+@pytest.mark.parametrize("seqlen_q", range(10))
+def test_mask_of_every_small_shape(policies, seqlen_q):
+    for seqlen_k, left, right in itertools.product(range(10), range(-1, 11), range(-1, 11)):
+        check_mask(policies, seqlen_q, seqlen_k, left, right)
+    for seqlen_k, left, right, chunk in itertools.product(range(10), (-1, 0, 2), (-1, 0, 3), (1, 2, 3, 7, 11)):
+        check_mask(policies, seqlen_q, seqlen_k, left, right, chunk)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 50), st.integers(-1, 50), st.integers(0, 50))
+def test_mask_of_larger_shapes(policies, seqlen_q, seqlen_k, left, right, chunk):
+    check_mask(policies, seqlen_q, seqlen_k, left, right, chunk)
+
+
+LENGTH = st.one_of(st.integers(1, 300), st.integers(1, UNBOUNDED - 1))
+SIDE = st.one_of(st.just(-1), st.integers(0, 300), st.integers(0, UNBOUNDED - 1))
+CHUNK = st.one_of(st.just(0), st.integers(1, 300), st.integers(1, UNBOUNDED - 1))
+
+
+@given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK)
+def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chunk):
+    """Lengths up to the limit: nothing overflows, and the four answers agree with the definition and each other."""
+    mask = ints([seqlen_q, seqlen_k, *(UNBOUNDED if side < 0 else side for side in (left, right)), chunk])
+
+    def sees(row, key):
+        position = row + seqlen_k - seqlen_q
+        in_window = (left < 0 or key >= position - left) and (right < 0 or key <= position + right)
+        return in_window and (chunk == 0 or position // chunk == key // chunk)
+
+    rows = sorted(data.draw(st.tuples(st.integers(0, seqlen_q - 1), st.integers(0, seqlen_q - 1))))
+    keys = sorted(data.draw(st.tuples(st.integers(0, seqlen_k - 1), st.integers(0, seqlen_k - 1))))
+    rows[1], keys[1] = rows[1] + 1, keys[1] + 1
+    row, key = data.draw(st.integers(rows[0], rows[1] - 1)), data.draw(st.integers(keys[0], keys[1] - 1))
+    of_rows, of_keys = ints([0, 0]), ints([0, 0])
+    policies.mask_kv_range(mask, *rows, of_rows)
+    policies.mask_q_range(mask, *keys, of_keys)
+    assert policies.mask_keep(mask, row, key) == sees(row, key)
+    if sees(row, key):
+        assert of_rows[0] <= key < of_rows[1]
+        assert of_keys[0] <= row < of_keys[1]
+    assert of_rows[0] >= 0
+    assert of_rows[1] <= seqlen_k
+    assert of_keys[0] >= 0
+    assert of_keys[1] <= seqlen_q
+    corners = sees(rows[0], keys[1] - 1) and sees(rows[1] - 1, keys[0])
+    assert policies.mask_is_full_block(mask, *rows, *keys) == corners
+
+
+HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sampled_from([-(2**31), 2**31 - 1]))
+
+
+@given(
+    st.tuples(*[st.lists(HOSTILE, min_size=4, max_size=4)] * 4),
+    st.tuples(*[st.booleans()] * 4),
+    st.tuples(*[st.integers(0, 50)] * 4),
+    st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(1, 20)),
+)
+@example(([0, 2**31 - 1, -(2**31), 5],) * 4, (True,) * 4, (50, 50, 40, 40), (0, 1, 7))
+@example(([-(2**31), 2**31 - 1, 0, 0],) * 4, (True, True, True, False), (50, 50, 50, 50), (0, 1, 7))
+def test_hostile_lengths_stay_inside(policies, values, given_, sizes, pages):
+    """Whatever cu_seqlens, seqused_k and leftpad_k hold, a sequence lies inside of its tensors."""
+    packed, paged = given_[0], given_[0] and given_[3]
+    cu_q, cu_k = (values[0], values[1]) if packed else (None, None)
+    seqused, leftpad = values[2] if given_[1] else None, values[3] if given_[2] else None
+    total_q, total_k, max_q, max_k = sizes
+    arrays = [ints(array) for array in (cu_q, cu_k, seqused, leftpad, [0] if paged else None)]
+    for batch in range(3):
+        out = ints([0] * 4, ctypes.c_int64)
+        policies.sequence(*arrays, ints([*sizes, *pages]), batch, out)
+        first_q, seqlen_q, first_k, seqlen_k = out
+        limit_q = total_q if packed else max_q
+        limit_k = pages[0] * pages[2] if paged else total_k if packed else max_k
+        assert 0 <= first_q <= first_q + seqlen_q <= limit_q
+        assert 0 <= first_k <= first_k + seqlen_k <= limit_k
+        assert seqlen_q <= max_q
+        assert seqlen_k <= max_k
+
+
+@given(st.data(), st.lists(st.integers(0, 30), min_size=3, max_size=3), st.booleans())
+def test_honest_lengths_are_kept(policies, data, lengths, padded):
+    """Lengths that are right come through as they are, less what seqused_k and leftpad_k take."""
+    cu = [0, *itertools.accumulate(lengths)]
+    seqused = [data.draw(st.integers(0, n)) for n in lengths]
+    leftpad = [data.draw(st.integers(0, n)) for n in seqused] if padded else None
+    for batch in range(3):
+        out = ints([0] * 4, ctypes.c_int64)
+        arrays = [ints(array) for array in (cu, cu, seqused, leftpad, None)]
+        policies.sequence(*arrays, ints([cu[-1], cu[-1], max(lengths), max(lengths), 0, 0, 1]), batch, out)
+        skipped = leftpad[batch] if leftpad else 0
+        assert tuple(out) == (cu[batch], lengths[batch], cu[batch] + skipped, seqused[batch] - skipped)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=3, max_size=3), st.integers(-99, 99))
+def test_keys_in_use_leave_gaps(policies, sequences, unread):
+    """With seqused_k only the starts of cu_seqlens_k are read: sequences may lie in any order, one upon another."""
+    starts, used = zip(*sequences, strict=True)
+    arrays = [ints(array) for array in ([0, 1, 2, 3], [*starts, unread], used, None, None)]
+    for batch in range(3):
+        out = ints([0] * 4, ctypes.c_int64)
+        policies.sequence(*arrays, ints([3, 100, 1, 40, 0, 0, 1]), batch, out)
+        assert tuple(out) == (batch, 1, starts[batch], used[batch])
+
+
+@given(
+    st.lists(HOSTILE, min_size=6, max_size=6), st.integers(1, 300), st.integers(0, 20), st.integers(1, 2**40), st.data()
+)
+def test_pages_outside_of_the_pool_have_no_offset(policies, table, page_size, num_pages, page_stride, data):
+    """Row j of a sequence is row j % page_size of its page j / page_size; a page that is not there gives -1."""
+    batch, row = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 3 * page_size - 1))
+    row_stride = data.draw(st.integers(1, 2**20))
+    page = table[batch * 3 + row // page_size]
+    strides = ints([page_stride, row_stride, 1], ctypes.c_int64)
+    found = policies.row_offset(strides, ints(table), ints([3, num_pages, page_size]), batch, ctypes.c_int64(row))
+    expected = page * page_stride + row % page_size * row_stride if 0 <= page < num_pages else -1
+    assert found == expected
+
+
+@given(st.integers(0, 2**20), st.integers(0, 2**40), st.integers(0, 2**20), st.integers(0, 2**20))
+def test_offsets_of_dense_rows_are_64_bit(policies, batch, batch_stride, row, row_stride):
+    strides = ints([batch_stride, row_stride, 1], ctypes.c_int64)
+    assume(batch * batch_stride < 2**62)
+    found = policies.row_offset(strides, None, ints([0, 0, 1]), batch, ctypes.c_int64(row))
+    assert found == batch * batch_stride + row * row_stride
+
+
+# Known answers that Random123, the generator's own library, publishes: counter, key, and the words by rounds.
+KNOWN = [
+    ((0,) * 4, (0,) * 2, {
+        7: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48), 10: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)}),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, {
+        7: (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662), 10: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)}),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), {
+        7: (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A), 10: (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_philox_gives_the_published_words(policies, counter, key, words):
+    """Both definitions at the rounds in use, and the Python one also at the ten that are usual."""
+    for rounds, expected in words.items():
+        assert tuple(int(word) for word in philox.philox4x32(counter, key, rounds)) == expected
+    out = ints([0] * 4, ctypes.c_uint32)
+    policies.philox_words(ints(counter, ctypes.c_uint32), ints(key, ctypes.c_uint32), out)
+    assert tuple(out) == words[philox.ROUNDS]
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
+def test_philox_is_the_same_in_both_languages(policies, numbers):
+    out = ints([0] * 4, ctypes.c_uint32)
+    policies.philox_words(ints(numbers[:4], ctypes.c_uint32), ints(numbers[4:], ctypes.c_uint32), out)
+    assert list(out) == [int(word) for word in philox.philox4x32(numbers[:4], numbers[4:], philox.ROUNDS)]
+
+
+WORD = st.integers(0, 2**64 - 1)
+
+
+@given(WORD, WORD, st.integers(0, 65535), st.integers(0, 1000), st.integers(0, 63))
+def test_dropout_mask(policies, seed, offset, threshold, batch, head):
+    rows, keys, num_heads = 35, 70, 64
+    dropped = np.zeros((rows, keys), np.uint8)
+    numbers = [ctypes.c_uint32(threshold), ctypes.c_uint64(seed), ctypes.c_uint64(offset)]
+    policies.drops(*numbers, batch, head, num_heads, rows, keys, dropped.ctypes.data_as(ctypes.c_void_p))
+    expected = philox.random_bits(batch * num_heads + head, rows, keys, seed, offset) < threshold
+    assert np.array_equal(dropped, expected)
+
+
+@given(st.integers(0, 65535))
+def test_rescale_is_of_the_probability_in_use(policies, threshold):
+    kept = (65536 - threshold) / 65536
+    assert policies.rescale(ctypes.c_uint32(threshold)) * kept == pytest.approx(1, rel=1e-15)

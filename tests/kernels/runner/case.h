@@ -1,0 +1,60 @@
+// One attention problem and what is to be checked of it, written as a line of key=value: see list_cases.py.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+#include "problem.h"
+
+namespace flash_attn::runner {
+
+enum class Layout { kRows, kHeads, kGaps, kChunks, kFar };
+
+struct Case {
+    std::vector<int> seqlens_q, seqlens_k;
+    ElementType type = ElementType::kBFloat16;
+    int num_heads = 2, num_heads_k = 2, head_dim = 64, head_dim_v = 64;
+    bool packed = false, causal = false;
+    int window_left = -1, window_right = -1;  // -1: unbounded
+    int attention_chunk = 0;
+    double softcap = 0, softmax_scale = 0;  // a scale of 0 stands for head_dim^-0.5
+    std::string alibi;                      // "heads", "batch" or none
+    double dropout_p = 0;
+    std::vector<int> seqused_k, leftpad_k;  // one number per sequence, or none at all
+    int page_size = 0, unused_rows = 0;
+    bool lse_grad = false;
+    int seqlen_q_if_empty = 0, seqlen_k_if_empty = 0;
+    int seed = 0;
+
+    std::string check = "reference";
+    Layout layout = Layout::kRows;
+    int smem = 232448, compute_capability = 80, multiprocessors = 3;
+    bool deterministic = false;
+
+    int batch_size() const { return int(seqlens_q.size()); }
+    int seqlen_q() const;  // the longest
+    int seqlen_k() const;
+    double scale() const;
+    uint32_t dropout_threshold() const;  // of 65536
+    bool paged() const { return page_size > 0; }
+};
+
+// Stops the program with a message if the line is not understood.
+Case parse_case(const std::string& line);
+
+// Where one sequence lies: first rows within its batch entry or within the packed tensor, and within the rows of all
+// sequences put end to end, which is how the reference has them.
+struct Sequence {
+    int index, batch;  // batch is 0 in packed tensors
+    int first_q, seqlen_q, first_k, seqlen_k;
+    int compact_q, compact_k;
+};
+std::vector<Sequence> sequences(const Case& c);
+
+// Rows of q and of k in all sequences together.
+int total_rows_q(const Case& c);
+int total_rows_k(const Case& c);
+
+// Whether query i sees key j, by the definition in problem.h.
+bool visible(const Case& c, const Sequence& s, int i, int j);
+
+}  // namespace flash_attn::runner
