@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "runtime/element.h"
 #include "policy/host_device.h"
+#include "runtime/element.h"
 #include "runtime/sim.h"
 
 // Inlined, as on a device: arrays that a function gets by reference then stay registers, which the race detector need
