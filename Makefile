@@ -64,7 +64,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all gpu-build integrations demo bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
+.PHONY: help venv build test test-all gpu-build integrations demo ladder bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,9 @@ integrations: $(BUILT) $(INTEGRATIONS_READY) ## tests with the real transformers
 demo: $(BUILT) ## train a small GPT on real text, measure attention, save the figures
 	@$(call step,demo); \
 	$(PY) examples/train_gpt.py $(ARGS)
+
+ladder: ## from naive attention to a tiled kernel in six steps, on the simulator; needs g++ only
+	@$(MAKE) --no-print-directory -f examples/ladder/Makefile
 
 bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
 	@$(call step,bench); \
