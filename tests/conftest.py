@@ -1,6 +1,7 @@
 """Options and settings that all tests share."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ os.environ["FLASH_ATTN_CPU_POISON"] = "1"
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests of attention run (cpu)")
-    parser.addoption("--whole", action="store_true", help="tables whole that are sampled otherwise: make test-all")
+    parser.addoption("--whole", action="store_true", help="every case of tables that are sampled otherwise")
+    parser.addoption("--seed", type=int, default=int(time.time()), help="which cases are sampled (the time)")
 
 
 def pytest_configure(config):
+    config.seed = getattr(config, "workerinput", {}).get("seed", config.getoption("--seed"))
     os.environ["FLASH_ATTN_TEST_DEVICE"] = config.getoption("--device")
     import device
 
@@ -29,6 +32,16 @@ def pytest_configure(config):
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+def pytest_configure_node(node):
+    """Workers of pytest-xdist sample as their controller does."""
+    node.workerinput["seed"] = node.config.seed
+
+
+def pytest_report_header(config):
+    if not config.getoption("--whole"):
+        return f"long tables are sampled: --seed={config.seed} takes these cases again, --whole takes all"
+
+
 def rank(item) -> int:
     """What is marked first comes first, and what is marked last, because it takes long or may do harm, last."""
     return bool(item.get_closest_marker("last")) - bool(item.get_closest_marker("first"))
@@ -36,6 +49,8 @@ def rank(item) -> int:
 
 def concerns(item, is_gpu: bool) -> bool:
     """Whether a test says something about the device: of a GPU, with types that its kernels have."""
+    if item.get_closest_marker("whole") and not item.config.getoption("--whole"):
+        return False
     if not is_gpu:
         return item.get_closest_marker("gpu") is None
     parameters = getattr(item, "callspec", None)

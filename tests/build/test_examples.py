@@ -54,6 +54,7 @@ def losses_of(summary):
     return [(int(step), float(ours), float(plain)) for step, ours, plain in rows]
 
 
+@pytest.mark.whole
 def test_train_gpt(tmp_path):
     """The demo in its small form: both implementations of attention learn the same, and the figures are written."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
