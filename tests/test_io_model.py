@@ -1,11 +1,6 @@
 """benchmarks/io_model.py says to the byte what the simulator counts."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import io_model
 from simulator_folder import simulator_folder
