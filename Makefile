@@ -84,7 +84,7 @@ demo: $(BUILT) ## train a small GPT on real text, measure attention, save the fi
 
 bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
 	@$(call step,bench); \
-	for script in attention memory overhead; do $(PY) benchmarks/bench_$$script.py $(ARGS); done
+	for what in attention memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
 
 gpu-test: ## test the CUDA kernels on this machine's GPU; SHARD=1/3 for a part; with python3, in no virtual environment
 	@$(call step,gpu-test); \
@@ -92,11 +92,10 @@ gpu-test: ## test the CUDA kernels on this machine's GPU; SHARD=1/3 for a part; 
 	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
 	$(GPU_PATH) JOBS=$(JOBS) $(GPU_PY) -m build_tools.supervise gpu-test $(GPU_PY) -m pytest tests/gpu $(ARGS)
 
-gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch; SHARD=1/3 for a part
+gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch, for LIMIT seconds
 	@$(call step,gpu-bench); \
-	$(GPU_PY) -m build_tools.preflight gpu-bench; \
 	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) JOBS=1 $(GPU_PY) -m build_tools.supervise gpu-bench $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
+	$(GPU_PATH) $(GPU_PY) benchmarks/bench.py --device=cuda $(ARGS)
 
 gpu-first: ## a first look at a GPU within LIMIT seconds (560), the most telling first; REHEARSE=1 without a GPU
 	@$(call step,gpu-first); export START=$$(date +%s); \

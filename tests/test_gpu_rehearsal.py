@@ -42,7 +42,7 @@ def test_tests_for_gpus_pass_on_the_cpu(tmp_path):
     [
         ("-m", "build_tools.preflight", "gpu-test"),
         ("-m", "pytest", "-q", "tests/gpu"),
-        ("benchmarks/bench_gpu.py",),
+        ("benchmarks/bench.py", "--device=cuda"),
     ],
     ids=["preflight", "tests", "benchmark"],
 )
