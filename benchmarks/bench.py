@@ -30,7 +30,6 @@ from time import monotonic
 import torch
 import torch._functorch.config
 
-import flash_attn
 from harness import memory, overhead, plots, report
 from harness.cases import PASSES, Case, cases_for
 from harness.failures import device_is_lost, reason, unavailable_reason
@@ -67,8 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("attention", "memory", "overhead"), default="attention")
-    has_gpu = torch.cuda.is_available() and flash_attn.build_info()["cuda_archs"]
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_gpu else "cpu")
+    default = "cpu" if unavailable_reason("cuda") else "cuda"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads for all providers")
     parser.add_argument("--quick", action="store_true", help="small and few, to see that everything runs")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")

@@ -5,10 +5,8 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from harness.cases import SWEEP, cases_for
 from harness.compare import differences, distance
 from harness.failures import result_or_reason
 from harness.measure import PROVIDERS, measure
-from harness.monitor import FIXED, Monitor
+from harness.monitor import Monitor
 from harness.ours import other_build
 from harness.provider import OURS, Provider, make_problem
 from harness.results import Results, join
@@ -83,6 +81,7 @@ def test_a_run_of_the_script(tmp_path):
 def test_the_other_measurements(what, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RESULTS", str(tmp_path))
     monkeypatch.setattr(bench.memory, "MEASURED", {OURS: "black"})
+    monkeypatch.setattr(bench.memory, "QUICK_SEQLENS", (1024, 2048))
     assert bench.main([what, "--device=cpu", "--quick", "--budget=0.001", "--threads=1"]) == 0
     assert json.loads((tmp_path / f"quick-{what}.json").read_text())["machine"]["threads"] == 1
     shown = {"memory": "linear.", "overhead": "| b1 n1 h1 d64 fp32 forward, no gradients |"}
@@ -179,6 +178,8 @@ def test_a_case_that_loses_the_device_ends_the_process(run, tmp_path, monkeypatc
     assert len(again["rows"]) > 2
     assert again["crashed"] == found["crashed"]
     assert f"- {next(iter(found['crashed']))}: {ILLEGAL}" in table(tmp_path)
+    with pytest.raises(RuntimeError, match=f"torch flash: {ILLEGAL}"):
+        result_or_reason("torch flash", refuse)
 
 
 # Results.
@@ -271,9 +272,12 @@ def test_a_provider_that_cannot_is_absent_with_a_reason():
 
         return replace(call, forward=fail, name="")
 
-    odd = (Provider("torch odd", refuse), Provider("torch huge", refuse, why_not=lambda case: "huge"))
+    odd = [Provider("torch odd", refuse), Provider("torch huge", refuse, why_not=lambda case: "huge")]
+    odd.append(Provider("torch none", lambda problem: {}["no such key"]))
     row = measured(dense_case(), 1, (*PROVIDERS, *odd), ("forward",))
-    assert row["absent"] == {"torch odd": "x" * 200, "torch huge": "huge"}
+    assert row["absent"] == {"torch odd": "x" * 200, "torch huge": "huge", "torch none": "'no such key'"}
+    with pytest.raises(RuntimeError, match="ours: x"):
+        measured(dense_case(), 1, (replace(odd[0], name=OURS), *PROVIDERS[1:]), ("forward",))
 
 
 def test_the_second_stage_is_flex_and_ours():
@@ -289,7 +293,7 @@ def test_the_second_stage_is_flex_and_ours():
 
 def test_torch_says_in_a_warning_why_it_cannot():
     flash = BY_NAME["torch flash"].build(make_problem(dense_case(head_dim_v=32)))
-    result, why = result_or_reason(flash.run)
+    result, why = result_or_reason(flash.name, flash.run)
     assert result is None
     assert "same last dimension" in why
 
@@ -355,63 +359,3 @@ def test_everybody_begins_a_round_in_turn():
     time_interleaved(functions, "cpu", 10.0, max_rounds=3)
     rounds = ["".join(calls[i : i + 3]) for i in range(6, 15, 3)]  # after two calls of each to warm up
     assert rounds == ["abc", "bca", "cab"]
-
-
-# Clocks.
-
-
-def refuse(*_):
-    raise RuntimeError("Not Supported")
-
-
-@pytest.fixture
-def nvml(monkeypatch):
-    """A stand-in for nvidia-ml-py."""
-    names = {
-        "nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-        "NVML_CLOCK_SM": "SM", "NVML_CLOCK_MEM": "memory", "NVML_TEMPERATURE_GPU": 0,
-        "nvmlDeviceGetClockInfo": lambda gpu, clock: {"SM": 1755, "memory": 3201}[clock],
-        "nvmlDeviceGetMaxClockInfo": lambda gpu, clock: 1980, "nvmlSystemGetDriverVersion": lambda: "580.65.06",
-        "nvmlDeviceGetPowerUsage": lambda gpu: 612400, "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 700000,
-        "nvmlDeviceGetTemperature": lambda gpu, sensor: 55,
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: 0x24,
-    }  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0"))
-    module = SimpleNamespace(**names)
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    return module
-
-
-def sampled():
-    with Monitor("cuda") as watching:
-        started = time.time()
-        while len(watching.samples) < 3 and time.time() < started + 20:
-            time.sleep(0.02)
-        return watching.between(started - 1, time.time() + 1)
-
-
-def test_clocks_are_sampled_in_the_background(nvml):
-    state = sampled()
-    assert state.pop("samples") >= 3
-    assert state == {
-        "sm_clock_mhz": 1755, "power_w": 612.4, "temperature_c": 55,
-        "throttles": ["power cap", "thermal, software"],
-    }  # fmt: skip
-
-
-def test_what_nvml_cannot_tell_is_left_out(nvml):
-    for name in ("PowerUsage", "Temperature", "CurrentClocksEventReasons"):
-        setattr(nvml, f"nvmlDeviceGet{name}", refuse)
-    state = sampled()
-    assert state.pop("samples") >= 3
-    assert state == {"sm_clock_mhz": 1755}
-    nvml.nvmlDeviceGetClockInfo = refuse
-    assert Monitor("cuda").ask(FIXED) == {"sm_clock_max_mhz": 1980, "power_limit_w": 700, "driver": "580.65.06"}
-
-
-def test_without_nvml_there_are_no_clocks(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    with Monitor("cuda") as watching:
-        assert watching.ask(FIXED) == {}
-        assert watching.between(0, time.time()) == {}
-    assert "no clocks" in capsys.readouterr().out

@@ -20,15 +20,15 @@ def reason(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:LONGEST]
 
 
-def result_or_reason(function: Callable[[], Any]) -> tuple[Any, str]:
-    """What a provider computes, or None and why it cannot. An error that ends the CUDA context is raised."""
+def result_or_reason(name: str, function: Callable[[], Any]) -> tuple[Any, str]:
+    """What a provider returns, or None and why it cannot. An error that ends the CUDA context is raised."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             return function(), ""
         except Exception as error:
             if device_is_lost(error):
-                raise
+                raise RuntimeError(f"{name}: {error}") from error
             return None, _explained(reason(error), [str(warning.message) for warning in caught])
 
 
@@ -56,13 +56,16 @@ def device_is_lost(error: BaseException) -> bool:
 
 def unavailable_reason(device: str) -> str:
     """Why nothing can be measured on the device, in a line; empty if something can."""
+    if device == "cuda" and not torch.cuda.is_available():
+        finds = "is a CPU build" if torch.version.cuda is None else "finds none"
+        return f"no CUDA device: torch {torch.__version__} {finds}"
+    try:
+        built = flash_attn.build_info()
+    except RuntimeError as error:
+        return reason(error)
     if device == "cpu":
         return ""
-    if torch.version.cuda is None:
-        return f"no CUDA device: torch {torch.__version__} is a CPU build"
-    if not torch.cuda.is_available():
-        return f"no CUDA device: torch {torch.__version__} finds none"
-    capability, built = torch.cuda.get_device_capability(), flash_attn.build_info()
+    capability = torch.cuda.get_device_capability()
     if not built["cuda_archs"]:
         return "flash_attn is built for CPUs only; run make clean, and see what the build says"
     if capability == (9, 0) and not built["hopper_kernels"]:

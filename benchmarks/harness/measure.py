@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,19 +25,24 @@ Row = dict[str, Any]
 
 
 def build(case: Case, providers: Sequence[Provider]) -> tuple[list[Call], dict[str, Any], dict[str, str]]:
-    """Calls, what each computes, and why the other providers are absent. What stops ours is raised."""
+    """Calls, what each computes, and why the other providers are absent. Ours has to be there."""
     problem = make_problem(case)
     calls, results, absent = [], {}, {}
     for each in providers:
-        why, name = each.why_not(case), each.name
+        name, why, found = each.name, each.why_not(case), None
         if not why:
-            call = each.build(problem)
+            call, why = result_or_reason(name, functools.partial(each.build, problem))
+        if not why:
             name = call.name
-            results[name], why = (call.run(), "") if name == OURS else result_or_reason(call.run)
-            calls.append(call)
+            found, why = result_or_reason(name, call.run)
         if why:
             absent[name] = why
-    return [call for call in calls if call.name not in absent], {n: r for n, r in results.items() if r}, absent
+        else:
+            calls.append(call)
+            results[name] = found
+    if OURS in absent:
+        raise RuntimeError(f"{OURS}: {absent[OURS]}")
+    return calls, results, absent
 
 
 def function_of(call: Call, which: str) -> Callable[[], object]:

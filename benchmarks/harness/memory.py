@@ -29,6 +29,7 @@ STATUS = Path("/proc/self/status")
 MEASURED = {OURS: "tab:orange", "torch flash": "tab:blue", MATH: "black"}  # and the colors in the figure
 LARGEST_FACTOR = 2.2  # per doubling of the length, that still counts as linear
 NUM_HEADS, HEAD_DIM = 8, 64
+SEQLENS, QUICK_SEQLENS = (2048, 4096, 8192, 16384, 32768), (1024, 2048, 4096)
 
 Series = dict[str, list[float | None]]  # megabytes; None where a point was left out
 
@@ -135,7 +136,7 @@ def plot(series: Series, seqlens: Sequence[int], path: Path) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Measure, draw, save; with --check the exit status is 1 if growth is not linear."""
     device, info = arguments.device, describe(arguments.device)
-    seqlens = [1024, 2048, 4096] if arguments.quick else [2048, 4096, 8192, 16384, 32768]
+    seqlens = QUICK_SEQLENS if arguments.quick else SEQLENS
     series: Series = {}
     for dtype, name in itertools.product(("bf16",) if device == "cuda" else ("fp32", "bf16"), MEASURED):
         values = [in_fresh_process(name, dtype, seqlen, device, arguments.threads) for seqlen in seqlens]

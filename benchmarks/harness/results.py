@@ -65,7 +65,7 @@ class Results:
         """What earlier runs have left. ValueError if it is from another processor."""
         for stem in [f"quick-{NAME}"] if self.quick else [f"partial-{NAME}", NAME]:
             path = self.folder / f"{stem}.json"
-            if not path.exists() or self.rows:
+            if not path.exists() or self.rows or self.crashed:
                 continue
             found = json.loads(path.read_text())
             theirs, ours = found["machine"]["processor"], self.machine["processor"]
