@@ -63,8 +63,8 @@ def _throughput(plt: Any, rows: list[Row], which: str, where: str) -> Any:
     for panel, ((head_dim, causal), found) in zip(axes[0], panels.items(), strict=True):
         for name, points in found.items():
             color = next((color for key, color in LINES.items() if name.startswith(key)), "#bbbbbb")
-            width = 2.2 if name == OURS else 1.3
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, lw=width, label=name)
+            style = {"lw": 2.2 if name == OURS else 1.3, "ls": "--" if name.startswith(f"{OURS},") else "-"}
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=name, **style)
         panel.set_xscale("log", base=2)
         panel.set_ylim(bottom=0)
         panel.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}", fontsize=9)

@@ -126,7 +126,8 @@ def _lists(rows: Sequence[Row], failed: dict[str, str]) -> list[str]:
         "Peers that are absent": [f"- {name}: {why} ({shown(cases)})" for (name, why), cases in absent.items()],
     }
     references = ", ".join(sorted({row["reference"] for row in rows if row["reference"]}))
-    text = [f"Before the clock starts, all results are compared with those of one peer: {references}.\n"]
+    checked = f"Before the clock starts, all results are compared with those of one peer: {references}.\n"
+    text = [checked] if references else []
     for title, lines in sections.items():
         if lines:
             text += [f"## {title}\n", *lines, ""]

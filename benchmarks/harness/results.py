@@ -23,7 +23,8 @@ SHOWN = ("machine", "code", "left", "running", "failed", "crashed", "rows")  # i
 def fingerprint(settings: Iterable[str], builds: Iterable[Path] = ()) -> str:
     """Changes with everything that results depend on. By sources: no two compilations give the same binary."""
     digest = hashlib.sha256("\n".join([os.environ.get("FLASH_ATTN_BACKEND", ""), *settings]).encode())
-    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "flash_attn").rglob("*.py"), ROOT / "setup.py"]
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "flash_attn").rglob("*.py")]
+    sources += [ROOT / "setup.py", *(ROOT / "build_tools").glob("cuda_*.py")]
     harness = [BENCHMARKS / "harness" / f"{name}.py" for name in MEASURING]
     for path in sorted([*sources, *harness, *builds]):
         digest.update(path.read_bytes())
