@@ -45,8 +45,7 @@ GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
 GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
 # How many processes share the tests: their time goes into making inputs and references, not into kernels.
 JOBS  ?= 4
-# Seconds after which no test or measurement is started.
-LIMIT ?= 330
+# LIMIT: seconds after which no test or measurement is started; RESULTS: the folder for what they tell.
 export LIMIT RESULTS
 
 # Folders too, so that a file that has gone counts as a change.
@@ -94,7 +93,7 @@ ladder: ## from naive attention to a tiled kernel in six steps, on the simulator
 
 bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
 	@$(call step,bench); \
-	for script in attention memory overhead; do $(PY) benchmarks/bench_$$script.py $(ARGS); done
+	for what in attention memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
 
 # An extension that was compiled on another machine is taken as it is: PREBUILT=1.
 gpu-build:
@@ -102,14 +101,12 @@ gpu-build:
 
 gpu-test: gpu-build ## the tests on this machine's GPU; run again, it goes on; with python3, in no virtual environment
 	@$(call step,gpu-test); \
-	$(GPU_PATH) $(GPU_PY) -m pytest --device=cuda --resume='$(or $(RESULTS),build/gpu-test)' --stop-after=$(LIMIT) \
+	$(GPU_PATH) $(GPU_PY) -m pytest --device=cuda --resume='$(or $(RESULTS),build/gpu-test)' --stop-after=$(or $(LIMIT),330) \
 	    --numprocesses=$(JOBS) --max-worker-restart=1000 --timeout=60 --timeout-method=thread $(ARGS)
 
-gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch; SHARD=1/3 for a part
+gpu-bench: gpu-build ## measure the CUDA kernels on this machine's GPU against every attention of torch, for LIMIT seconds
 	@$(call step,gpu-bench); \
-	$(GPU_PY) -m build_tools.preflight gpu-bench; \
-	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) JOBS=1 $(GPU_PY) -m build_tools.supervise gpu-bench $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
+	$(GPU_PATH) $(GPU_PY) benchmarks/bench.py --device=cuda $(ARGS)
 
 gpu-first: ## a first look at a GPU within LIMIT seconds (560), the most telling first; REHEARSE=1 without a GPU
 	@$(call step,gpu-first); export START=$$(date +%s); \

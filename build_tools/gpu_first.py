@@ -32,7 +32,7 @@ LARGEST_PACK = 40e6  # bytes
 PRIMITIVES = ROOT / "build" / "sim" / "device" / "test_primitives-90a"
 # Single instructions, in the order in which one builds on another.
 GROUPS = ("memory", "warp", "numbers", "wgmma", "rows", "tiles", "sm90")
-TELLING = {"cuda": r"dense bf16 (full|causal) b\d+ n(1024|4096|16384) h\d+ d(64|128|256) ", "cpu": "^dense bf16 "}
+TELLING = {"cuda": r"dense bf16 (full|causal) b\d+ n(1024|4096|16384) h\d+ d(64|128|256)$", "cpu": "^dense bf16 "}
 LINES_OF_A_STEP = 12  # in the summary
 
 PASSED, FAILED, UNFINISHED, KILLED, NO_TIME = "passed", "failed", "time over", "killed", "no time"
@@ -61,26 +61,21 @@ def steps(folder: Path, device: str) -> list[Step]:
     """All of them, in their order."""
     jobs = os.environ.get("JOBS") or str(min(os.cpu_count() or 1, 15))
     tests = {"RESULTS": str(folder / "tests"), "JOBS": jobs, "FLASH_ATTN_TEST_DEVICE": device}
-    races = {"RESULTS": str(folder / "bench"), "JOBS": "1"}
+    results = {"RESULTS": str(folder / "bench")}
     pytest = ("-m", "pytest", "-q", "tests/gpu")
-    bench = ("benchmarks/bench_gpu.py", f"--device={device}")
+    bench = [sys.executable, "benchmarks/bench.py", f"--device={device}", f"--only={TELLING[device]}"]
+    if device == "cpu":
+        bench.append("--quick")
     rest = "not sanitizer and not primitives"
     counts = r"^gpu-test: |^  (failed|hung|crashed): "
     # Ratios, and what is slower than a peer.
-    ratios = r"^- |^gpu-bench: |FAILED"
+    ratios = r"^- |^bench: |FAILED"
     return [
         Step("device", [sys.executable, "-m", "build_tools.gpu_facts"], 20),
         *(Step(f"primitives {group}", [str(PRIMITIVES), group], 12, r"^(?!ok)") for group in GROUPS),
         Step("first cases", supervised("gpu-test", *pytest, "-k", "test_first"), 60, counts, tests),
-        Step("variants", [sys.executable, "benchmarks/race_variants.py"], 60, ".", {"RESULTS": str(folder)}),
-        Step("sweep", supervised("gpu-bench", *bench, "--stage=1", f"--only={TELLING[device]}"), 90, ratios, races),
-        Step(
-            "FlexAttention",
-            supervised("gpu-bench", *bench, "--stage=2", f"--only={TELLING[device]}"),
-            60,
-            ratios,
-            races,
-        ),
+        Step("sweep", [*bench, "--stage=1"], 90, ratios, results),
+        Step("FlexAttention", [*bench, "--stage=2"], 60, ratios, results),
         Step("all cases", supervised("gpu-test", *pytest, "-k", rest), 560, counts, tests, reserve=60),
         Step("sanitizers", supervised("gpu-test", *pytest, "-k", "sanitizer"), 60, counts, tests),
     ]
@@ -171,7 +166,7 @@ def pack() -> int:
     """What takes nvcc long, in one file to be unpacked in the same place of another tree."""
     status = cuda_objects.main()
     compile_primitives()
-    folders = (cuda_objects.FOLDER, PRIMITIVES.parent, ROOT / "build" / "variants")
+    folders = (cuda_objects.FOLDER, PRIMITIVES.parent)
     files = [path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
     packed = ROOT / "build" / "gpu-first.tgz"
     with tarfile.open(packed, "w:gz") as archive:
@@ -185,7 +180,7 @@ def pack() -> int:
 def main() -> int:
     """What the command line asks for; exit status 1 if a step has failed or had to be killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: tests and races on the CPU")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: tests and benchmark on the CPU")
     parser.add_argument("--pack", action="store_true", help="compile beforehand, run nothing")
     arguments = parser.parse_args()
     limit = float(os.environ.get("LIMIT") or LIMIT)

@@ -1,1 +1,1 @@
-"""What the benchmark scripts share: cases, implementations, timing, memory, machine description, reports."""
+"""What bench.py is made of: cases, providers, timing, comparison, results, reports."""

@@ -1,27 +1,18 @@
-"""Clocks, power and what holds the clocks back, from nvidia-smi: once, or all the time in the background."""
+"""Clocks, power and what holds the clocks back, from NVML: once, or all the time in the background."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
-import subprocess
 import threading
-from datetime import datetime
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-PERIOD_MS = 100
-STATE = {
-    "sm_clock_mhz": "clocks.sm",
-    "sm_clock_max_mhz": "clocks.max.sm",
-    "memory_clock_mhz": "clocks.mem",
-    "power_w": "power.draw",
-    "power_limit_w": "power.limit",
-    "temperature_c": "temperature.gpu",
-    "driver": "driver_version",
-}
-SAMPLED = ("timestamp", "clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
-# The bits of clocks_event_reasons that slow a busy GPU down (nvml.h, nvmlClocksEventReason*).
+import torch
+
+PERIOD = 0.1  # seconds
+# The bits of nvmlClocksEventReasons that slow a busy GPU down.
 THROTTLES = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -30,96 +21,71 @@ THROTTLES = {
     0x80: "power brake",
 }
 
-
-def _query(fields: tuple[str, ...]) -> list[str]:
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    return ["nvidia-smi", f"--id={gpu}", "--format=csv,noheader,nounits", f"--query-gpu={','.join(fields)}"]
-
-
-def device_state(device: str) -> dict[str, float | str]:
-    """Clocks, limits and driver at this moment; nothing where nvidia-smi cannot tell."""
-    if device != "cuda":
-        return {}
-    command = _query(tuple(STATE.values()))
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    found = dict(zip(STATE, text.strip().split(", "), strict=False))
-    numbers: dict[str, float | str] = {name: x for name, each in found.items() if (x := _number(each)) is not None}
-    return {**numbers, "driver": found["driver"]} if "driver" in found else numbers
-
-
-def _number(text: str) -> float | None:
-    """None for what nvidia-smi cannot tell, "[N/A]" for example."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+# Each asks the module pynvml about a GPU.
+Queries = Mapping[str, Callable[[Any, Any], Any]]
+SAMPLED: Queries = {
+    "sm_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "power_w": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+    "temperature_c": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+    "reasons": lambda nvml, gpu: nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
+}
+FIXED: Queries = {
+    "sm_clock_max_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+    "power_limit_w": lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
+    "driver": lambda nvml, gpu: nvml.nvmlSystemGetDriverVersion(),
+}
+SUMMARIES: Mapping[str, Callable[[list[float]], float]] = {
+    "sm_clock_mhz": statistics.median,
+    "power_w": max,
+    "temperature_c": max,
+}
 
 
 class Monitor:
-    """One nvidia-smi for the whole run, and its samples: (seconds since 1970, clock, power, temperature, reasons)."""
+    """NVML, if there is a GPU and nvidia-ml-py, and samples: (seconds since 1970, answers)."""
 
     def __init__(self, device: str):
-        self.samples: list[tuple[float, float | None, float | None, float | None, int]] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        if device != "cuda":
-            return
-        # To a terminal every line is written at once, to a pipe perhaps many together.
-        try:
-            source, sink = os.openpty()
-        except OSError:
-            source, sink = os.pipe()
-        command = [*_query(SAMPLED), f"--loop-ms={PERIOD_MS}"]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.DEVNULL)
-        except OSError:
-            os.close(source)
-        else:
-            threading.Thread(target=self._read, args=(source,), daemon=True).start()
-        os.close(sink)
+        self.samples: list[tuple[float, dict[str, Any]]] = []
+        self._nvml: Any = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if device == "cuda":
+            try:
+                import pynvml
 
-    def _read(self, source: int) -> None:
-        # When the process ends, reading from a terminal is an error.
-        with contextlib.suppress(OSError), open(source, errors="replace") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    self.samples.append(parse_sample(line))
+                pynvml.nvmlInit()
+                self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+                self._nvml = pynvml
+            except Exception as error:  # noqa: BLE001 (clocks are not worth a run)
+                print(f"no clocks and no power: {error}")
+
+    def ask(self, queries: Queries) -> dict[str, Any]:
+        """The answers of this moment; what NVML cannot tell is left out."""
+        answers = {}
+        for name, query in queries.items() if self._nvml is not None else ():
+            with contextlib.suppress(Exception):  # NVMLError: not supported, for example
+                answers[name] = query(self._nvml, self._gpu)
+        return answers
+
+    def _run(self) -> None:
+        while self._nvml is not None and not self._ended.wait(PERIOD):
+            self.samples.append((time.time(), self.ask(SAMPLED)))
 
     def between(self, start: float, end: float) -> dict[str, Any]:
         """Median clock, highest power and temperature, and all throttles of an interval (seconds since 1970)."""
-        chosen = [sample for sample in list(self.samples) if start <= sample[0] <= end]
-        clocks, powers, temperatures = ([x for each in chosen if (x := each[i]) is not None] for i in (1, 2, 3))
+        chosen = [answers for at, answers in list(self.samples) if start <= at <= end]
         state: dict[str, Any] = {"samples": len(chosen)} if chosen else {}
-        if clocks:
-            state["sm_clock_mhz"] = statistics.median(clocks)
-        if powers:
-            state["power_w"] = max(powers)
-        if temperatures:
-            state["temperature_c"] = max(temperatures)
-        throttles = [name for bit, name in THROTTLES.items() if any(each[4] & bit for each in chosen)]
+        for name, summarize in SUMMARIES.items():
+            if values := [answers[name] for answers in chosen if name in answers]:
+                state[name] = summarize(values)
+        throttles = [name for bit, name in THROTTLES.items() if any(each.get("reasons", 0) & bit for each in chosen)]
         return {**state, "throttles": throttles} if throttles else state
 
-    def stop(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
     def __enter__(self) -> Monitor:
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-
-def parse_sample(line: str) -> tuple[float, float | None, float | None, float | None, int]:
-    """One line of nvidia-smi; ValueError if it is none."""
-    fields = [field.strip() for field in line.split(", ")]
-    if len(fields) != len(SAMPLED):
-        raise ValueError(line)
-    time = datetime.strptime(fields[0], "%Y/%m/%d %H:%M:%S.%f").timestamp()
-    reasons = int(fields[4], 16) if fields[4].startswith("0x") else 0
-    return time, _number(fields[1]), _number(fields[2]), _number(fields[3]), reasons
+        self._ended.set()
+        self._thread.join()

@@ -1,76 +1,108 @@
-"""The results that runs of the GPU benchmark have left in a folder, joined."""
+"""What is known of every job so far, kept in a JSON file, so that the next run goes on where this one ended."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from build_tools import shards
+from harness.machine import BENCHMARKS
+from harness.measure import Row
 
-NAME = "gpu-bench"  # of the files
-Row = dict[str, Any]
+ROOT = BENCHMARKS.parent
+NAME = "attention"  # of the files
+# What decides what is measured; the rest of the harness may change without making results worthless.
+MEASURING = ("cases", "compare", "measure", "ours", "provider", "sdpa", "timing", "torch_others")
+SHOWN = ("machine", "code", "left", "running", "failed", "crashed", "rows")  # in the file
 
 
-@dataclass
+def fingerprint(settings: Iterable[str], builds: Iterable[Path] = ()) -> str:
+    """Changes with everything that results depend on. By sources: no two compilations give the same binary."""
+    digest = hashlib.sha256("\n".join([os.environ.get("FLASH_ATTN_BACKEND", ""), *settings]).encode())
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "flash_attn").rglob("*.py")]
+    sources += [ROOT / "setup.py", *(ROOT / "build_tools").glob("cuda_*.py")]
+    harness = [BENCHMARKS / "harness" / f"{name}.py" for name in MEASURING]
+    for path in sorted([*sources, *harness, *builds]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Results:
-    """Of one state of the code, on one kind of processor."""
+    """Of one state of the code on one machine: a row per job, or why there is none."""
 
-    machine: dict[str, Any]
-    rows: list[Row]  # in the order of `order`
-    failed: dict[str, str]  # why
-    left: int  # names of `order` that nothing is known of
+    def __init__(self, folder: Path, machine: dict[str, Any], code: str, jobs: Sequence[str], quick: bool = False):
+        self.folder, self.machine, self.code, self.jobs, self.quick = folder, machine, code, list(jobs), quick
+        self.rows: dict[str, Row] = {}
+        self.failed: dict[str, str] = {}  # tried again by the next run
+        self.crashed: dict[str, str] = {}  # took the process down; not tried again until the code changes
+        self.running = ""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._read()
 
+    @property
+    def left(self) -> int:
+        """How many jobs nothing is known of."""
+        return sum(job not in {**self.rows, **self.failed, **self.crashed} for job in self.jobs)
 
-def processors(folder: Path) -> list[str]:
-    """The models that results in the folder are from."""
-    lines = [line for path in sorted(folder.glob(f"{NAME}-*.jsonl")) for line in shards.read_lines(path)]
-    return list(dict.fromkeys(line["machine"]["processor"] for line in lines if "machine" in line))
+    @property
+    def prefix(self) -> str:
+        """Of the names of files: partial results never overwrite complete ones."""
+        return "quick-" if self.quick else "" if all(job in self.rows for job in self.jobs) else "partial-"
 
+    @property
+    def stem(self) -> str:
+        """The name of the files without a suffix."""
+        return self.prefix + NAME
 
-def refuse_mixture(folder: Path, here: str = "") -> None:
-    """A ValueError if results in the folder, and those to come from here, are not all from the same model."""
-    found = list(dict.fromkeys([*processors(folder), *filter(None, [here])]))
-    if len(found) > 1:
-        raise ValueError(f"results of {' and of '.join(found)} would mix in {folder}; choose another folder by RESULTS")
+    def todo(self, jobs: Iterable[str]) -> list[str]:
+        """Those of the jobs that are not done."""
+        return [job for job in jobs if job not in self.rows and job not in self.crashed]
 
+    def _read(self) -> None:
+        """What earlier runs have left. ValueError if it is from another processor."""
+        for stem in [f"quick-{NAME}"] if self.quick else [f"partial-{NAME}", NAME]:
+            path = self.folder / f"{stem}.json"
+            if not path.exists() or self.rows or self.crashed:
+                continue
+            found = json.loads(path.read_text())
+            theirs, ours = found["machine"]["processor"], self.machine["processor"]
+            if theirs != ours:
+                raise ValueError(
+                    f"results of {theirs} and of {ours} would mix in {self.folder}; choose another folder by RESULTS"
+                )
+            if found.get("code") == self.code:
+                self.rows, self.failed, self.crashed = (found[name] for name in ("rows", "failed", "crashed"))
+                if found["running"]:
+                    self.crashed[found["running"]] = "the process ended during it"
+            elif stem.startswith("partial"):
+                path.replace(path.with_stem(f"replaced-{found['code']}"))
 
-def _notes(folder: Path) -> list[dict[str, Any]]:
-    """What runs have said about themselves, the latest last; each with its fingerprint."""
-    notes = []
-    for path in folder.glob(f"{NAME}-*.jsonl"):
-        first, *lines = shards.read_lines(path) or [{}]
-        notes += [{**line, "fingerprint": first.get("fingerprint")} for line in lines if "machine" in line]
-    return sorted(notes, key=lambda note: note.get("at", 0))
+    def save(self) -> None:
+        """Write the JSON file. What is no longer partial leaves no partial file."""
+        content = {name: getattr(self, name) for name in SHOWN}
+        path = self.folder / f"{self.stem}.json"
+        path.with_suffix(".new").write_text(json.dumps(content, indent=1) + "\n")
+        path.with_suffix(".new").replace(path)  # no moment is without the results
+        if not self.prefix:
+            for left_over in self.folder.glob("partial-*"):
+                left_over.unlink()
 
-
-def collect(folder: Path, order: list[str], fingerprint: str = "") -> Results | None:
-    """All results of this code, or of the code that ran last; None if there are none.
-
-    order: the names of all tests: the cases, and after them those of the second stage, which refine them.
-    """
-    refuse_mixture(folder)
-    notes = _notes(folder)
-    if not notes:
-        return None
-    fingerprint = fingerprint or notes[-1]["fingerprint"]
-    machine = next((note["machine"] for note in reversed(notes) if note["fingerprint"] == fingerprint), None)
-    if machine is None:
-        return None
-    found = shards.results(folder, NAME, fingerprint)
-    names = [*(name for name in order if name in found), *(name for name in found if name not in order)]
-    rows: dict[str, Row] = {}
-    for name in names:
-        if "row" in found[name]:
-            row = found[name]["row"]
-            rows[row["name"]] = join(rows[row["name"]], row) if row["name"] in rows else row
-    failed = {name: str(line.get("text", line["outcome"])) for name in names if "row" not in (line := found[name])}
-    return Results(machine, list(rows.values()), failed, sum(name not in found for name in order))
+    def joined(self) -> list[Row]:
+        """A row per case, in the order of the jobs: that of the first stage with the peers of the second."""
+        rows: dict[str, Row] = {}
+        for job in self.jobs:
+            if job in self.rows:
+                row = self.rows[job]
+                rows[row["name"]] = join(rows[row["name"]], row) if row["name"] in rows else row
+        return list(rows.values())
 
 
 def join(row: Row, more: Row) -> Row:
-    """A case in which further peers have been measured later, each in a race with ours."""
+    """A case in which further peers have been measured later, each beside ours."""
     joined = copy.deepcopy(row)
     joined["absent"] |= more["absent"]
     joined["problems"] += more["problems"]

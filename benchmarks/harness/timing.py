@@ -1,4 +1,4 @@
-"""Timing by turns: every round calls each implementation once, so that a slow moment of the machine hits all alike."""
+"""Interleaved timing: every round calls each function once, so that a slow moment of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from dataclasses import dataclass, field
 import torch
 
 SHORTEST_SAMPLE = 5e-4  # seconds; quicker calls are repeated within a sample
-SLOW = 4.0  # an implementation this many times slower than the quickest sits out some rounds
+SLOW = 4.0  # what is this many times slower than the quickest sits out some rounds
 L2_FLUSH_BYTES = 256 * 2**20
 HEAD_START_CYCLES = 1_000_000  # of the GPU, which spends them waiting: half a millisecond
 
-Context = Callable[[], contextlib.AbstractContextManager]
-
 
 @dataclass
-class Provider:
+class Timed:
     """A function to time, the context it needs, and its samples (round number -> seconds per call)."""
 
     function: Callable[[], object]
-    context: Context = contextlib.nullcontext
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     calls: int = 1  # per sample
     repeats: bool = True  # called several times per sample if it is quick
     stride: int = 1  # takes part in every stride-th round
@@ -34,7 +32,7 @@ class Provider:
         """Seconds per call."""
         return statistics.median(self.samples.values())
 
-    def ratio_to(self, other: Provider) -> float:
+    def ratio_to(self, other: Timed) -> float:
         """Median over common rounds of own time / the other's time: above 1 when the other is quicker."""
         return statistics.median(self.samples[n] / other.samples[n] for n in self.samples if n in other.samples)
 
@@ -70,37 +68,37 @@ class Stopwatch:
 
 
 def time_interleaved(
-    providers: Mapping[str, Provider], device: str, budget: float, min_rounds: int = 5, max_rounds: int = 200
+    functions: Mapping[str, Timed], device: str, budget: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> int:
-    """Time all providers by turns for about `budget` seconds, filling in their samples; returns the rounds.
+    """Time all functions by turns for about `budget` seconds, filling in their samples; returns the rounds.
 
     Another one begins each round, so that none always comes after the same other.
     """
     stopwatch = Stopwatch(device)
-    _warm_up(providers, stopwatch)
-    order = list(providers.values())
+    _warm_up(functions, stopwatch)
+    order = list(functions.values())
     started = time.perf_counter()
     for number in range(max_rounds):
         first = number % len(order)
-        for provider in order[first:] + order[:first]:
-            if number % provider.stride == 0:
-                with provider.context():
-                    provider.samples[number] = stopwatch(provider.function, provider.calls)
+        for each in order[first:] + order[:first]:
+            if number % each.stride == 0:
+                with each.context():
+                    each.samples[number] = stopwatch(each.function, each.calls)
         spent = time.perf_counter() - started
         if (spent > budget and number + 1 >= min_rounds) or spent > 6 * budget:
             return number + 1
     return max_rounds
 
 
-def _warm_up(providers: Mapping[str, Provider], stopwatch: Stopwatch) -> None:
+def _warm_up(functions: Mapping[str, Timed], stopwatch: Stopwatch) -> None:
     """Two calls of each; the second one decides how often each is called."""
     estimates = {}
-    for name, provider in providers.items():
-        with provider.context():
-            stopwatch(provider.function)
-            estimates[name] = stopwatch(provider.function)
+    for name, each in functions.items():
+        with each.context():
+            stopwatch(each.function)
+            estimates[name] = stopwatch(each.function)
     quickest = min(estimates.values())
-    for name, provider in providers.items():
-        if provider.repeats:
-            provider.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
-        provider.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))
+    for name, each in functions.items():
+        if each.repeats:
+            each.calls = max(1, min(200, math.ceil(SHORTEST_SAMPLE / estimates[name])))
+        each.stride = max(1, min(8, int(estimates[name] / (SLOW * quickest))))
