@@ -2,7 +2,8 @@
 
     export PYTHONPATH=tests/support:tests/kernels
     python3 -m list_cases                 every case
-    python3 -m list_cases --table race    a shorter table, for the race detector
+    python3 -m list_cases --table race    a shorter table, for ThreadSanitizer
+    python3 -m list_cases --sample 50     some of them, and every kernel among them
     python3 -m list_cases --summary       how many cases, values and pairs of values
 
 Keys are the fields of a Case, left out at their defaults, and those of Sim: which check is made of the case, how its
@@ -12,7 +13,6 @@ tensors are laid out, and how much shared memory the device has.
 import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from cases import (
     paged_cases,
     pairwise,
 )
+from sampling import sample
 
 DTYPES = ["bfloat16", "float16"]
 SMALL_SMEM, LARGE_SMEM = 101376, 232448  # bytes of shared memory per block: compute capability 8.6 or 12.0, and 9.0
@@ -373,25 +374,25 @@ def coverage(axes: dict[str, list]) -> str:
 
 
 def summary() -> str:
-    lines = [
-        f"main: {len(main_table())} cases for {coverage(AXES)}",
-        f"paged: {len(paged_table())} cases for {coverage(PAGED_AXES)}",
-        f"shared: {len(shared_cases())} cases",
-        f"other: {len(other_checks())} cases",
-        f"hopper: {len(hopper_table())} cases for {coverage(HOPPER_AXES)}",
-        f"race: {len(race_table())} cases",
-        f"sanitize: {len(sanitizer_table())} cases",
-    ]
-    return "\n".join(lines)
+    covered = {"main": AXES, "paged": PAGED_AXES, "hopper": HOPPER_AXES}
+    lines = [f"{name}: {len(table())} cases" for name, table in TABLES.items()]
+    return "\n".join([*lines, *(f"{name}: {coverage(axes)}" for name, axes in covered.items())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, default="all")
     parser.add_argument("--summary", action="store_true", help="how many cases, values and pairs")
+    parser.add_argument("--sample", type=int, help="how many cases")
+    parser.add_argument("--seed", type=int, default=0, help="which cases")
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth case, from the Ith on, counted from 0")
     arguments = parser.parse_args()
-    lines = [summary()] if arguments.summary else map(line_of, TABLES[arguments.table]())
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+    rows = TABLES[arguments.table]()
+    if arguments.sample:
+        rows = sample(rows, arguments.sample, arguments.seed)
+    first, step = map(int, arguments.shard.split("/"))
+    lines = [summary()] if arguments.summary else map(line_of, rows[first::step])
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ struct Options {
         "       run_case [options] --table FILE     one line per case, - for the standard input\n"
         "  --seed N                          of the schedule (1)\n"
         "  --landing early|late|random|all   when asynchronous work happens (random; after --table, all)\n"
-        "  --pass fwd|bwd|probs              only this pass (all); bwd needs fwd and runs it\n"
+        "  --pass fwd|bwd|attn_probs         only this pass (all); bwd needs fwd and runs it\n"
         "  --shard I/N                       every Nth case, from the Ith on, counted from 0\n"
         "  --stop                            at the first case that fails\n",
         stderr);
@@ -36,9 +36,9 @@ struct Options {
 }
 
 void choose_pass(Plan& plan, const std::string& pass) {
-    if (pass != "fwd" && pass != "bwd" && pass != "probs") usage();
+    if (pass != "fwd" && pass != "bwd" && pass != "attn_probs") usage();
     plan.backward = pass == "bwd";
-    plan.attn_probs = pass == "probs";
+    plan.attn_probs = pass == "attn_probs";
 }
 
 Options parse(int argc, char** argv) {
