@@ -159,14 +159,14 @@ def batch_checks() -> list[Row]:
     return [(case, Sim("batch")) for case in cases]
 
 
-def hostile_checks() -> list[Row]:
+def invalid_length_checks() -> list[Row]:
     rows = []
     for dtype, dim, page_size in itertools.product(DTYPES, [64, 128, 256], [0, 16]):
         dims = {"head_dim": dim, "head_dim_v": dim, "causal": dim == 128, "num_heads": 2, "num_heads_k": 1}
         keys = {"seqused_k": (20, 9, 150, 64), "leftpad_k": (1, 0, 70, 0)}
         case = dataclasses.replace(UNEVEN, dtype=dtype, page_size=page_size, **dims, **keys)
-        # Sequences that share tiles of dQ share the turns at them too.
-        rows += [(case, Sim("hostile", deterministic=deterministic)) for deterministic in (False, not page_size)]
+        # Sequences that share tiles of dQ share their semaphores too.
+        rows += [(case, Sim("invalid_lengths", deterministic=d)) for d in (False, not page_size)]
     return list(dict.fromkeys(rows))
 
 
@@ -225,7 +225,7 @@ def long_rows() -> list[Row]:
 
 def other_checks() -> list[Row]:
     """What a comparison with the reference does not show; each check is explained in runner/check.h."""
-    rows = [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets(), *long_rows()]
+    rows = [*batch_checks(), *invalid_length_checks(), *special_numbers(), *far_offsets(), *long_rows()]
     hidden = [row for dtype in DTYPES for dim in cuda_objects.all_head_dims() for row in hidden_nonfinite(dim, dtype)]
     return [*rows, *hidden, (threshold_case(), Sim())]
 
@@ -261,7 +261,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
 def sanitizer_table() -> list[Row]:
     """The same for sanitizers, with invalid lengths and tables, in fewer head_dims."""
     dims = [(13, 40), (64, 64), (96, 96), (256, 256)]
-    rows = [*race_table(dims), *hostile_checks()]
+    rows = [*race_table(dims), *invalid_length_checks()]
     return [
         row for row in rows if row[0].dtype == DTYPES[0] and (row[0].head_dim, row[0].head_dim_v) in {*dims, (6, 5)}
     ]
@@ -284,7 +284,7 @@ def hopper_table() -> list[Row]:
 
 
 def mutant_table() -> list[Row]:
-    """Few cases that notice much, the cheapest first; for each head_dim of the mutants. One element type."""
+    """Few cases that detect many mutants, the cheapest first, for each of their head_dims. One element type."""
     tiles = Case((128, 1, 150), (128, 300, 200), "bfloat16", 2, 1, packed=True)
     modified = {"softcap": 2.0, "alibi": "batch", "dropout_p": 0.17, "lse_grad": True}
     odd = {"head_dim": 13, "head_dim_v": 40}
@@ -309,7 +309,7 @@ def mutant_table() -> list[Row]:
         (covered_nonfinite("bfloat16"), Sim("nonfinite")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(200, 200)), Sim("marked")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
-        (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("hostile")),
+        (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("invalid_lengths")),
     ]
     for dim, smem in ((96, LARGE_SMEM), (192, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}

@@ -1,13 +1,13 @@
-// Host model of csrc/ptx/types.h.
+// Host model of csrc/cuda/ptx/types.h.
 #pragma once
 #include <cstdint>
 #include <type_traits>
 
-#include "runtime/element.h"
 #include "policy/host_device.h"
+#include "runtime/element.h"
 #include "runtime/sim.h"
 
-// Inlined, as on a device: arrays that a function gets by reference then stay registers, which the race detector need
+// Inlined, as on a device: arrays that a function gets by reference then stay registers, which ThreadSanitizer need
 // not watch. Not so without optimisation, where a debugger wants to step into them.
 #ifdef __OPTIMIZE__
 #define FA_DEVICE SIM_INLINE

@@ -95,7 +95,7 @@ void read_table(Options& options) {
         if (number++ % options.num_shards == options.shard) options.lines.push_back(line);
 }
 
-// The line is on the screen before anything can go wrong.
+// The line is printed before anything can fail.
 bool run_line(const Options& options, const std::string& line, bool prints) {
     std::printf("%s", line.c_str());
     std::printf(prints ? "\n" : " ... ");
@@ -130,7 +130,7 @@ int run(int argc, char** argv) {
 void check_case(const Case& c, const Plan& plan, Report& report) {
     if (c.check == "reference" || c.check == "large") return check_reference(c, plan, report);
     if (c.check == "batch") return check_batch(c, plan, report);
-    if (c.check == "hostile") return check_hostile(c, plan, report);
+    if (c.check == "invalid_lengths") return check_invalid_lengths(c, plan, report);
     if (c.check == "nonfinite") return check_nonfinite(c, plan, report);
     if (c.check == "hidden") return check_hidden(c, plan, report);
     if (c.check == "marked") return check_marked(c, plan, report);
