@@ -63,7 +63,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all gpu-build integrations demo ladder bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
+.PHONY: help venv build test test-all gpu-build integrations demo ladder bench race sanitize mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -118,11 +118,15 @@ gpu-pack: ## compile for make gpu-first on another machine: build/gpu-first.tgz,
 	@$(call step,gpu-pack); \
 	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first --pack
 
-race: ## the CUDA kernels on the simulator, under ThreadSanitizer
+race: ## the CUDA kernels on the simulator, under ThreadSanitizer; SAMPLE=30 for some of the cases
 	@$(call step,race); \
-	$(MAKE) -f tests/kernels/Makefile -j$$(nproc) race
+	$(MAKE) -f tests/kernels/Makefile -j$$(nproc) primitives-tsan misuse-tsan race
 
-mutants: ## break one line of the CUDA kernels at a time, and see that it is noticed; ARGS='--sample 40' for some
+sanitize: ## the CUDA kernels on the simulator, under AddressSanitizer and UBSan; SAMPLE=30 for some of the cases
+	@$(call step,sanitize); \
+	$(MAKE) -f tests/kernels/Makefile -j$$(nproc) primitives-asan misuse-asan sanitize
+
+mutants: ## break one line of the CUDA kernels at a time: does a case detect it? ARGS='--sample 40' for some
 	@$(call step,mutants); \
 	$(MAKE) -f tests/kernels/Makefile -j$$(nproc) mutants
 

@@ -21,7 +21,7 @@ constexpr bool kTsan = false, kAsan = false;
 constexpr int kTsanExit = 66, kAsanExit = 1, kSignalExit = 128 + SIGSEGV;
 constexpr const char* kLandings[] = {"early", "late", "random"};
 
-// What every build finds is left to those without ThreadSanitizer, which takes long to start.
+// Mistakes that every build finds are left to those without ThreadSanitizer, which starts slowly.
 bool watched(Found found) {
     if (found == Found::kNothing) return true;
     if (found == Found::kSignal) return !kTsan && !kAsan;

@@ -1,4 +1,4 @@
-// Kernels with a mistake each, and what the simulator says about it. Host only.
+// Kernels with one mistake each, and what the simulator reports. Not for a GPU.
 #pragma once
 #include "primitives/primitives.h"
 
@@ -13,7 +13,7 @@ enum class Found {
     kRace,      // by ThreadSanitizer
     kBounds,    // by AddressSanitizer or UBSan
     kSignal,    // where no sanitizer is in the way
-    kNothing,   // right, and nothing must be said
+    kNothing,   // right: there must be no report
 };
 
 struct Mistake {

@@ -1,4 +1,4 @@
-// Missing barriers, waits, fences and turns.
+// Missing barriers, waits, fences and semaphores: data races.
 #include "cuda/ptx/bulk.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/global.h"

@@ -88,7 +88,7 @@ FA_KERNEL(64, 1) arrivals_left_over_kernel() {
     if (ptx::thread_idx() < 32) ptx::barrier_arrive(1, 64);
 }
 
-// ---------------------------------------------------------------- turns
+// ---------------------------------------------------------------- the semaphore
 FA_KERNEL(32, 1) backwards_kernel(int32_t* counter, int blocks) {
     if (lane() == 0) ptx::wait_for_turn(counter, blocks - 1 - ptx::block_idx());
     ptx::sync_threads();

@@ -1,4 +1,4 @@
-// Copies into shared memory, accesses to global memory, and turns between blocks.
+// Copies into shared memory, accesses to global memory, and the semaphore between blocks.
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/global.h"
 #include "cuda/ptx/shared.h"
@@ -150,7 +150,7 @@ void test_load_store_16() {
     expect(ok, "16-byte global load and store");
 }
 
-// Every thread of every block to the same few places: not a race.
+// Every thread of every block to the same few places: not a data race.
 FA_KERNEL(64, 1) red_add_kernel(const float* in, float* sum) {
     ptx::red_add(sum + ptx::thread_idx() % 3, ptx::load(in + ptx::thread_idx()) + static_cast<float>(ptx::block_idx()));
 }
@@ -186,7 +186,7 @@ void test_fetch_add() {
     expect(ok, "atom.add.s32, across blocks");
 }
 
-// ---------------------------------------------------------------- turns
+// ---------------------------------------------------------------- the semaphore
 // Blocks take turns at plain sums whose value shows the order: x = 3 x + block. out: [64]
 FA_KERNEL(64, 1) turns_kernel(int32_t* counter, int32_t* out, bool backwards, int blocks) {
     const int block = ptx::block_idx(), t = ptx::thread_idx();

@@ -92,7 +92,7 @@ template <class Element> FA_KERNEL(kThreads, 1) pack_kernel(const float* in, uin
     ptx::store(out + i, ptx::pack<Element>(ptx::load(in + 2 * i), ptx::load(in + 2 * i + 1)));
 }
 
-// Every value of the type, what lies half way to the next, and the neighbours of that in fp32; then special values.
+// Every value of the type, the middle between it and the next, and the neighbours of that in fp32; then special values.
 template <class Element> void test_pack() {
     constexpr int kEach = 4, kSpecial = 2 * kThreads, kCount = kEach * 65536 + kSpecial;
     Buffer<float> in(kCount);

@@ -162,7 +162,7 @@ template <class Element> void fill_small(Buffer<uint16_t>& b) {
 template <class Element> const char* type_name() { return std::is_same_v<Element, bf16> ? "bf16" : "fp16"; }
 
 // ---------------------------------------------------------------- the groups of tests
-void test_memory();   // memory.cpp: copies, global accesses, turns
+void test_memory();   // memory.cpp: copies, global accesses, semaphores
 void test_warp();     // warp.cpp: barriers, fragments, products, exchange
 void test_numbers();  // numbers.cpp: conversions, functions
 // Nothing in builds for other architectures.

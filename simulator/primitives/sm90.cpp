@@ -126,7 +126,7 @@ void test_tma(int col, int row, int plane) {
             }
     expect(loaded, "TMA load, 128-byte swizzle, zero fill; first column", col);
     expect(stored, "TMA store, clipped; first column", col);
-    expect_traffic({{}, {bytes, stores ? bytes : 0, 0}, {}, {}, {}}, "TMA, what lies within the tensor");
+    expect_traffic({{}, {bytes, stores ? bytes : 0, 0}, {}, {}, {}}, "TMA, what is within the tensor");
 }
 
 // ---------------------------------------------------------------- bulk copies
@@ -193,7 +193,7 @@ void test_bulk_turns() {
     for (int b = 0; b < kBlocks; ++b) expected += 2 * expected + static_cast<float>(b);
     bool ok = true;
     for (int i = 0; i < 4; ++i) ok &= sum[i] == expected;
-    expect(ok, "bulk reductions in turn");
+    expect(ok, "bulk reductions in a fixed order");
 }
 
 // ---------------------------------------------------------------- griddepcontrol

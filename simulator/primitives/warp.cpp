@@ -58,7 +58,7 @@ void test_sync_threads_or() {
     expect(ok, "bar.red.or");
 }
 
-// Warp 0 fills two buffers in turn, warp 1 empties them. Barriers 1 and 2: full; 3 and 4: empty.
+// Warp 0 fills two buffers alternately, warp 1 empties them. Barriers 1 and 2: full; 3 and 4: empty.
 constexpr int kHandovers = 6;
 FA_KERNEL(64, 1) named_barrier_kernel(int32_t* out) {
     int32_t* s = reinterpret_cast<int32_t*>(ptx::smem());  // [2][32]

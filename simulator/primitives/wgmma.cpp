@@ -55,7 +55,7 @@ wgmma_kernel(Operand a, Operand b, float* c) {
     for (int i = 0; i < N / 2; ++i) c[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + col + i % 2] = acc[i];
 }
 
-// Where an element of a [rows][16] operand lies inside a larger tile: slice `slice` along k of a K-major tile, or of a
+// Where an element of a [rows][16] operand is inside a larger tile: slice `slice` along k of a K-major tile, or of a
 // tile of kPanelK rows of k where it is MN-major. Fills in the strides of op.
 int32_t place(Operand& op, int rows, Major major, int mn, int k) {
     constexpr int kPanelK = 64;

@@ -2,8 +2,8 @@
 //
 // Every CUDA thread has a clock. Every warp also has an *async view*: what the asynchronous proxy (TMA, wgmma) may rely
 // on when this warp issues work. Plain accesses enter the view only through fence.proxy.async; barriers carry clock and
-// view side by side. Asynchronous work runs with the view it was issued with, and enters clock and view of those who
-// wait for it.
+// view side by side. Asynchronous work runs with the view it was issued with, and enters clock and view of the
+// threads that wait for it.
 //
 // A clock is a fiber of ThreadSanitizer. The current one is that of the running CUDA thread or of the scheduler; work
 // done in another name is bracketed by AsClock. The library functions that ThreadSanitizer intercepts (memcpy, malloc,
@@ -23,7 +23,7 @@ using Clock = void*;
 Clock create_clock(const char* name);  // knows what the current clock knows
 void name_clock(Clock clock, const char* name);
 void destroy_clock(Clock clock);
-void begin_launch_clock();  // the clock of whoever launches becomes the scheduler's
+void begin_launch_clock();  // the clock of the launching thread becomes the scheduler's
 Clock scheduler_clock();
 void become(Clock clock);
 
@@ -53,8 +53,8 @@ void note_atomic_add_release(void* p);
 
 // What one generation of a barrier publishes.
 struct SyncPoint { char threads, async_view; };
-// One per generation, reused four generations later: were there but one per barrier, a late riser would acquire what
-// was released for the next generation, and races would vanish.
+// One per generation, reused four generations later. With one per barrier, a thread that wakes late would acquire what
+// was released for the next generation, and data races would vanish.
 struct Generations {
     SyncPoint ring[4];
     SyncPoint& at(unsigned long generation) { return ring[generation % 4]; }

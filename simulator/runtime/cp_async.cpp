@@ -1,5 +1,5 @@
 // Copies of 4 or 16 bytes that threads wait for themselves. A copy writes shared memory at any time from its issue to
-// its wait: the race detector is told of a write at both ends, in the name of the thread.
+// its wait: ThreadSanitizer is told of a write at both ends, in the name of the thread.
 #include "runtime/runtime.h"
 
 namespace sim {

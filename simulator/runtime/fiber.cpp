@@ -92,7 +92,7 @@ char* allocate_guarded(size_t bytes, size_t* allocated_bytes) {
 
 void create_fiber(Fiber& fiber, void (*entry)()) {
     fiber.stack = allocate_guarded(kStackBytes, &fiber.stack_bytes);
-    // Registers that nobody has set are NaN, not the zeros that fresh memory holds. They lie near the top.
+    // Uninitialised registers are NaN, not the zeros of fresh memory. They are near the top of the stack.
     constexpr size_t kFilled = 16384;
     const size_t filled = fiber.stack_bytes < kFilled ? fiber.stack_bytes : kFilled;
     std::memset(fiber.stack + fiber.stack_bytes - filled, 0xff, filled);

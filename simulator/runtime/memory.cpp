@@ -102,7 +102,7 @@ void check_global(const char* what, const void* p, int bytes, int alignment) {
 #endif
 }
 
-// Not memcpy: that would be an access of whoever's clock is current.
+// Not memcpy: ThreadSanitizer would take that for an access of the current clock.
 void copy_16(void* dst, const void* src) {
     using Word = uint64_t __attribute__((may_alias));
     static_cast<Word*>(dst)[0] = static_cast<const Word*>(src)[0];

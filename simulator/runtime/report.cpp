@@ -1,4 +1,4 @@
-// What is said when something is wrong, always with what a replay needs: kernel, block, seed and landing.
+// Reports of errors, always with what a replay needs: kernel, block, seed and landing.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <signal.h>

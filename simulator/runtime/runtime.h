@@ -216,7 +216,7 @@ inline void complete_collective(Warp& w) {
 }
 
 // ---------------------------------------------------------------- synchronisation
-void use_async_proxy(Block& block);  // first thing in whatever touches async views
+void use_async_proxy(Block& block);  // called before anything touches async views
 void publish(SyncPoint& s);          // by the running thread, with its warp's async view
 void absorb(SyncPoint& s);
 void publish_completion(SyncPoint& s);  // by finished asynchronous work

@@ -1,5 +1,5 @@
-// Launches: places for blocks, their fibers, and who runs next. Neither the runtime nor the models are compiled with
-// -fsanitize=thread: the race detector must see what the modelled threads do, not how the models do it.
+// Launches: places for blocks, their fibers, and which warp runs next. Neither the runtime nor the models are compiled
+// with -fsanitize=thread: it must see what the modelled threads do, not how the models do it.
 #include <utility>
 #include "runtime/runtime.h"
 
@@ -227,7 +227,7 @@ void fail_divergent(const char* what, const char* other) {
 
 namespace {
 
-// Sync objects, one per launch, reused when nobody remembers: what a launch has done, and what it has waited for.
+// Sync objects, one per launch, reused after many launches: what a launch has done, and what it has waited for.
 constexpr int kEnds = 4096;
 char ends[kEnds];
 int last_end;
@@ -244,7 +244,7 @@ void end() {
     destroy_clock(clock);
 }
 
-// Written by code that no race detector sees: kernels that overlap may not know of what the host did last.
+// Written by code that is not instrumented: kernels that overlap may not know of what the host did last.
 void* copy_argument(const void* arg, size_t bytes) {
     alignas(64) static char copy[4096];
     if (bytes > sizeof copy) fail("%zu bytes of parameters, of %zu", bytes, sizeof copy);
@@ -264,8 +264,8 @@ void launch(const Grid& grid, void (*entry)(void*), const void* arg, size_t arg_
     if (threads < kWarpLanes || threads > kWarpLanes * kMaxWarps || threads % kWarpLanes)
         fail("a block of %d threads is not 1 to %d whole warps", threads, kMaxWarps);
     if (options.resident_blocks < 1) fail("options.resident_blocks is %d", options.resident_blocks);
-    // Before the race detector, kernels that overlap have one block at a time: what it may know is the same, and the
-    // detector is slower the more threads there are.
+    // Under ThreadSanitizer, kernels that overlap have one block at a time: what it may know is the same, and the
+    // sanitizer is slower the more threads there are.
     const int64_t at_a_time = kDetectsRaces && overlaps ? 1 : options.resident_blocks;
     const int64_t resident = blocks < at_a_time ? blocks : at_a_time;
     while (static_cast<int64_t>(places.size()) < resident) places.push_back(new Block);

@@ -4,7 +4,7 @@
 // engine, moves next. What the hardware does asynchronously (cp.async, TMA, wgmma) happens at a moment that the
 // scheduler picks between its issue and the wait that orders it. README.md says what is modelled and what is not.
 //
-// This header is shared by kernels, which the race detector instruments, and the models, which it must not: it holds
+// This header is shared by kernels, which ThreadSanitizer instruments, and the models, which it must not: it holds
 // plain declarations only, since the linker would merge the two copies of an inline or standard library function.
 #pragma once
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace sim {
 
-// ---------------------------------------------------------------- for those who run kernels
+// ---------------------------------------------------------------- for code that runs kernels
 enum class Landing {
     kEarly,
     kLate,
@@ -23,8 +23,8 @@ struct Options {
     uint32_t seed = 1;
     Landing landing = Landing::kRandom;
     int resident_blocks = 3;  // at a time; blocks enter in the order of their index
-    // Whether red_add is to be ordered like a plain access: who adds in turn wants the same sum every time, and two
-    // additions in no order are a race.
+    // Whether red_add has to be ordered like a plain access: a deterministic kernel adds in a fixed order, and two
+    // additions without an order are a data race.
     bool ordered_reds = false;
     // Whether launches that may begin before the end of the one before them are to know nothing of it.
     bool overlapping_launches = true;
@@ -32,8 +32,8 @@ struct Options {
 extern Options options;  // of the launches that follow
 
 // What kernels did since the caller last reset them (counters = {}). Traffic is bytes of global memory: of a copy only
-// what lies within the tensor or the valid bytes counts. Turns, and what kernels read around csrc/ptx (their
-// parameters, lengths and tables), do not count.
+// what is within the tensor or the valid bytes counts. Semaphores do not count, nor does what kernels read without
+// csrc/cuda/ptx (parameters, lengths and tables).
 struct Traffic { int64_t read, written, added; };  // added: sent to be added atomically
 struct Counters {
     Traffic cp_async;
@@ -63,7 +63,7 @@ void launch(const Grid& grid, void (*entry)(void*), const void* arg, size_t arg_
 // A rule of the programming model was broken: says where and exits.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// ---------------------------------------------------------------- for the host models of csrc/ptx
+// ---------------------------------------------------------------- for the host models of csrc/cuda/ptx
 // The running thread. These never change while a fiber runs its kernel, which lets the compiler call them once.
 [[gnu::const]] int thread_idx();
 [[gnu::const]] int block_idx();

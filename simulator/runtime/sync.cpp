@@ -1,4 +1,4 @@
-// Barriers, fences and turns.
+// Barriers, fences and semaphores.
 #include "runtime/runtime.h"
 
 namespace sim {
@@ -170,9 +170,9 @@ void mbarrier_wait(uint64_t* word, int parity) {
     if (b.generation) absorb(b.sync.at(completed));
 }
 
-// ---------------------------------------------------------------- turns, across blocks
-// The counter itself is the synchronisation object. It tells threads of each other, and nothing to the asynchronous
-// proxy: who goes on with that needs a fence.
+// ---------------------------------------------------------------- semaphores, across blocks
+// Blocks take turns in an order that the kernel chooses. The counter itself is the synchronisation object: it orders
+// threads, but not the asynchronous proxy, which needs a fence.
 void wait_for_turn(const int32_t* counter, int32_t turn) {
     check_global("ld.acquire", counter, 4, 4);
     block_until_turn(counter, turn, "wait_for_turn");

@@ -10,7 +10,7 @@ uint32_t swizzled(uint32_t address, int swizzle_bytes) {
 
 namespace {
 
-// A kernel's operand, copied without a library call, which the race detector would take for an access of its own.
+// A kernel's operand, copied without a library call, which ThreadSanitizer would take for an access of its own.
 template <class T> void copy_operand(T& to, const T& from) {
     static_assert(sizeof(T) % 4 == 0);
     using Word = uint32_t __attribute__((may_alias));
@@ -140,7 +140,7 @@ void write_store(AsyncCopy& copy) {
 void tma_load(void* smem_dst, const TensorMap& map, uint64_t* bar, const int* coord, int rank) {
     issue_box(AsyncCopy::kTmaLoad, smem_dst, map, bar, coord, rank, __builtin_return_address(0));
 }
-// Nothing that anybody could see.
+// A hint for the cache: nothing to model.
 void tma_prefetch(const TensorMap& map, const int*, int rank) {
     if (map.rank != rank) fail("TMA prefetch: instruction of rank %d on a tensor map of rank %d", rank, map.rank);
 }

@@ -2,7 +2,8 @@
 
     export PYTHONPATH=tests/support:tests/kernels
     python3 -m list_cases                 every case
-    python3 -m list_cases --table race    a shorter table, for the race detector
+    python3 -m list_cases --table race    a shorter table, for ThreadSanitizer
+    python3 -m list_cases --sample 50     some of them, and every kernel among them
     python3 -m list_cases --summary       how many cases, values and pairs of values
 
 Keys are the fields of a Case, left out at their defaults, and those of Sim: which check is made of the case, how its
@@ -12,7 +13,6 @@ tensors are laid out, and how much shared memory the device has.
 import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from cases import (
     paged_cases,
     pairwise,
 )
+from sampling import sample
 
 DTYPES = ["bfloat16", "float16"]
 SMALL_SMEM, LARGE_SMEM = 101376, 232448  # bytes of shared memory per block: compute capability 8.6 or 12.0, and 9.0
@@ -158,14 +159,14 @@ def batch_checks() -> list[Row]:
     return [(case, Sim("batch")) for case in cases]
 
 
-def hostile_checks() -> list[Row]:
+def invalid_length_checks() -> list[Row]:
     rows = []
     for dtype, dim, page_size in itertools.product(DTYPES, [64, 128, 256], [0, 16]):
         dims = {"head_dim": dim, "head_dim_v": dim, "causal": dim == 128, "num_heads": 2, "num_heads_k": 1}
         keys = {"seqused_k": (20, 9, 150, 64), "leftpad_k": (1, 0, 70, 0)}
         case = dataclasses.replace(UNEVEN, dtype=dtype, page_size=page_size, **dims, **keys)
-        # Sequences that share tiles of dQ share the turns at them too.
-        rows += [(case, Sim("hostile", deterministic=deterministic)) for deterministic in (False, not page_size)]
+        # Sequences that share tiles of dQ share their semaphores too.
+        rows += [(case, Sim("invalid_lengths", deterministic=d)) for d in (False, not page_size)]
     return list(dict.fromkeys(rows))
 
 
@@ -224,7 +225,7 @@ def long_rows() -> list[Row]:
 
 def other_checks() -> list[Row]:
     """What a comparison with the reference does not show; each check is explained in runner/check.h."""
-    rows = [*batch_checks(), *hostile_checks(), *special_numbers(), *far_offsets(), *long_rows()]
+    rows = [*batch_checks(), *invalid_length_checks(), *special_numbers(), *far_offsets(), *long_rows()]
     hidden = [row for dtype in DTYPES for dim in cuda_objects.all_head_dims() for row in hidden_nonfinite(dim, dtype)]
     return [*rows, *hidden, (threshold_case(), Sim())]
 
@@ -260,7 +261,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
 def sanitizer_table() -> list[Row]:
     """The same for sanitizers, with invalid lengths and tables, in fewer head_dims."""
     dims = [(13, 40), (64, 64), (96, 96), (256, 256)]
-    rows = [*race_table(dims), *hostile_checks()]
+    rows = [*race_table(dims), *invalid_length_checks()]
     return [
         row for row in rows if row[0].dtype == DTYPES[0] and (row[0].head_dim, row[0].head_dim_v) in {*dims, (6, 5)}
     ]
@@ -283,7 +284,7 @@ def hopper_table() -> list[Row]:
 
 
 def mutant_table() -> list[Row]:
-    """Few cases that notice much, the cheapest first; for each head_dim of the mutants. One element type."""
+    """Few cases that detect many mutants, the cheapest first, for each of their head_dims. One element type."""
     tiles = Case((128, 1, 150), (128, 300, 200), "bfloat16", 2, 1, packed=True)
     modified = {"softcap": 2.0, "alibi": "batch", "dropout_p": 0.17, "lse_grad": True}
     odd = {"head_dim": 13, "head_dim_v": 40}
@@ -308,7 +309,7 @@ def mutant_table() -> list[Row]:
         (covered_nonfinite("bfloat16"), Sim("nonfinite")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(200, 200)), Sim("marked")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
-        (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("hostile")),
+        (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("invalid_lengths")),
     ]
     for dim, smem in ((96, LARGE_SMEM), (192, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
@@ -373,25 +374,25 @@ def coverage(axes: dict[str, list]) -> str:
 
 
 def summary() -> str:
-    lines = [
-        f"main: {len(main_table())} cases for {coverage(AXES)}",
-        f"paged: {len(paged_table())} cases for {coverage(PAGED_AXES)}",
-        f"shared: {len(shared_cases())} cases",
-        f"other: {len(other_checks())} cases",
-        f"hopper: {len(hopper_table())} cases for {coverage(HOPPER_AXES)}",
-        f"race: {len(race_table())} cases",
-        f"sanitize: {len(sanitizer_table())} cases",
-    ]
-    return "\n".join(lines)
+    covered = {"main": AXES, "paged": PAGED_AXES, "hopper": HOPPER_AXES}
+    lines = [f"{name}: {len(table())} cases" for name, table in TABLES.items()]
+    return "\n".join([*lines, *(f"{name}: {coverage(axes)}" for name, axes in covered.items())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, default="all")
     parser.add_argument("--summary", action="store_true", help="how many cases, values and pairs")
+    parser.add_argument("--sample", type=int, help="how many cases")
+    parser.add_argument("--seed", type=int, default=0, help="which cases")
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth case, from the Ith on, counted from 0")
     arguments = parser.parse_args()
-    lines = [summary()] if arguments.summary else map(line_of, TABLES[arguments.table]())
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+    rows = TABLES[arguments.table]()
+    if arguments.sample:
+        rows = sample(rows, arguments.sample, arguments.seed)
+    first, step = map(int, arguments.shard.split("/"))
+    lines = [summary()] if arguments.summary else map(line_of, rows[first::step])
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

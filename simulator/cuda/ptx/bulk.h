@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/bulk.h.
+// Host model of csrc/cuda/ptx/bulk.h.
 #pragma once
 #include "cuda/ptx/mbarrier.h"
 

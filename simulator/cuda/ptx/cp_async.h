@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/cp_async.h.
+// Host model of csrc/cuda/ptx/cp_async.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

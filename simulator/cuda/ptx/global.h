@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/global.h.
+// Host model of csrc/cuda/ptx/global.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/grid.h.
+// Host model of csrc/cuda/ptx/grid.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

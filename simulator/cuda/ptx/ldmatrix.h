@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/ldmatrix.h.
+// Host model of csrc/cuda/ptx/ldmatrix.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/mbarrier.h.
+// Host model of csrc/cuda/ptx/mbarrier.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

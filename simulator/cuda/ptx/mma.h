@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/mma.h.
+// Host model of csrc/cuda/ptx/mma.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

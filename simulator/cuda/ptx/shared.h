@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/shared.h.
+// Host model of csrc/cuda/ptx/shared.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/sync.h.
+// Host model of csrc/cuda/ptx/sync.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

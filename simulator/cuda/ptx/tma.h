@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/tma.h.
+// Host model of csrc/cuda/ptx/tma.h.
 #pragma once
 #include "cuda/ptx/bulk.h"
 

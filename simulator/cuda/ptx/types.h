@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/types.h.
+// Host model of csrc/cuda/ptx/types.h.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -7,7 +7,7 @@
 #include "runtime/element.h"
 #include "runtime/sim.h"
 
-// Inlined, as on a device: arrays that a function gets by reference then stay registers, which the race detector need
+// Inlined, as on a device: arrays that a function gets by reference then stay registers, which ThreadSanitizer need
 // not watch. Not so without optimisation, where a debugger wants to step into them.
 #ifdef __OPTIMIZE__
 #define FA_DEVICE SIM_INLINE

@@ -1,4 +1,4 @@
-// Host model of csrc/ptx/wgmma.h.
+// Host model of csrc/cuda/ptx/wgmma.h.
 #pragma once
 #include "cuda/ptx/types.h"
 

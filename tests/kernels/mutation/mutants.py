@@ -1,8 +1,12 @@
-"""Breaks one line of the kernels at a time and says who notices: make -f tests/kernels/Makefile mutants.
+"""Mutation testing: breaks one line of the kernels at a time, and checks that a case detects it.
 
-Every mutant is compiled and run on a few cases, plainly (wrong numbers, rules of the models, deadlocks), and, if that
-lets it pass and it concerns synchronisation, under ThreadSanitizer. What nobody notices must stand in equivalent.py
-with a proof that it changes nothing; otherwise a test is missing, or the line is not needed.
+    make mutants                                        every mutant: hours
+    make mutants ARGS='--sample 40'                     40 of them
+    make mutants ARGS='--only "sm90/fwd.h.*removed"'    those whose name matches
+
+Every mutant is compiled and runs a few cases, plainly (wrong results, broken rules, deadlocks) and, if it survives that
+and synchronises, under ThreadSanitizer. A mutant that survives both is a missing test or a needless line of code,
+unless equivalent.py proves that it changes nothing.
 """
 
 import argparse
@@ -22,241 +26,203 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_tools import cuda_objects
-from list_cases import Row, line_of, mutant_table
+from list_cases import line_of, mutant_table
 from mutation.equivalent import EQUIVALENT
 from mutation.mutations import CSRC, Mutation, all_mutations
+from sampling import kernel_head_dim
 
-# The kernels of each source in csrc/cuda.
-AROUND_BWD = ["cuda/attention/bwd_preprocess.h", "cuda/attention/bwd_postprocess.h"]
-KERNELS = {
-    "sm80/fwd": ["cuda/sm80/fwd.h"],
-    "sm80/bwd": [*AROUND_BWD, "cuda/sm80/bwd.h"],
-    "sm80/attn_probs": ["cuda/sm80/attn_probs.h"],
-    "sm90/fwd": ["cuda/sm90/fwd.h"],
-    "sm90/bwd": [*AROUND_BWD, "cuda/sm90/bwd.h"],
-}
-PASSES = {"sm80/fwd": "fwd", "sm80/bwd": "bwd", "sm80/attn_probs": "probs", "sm90/fwd": "fwd", "sm90/bwd": "bwd"}
-# What both have is tried with the first; where they let a mutant pass, with the other.
-COMPUTE_CAPABILITIES = (80, 90)
-# Beside these a head_dim of an architecture has nothing of its own. The first has one tile shape; the others, with
-# tiles of several shapes and what goes with them, are tried where it lets a mutant pass.
-LIKE_OTHERS = {128}
-# Files of which the kernels for other head_dims make no use.
-HEAD_DIMS_OF = {"cuda/sm90/bwd_keys.h": (64, 96), "cuda/sm90/bwd_columns.h": (256, 192)}
-VERDICTS = {0: "-", 1: "wrong result", 3: "model check", 4: "deadlock", 66: "race report", 124: "hangs"}
 FLAVOURS = ("plain", "tsan")
-NOT_COMPILED = "does not compile"
+SURVIVED, NOT_COMPILED = "-", "does not compile"
+# By the exit code of run_case.
+VERDICTS = {0: SURVIVED, 1: "wrong result", 3: "broken rule", 4: "deadlock", 66: "data race", 124: "hangs"}
+# Beside the others, this head_dim has no code of its own.
+LIKE_OTHERS = 128
 
 
 @dataclass(frozen=True)
-class Toolchain:
-    """How the Makefile compiles, links and runs."""
+class Kernels:
+    """Those that a mutant is tried with: of one architecture and head_dim, for bfloat16."""
 
-    build: Path
-    cxx: str
-    compile_flags: dict[str, str]
-    link_flags: dict[str, str]
-    run: dict[str, str]
+    arch: str
+    head_dim: int
+
+    def object(self, source: str, folder: Path) -> Path:
+        return folder / f"{source}.bf16.{self.head_dim}.o"
 
 
 @dataclass(frozen=True)
 class Outcome:
     mutation: Mutation
-    verdicts: dict[str, str]
+    verdicts: dict[str, str]  # by flavour; empty if it was not tried
 
     @property
-    def noticed(self) -> bool:
-        return any(verdict not in ("", VERDICTS[0]) for verdict in self.verdicts.values())
+    def survived(self) -> bool:
+        return set(self.verdicts.values()) <= {"", SURVIVED}
 
     @property
     def compiles(self) -> bool:
         return NOT_COMPILED not in self.verdicts.values()
 
 
-def included(path: str, csrc: Path) -> set[str]:
-    """The files of csrc that one of them includes, through any number of others, but for other kernels."""
-    found, left, of_kernels = set(), [path], set(itertools.chain(*KERNELS.values()))
-    while left:
-        current = left.pop()
-        if current in found or not (csrc / current).exists():
-            continue
-        found.add(current)
-        names = re.findall(r'#include "([^"]+)"', (csrc / current).read_text())
-        left += [name for name in names if name not in of_kernels]
-    return found
+class Laboratory:
+    """Compiles and runs mutants, each in a folder of its own, from a copy of csrc that does not change meanwhile."""
 
-
-def head_dims(capability: int) -> list[int]:
-    """Those with which mutants are tried."""
-    return [d for d in cuda_objects.head_dims(CSRC / f"cuda/sm{capability}") if d not in LIKE_OTHERS]
-
-
-def head_dim_of(row: Row, capability: int) -> int:
-    """Of the kernels that run a case."""
-    needed = max(row[0].head_dim, row[0].head_dim_v)
-    return min(d for d in cuda_objects.head_dims(CSRC / f"cuda/sm{capability}") if d >= needed)
-
-
-class Workshop:
-    """Compiles and runs mutants, each in a folder of its own, from a copy of csrc that nobody edits meanwhile."""
-
-    def __init__(self, tools: Toolchain):
-        self.tools = tools
-        self.root = tools.build / "mutants"
+    def __init__(self, build: Path, commands: dict[str, list[str]]):
+        self.build = build
+        self.commands = commands  # "compile_plain" and so on
+        self.root = build / "mutants"
         self.csrc = self.root / "csrc"
         shutil.rmtree(self.root, ignore_errors=True)
         for folder in ("policy", "cuda"):
             shutil.copytree(CSRC / folder, self.csrc / folder)
         shutil.copy(CSRC / "problem.h", self.csrc)
         self.mutations = all_mutations(self.csrc)
-        for flavour, capability in itertools.product(FLAVOURS, COMPUTE_CAPABILITIES):
-            # Sequences that overlap are written by several blocks: a race that is no fault of kernels.
-            rows = [row for row in mutant_table() if flavour == "plain" or row[1].check != "hostile"]
-            rows = [row for row in rows if row[1].compute_capability == capability]
-            for head_dim in head_dims(capability):
-                lines = [line_of(row) for row in rows if head_dim_of(row, capability) == head_dim]
-                self.table(flavour, head_dim, capability).write_text("".join(f"{line}\n" for line in lines))
+        self.sources = {  # sm80: [sm80/bwd, sm80/fwd, ...]
+            folder.name: sorted(f"{folder.name}/{path.stem}" for path in folder.glob("*.cu"))
+            for folder in sorted(self.csrc.glob("cuda/sm*"))
+        }
+        self.kernels = [
+            Kernels(arch, head_dim)
+            for arch in self.sources
+            for head_dim in cuda_objects.head_dims(self.csrc / "cuda" / arch)
+            if head_dim != LIKE_OTHERS
+        ]
+        rows = [(row, Kernels(f"sm{row[1].compute_capability}", kernel_head_dim(row))) for row in mutant_table()]
+        for flavour, kernels in itertools.product(FLAVOURS, self.kernels):
+            # Sequences that overlap are written by several blocks: a data race that is no fault of the kernels.
+            fitting = [r for r, of in rows if of == kernels and (flavour == "plain" or r[1].check != "invalid_lengths")]
+            self.table(flavour, kernels).write_text("".join(f"{line_of(row)}\n" for row in fitting))
 
-    @functools.cache  # noqa: B019 (there is one workshop)
-    def patience(self, flavour: str, head_dim: int, capability: int) -> float:
+    def table(self, flavour: str, kernels: Kernels) -> Path:
+        return self.root / f"cases.{flavour}.{kernels.arch}.{kernels.head_dim}.txt"
+
+    def intact(self, flavour: str) -> Path:
+        """Where the objects of the intact kernels are."""
+        return self.build / flavour / "kernels"
+
+    def sources_with(self, path: str, kernels: Kernels) -> list[str]:
+        """The sources of these kernels that include a header, as the compiler has noted."""
+        found = []
+        for source in self.sources[kernels.arch]:
+            noted = kernels.object(source, self.intact("plain")).with_suffix(".d").read_text().split()
+            found += [source] if f"csrc/{path}" in noted else []
+        return found
+
+    def has_code(self, path: str, kernels: Kernels) -> bool:
+        """Whether the line numbers of these kernels' objects tell of the file: others only include it."""
+        objects = [kernels.object(source, self.intact("plain")) for source in self.sources_with(path, kernels)]
+        return any(Path(path).name.encode() in each.read_bytes() for each in objects)
+
+    @functools.cache  # noqa: B019 (there is one laboratory)
+    def time_limit(self, flavour: str, kernels: Kernels) -> float:
         """How many seconds a mutant may take before it hangs: several times what the intact kernels take."""
-        program = self.tools.build / flavour / "run_case"
-        command = [*shlex.split(self.tools.run[flavour]), str(program), "--table"]
+        command = [*self.commands[f"run_{flavour}"], str(self.build / flavour / "run_case"), "--table"]
         start = time.monotonic()
-        subprocess.run([*command, str(self.table(flavour, head_dim, capability))], capture_output=True, check=True)
+        subprocess.run([*command, str(self.table(flavour, kernels))], capture_output=True, check=True)
         return 20 + 4 * (time.monotonic() - start)
 
-    def table(self, flavour: str, head_dim: int, capability: int) -> Path:
-        return self.root / f"cases.{flavour}.{head_dim}.sm{capability}.txt"
+    def compiled(self, folder: Path, source: str, flavour: str, kernels: Kernels) -> Path | None:
+        """The object of the mutant. None if it does not compile."""
+        target = kernels.object(source, folder / flavour)
+        if target.exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folders = itertools.chain(*(("-iquote", str(each)) for each in (folder, "simulator", self.csrc)))
+        instance = ["-DFA_ELEMENT=bf16", f"-DFA_HEAD_DIM={kernels.head_dim}", "-w", "-x", "c++"]
+        command = [*self.commands[f"compile_{flavour}"], *folders, *instance]
+        command += ["-c", str(self.csrc / f"cuda/{source}.cu"), "-o", str(target)]
+        return target if subprocess.run(command, capture_output=True).returncode == 0 else None
 
-    def sources_with(self, path: str, head_dim: int, capability: int) -> list[str]:
-        """The sources in csrc/cuda that a header is part of."""
-        sources = [s for s, kernels in KERNELS.items() if any(path in included(k, self.csrc) for k in kernels)]
-        return [s for s in sources if s.startswith(f"sm{capability}") and self.object(s, "plain", head_dim).exists()]
-
-    def object(self, source: str, flavour: str, head_dim: int) -> Path:
-        """Of the intact source. Not every kernel has every head_dim."""
-        return self.tools.build / flavour / f"kernels/{source}.bf16.{head_dim}.o"
-
-    def verdict(self, mutation: Mutation, folder: Path, flavour: str, head_dim: int, capability: int) -> str:
-        """What the mutant comes to in one flavour of the build."""
-        broken = self.sources_with(mutation.path, head_dim, capability)
-        if not broken:
-            return VERDICTS[0]
-        objects = []
-        for source in broken:
-            target = folder / f"{source}.{flavour}.{head_dim}.o"
-            if not target.exists() and not self.compiles(folder, source, flavour, head_dim, target):
-                return NOT_COMPILED
-            objects.append(target)
-        build = self.tools.build / flavour
-        intact = [self.object(s, flavour, head_dim) for s in KERNELS if s not in broken]
-        objects += [path for path in intact if path.exists()]
-        objects += [build / "kernels/backends.o", *sorted((build / "kernels").glob("sm*/backend.o"))]
-        objects += sorted((build / "models").glob("*.o"))
-        runner = sorted((self.tools.build / "plain/runner").glob("*.o"))
+    def verdict(self, mutation: Mutation, folder: Path, flavour: str, kernels: Kernels) -> str:
+        """What the cases of these kernels find."""
+        broken = self.sources_with(mutation.path, kernels)
+        objects = [self.compiled(folder, source, flavour, kernels) for source in broken]
+        if not objects or None in objects:
+            return NOT_COMPILED if objects else SURVIVED
+        intact = self.intact(flavour)
+        others = itertools.chain(*self.sources.values())
+        objects += [kernels.object(s, intact) for s in others if s not in broken]
+        objects = [path for path in objects if path.exists()]  # not every architecture has every head_dim
+        objects += [intact / "backends.o", *intact.glob("sm*/backend.o"), *(intact.parent / "models").glob("*.o")]
+        objects += (self.build / "plain/runner").glob("*.o")
         program = folder / f"run_case.{flavour}"
-        link = [self.tools.cxx, *shlex.split(self.tools.link_flags[flavour]), *map(str, [*objects, *runner])]
-        subprocess.run([*link, "-o", str(program)], check=True)
-        passes = ["--pass", PASSES[broken[0]]] if len(broken) == 1 else []
-        command = [*shlex.split(self.tools.run[flavour]), str(program), "--stop", *passes, "--table"]
-        command.append(str(self.table(flavour, head_dim, capability)))
+        subprocess.run([*self.commands[f"link_{flavour}"], *objects, "-o", program], check=True)
+        passes = ["--pass", Path(broken[0]).name] if len(broken) == 1 else []
+        command = [*self.commands[f"run_{flavour}"], str(program), "--stop", *passes, "--table"]
+        command.append(str(self.table(flavour, kernels)))
         try:
-            limit = self.patience(flavour, head_dim, capability)
+            limit = self.time_limit(flavour, kernels)
             code = subprocess.run(command, capture_output=True, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             code = 124
         return VERDICTS.get(code, "crash")
 
-    def compiles(self, folder: Path, source: str, flavour: str, head_dim: int, target: Path) -> bool:
-        instance = [
-            f"-I{folder}",
-            "-Isimulator",
-            f"-I{self.csrc}",
-            "-DFA_ELEMENT=bf16",
-            f"-DFA_HEAD_DIM={head_dim}",
-            "-w",
-        ]
-        target.parent.mkdir(exist_ok=True)
-        flags = shlex.split(self.tools.compile_flags[flavour])
-        what = ["-x", "c++", "-c", str(self.csrc / f"cuda/{source}.cu"), "-o", str(target)]
-        return subprocess.run([self.tools.cxx, *instance, *flags, *what], capture_output=True).returncode == 0
-
-    def worst(self, mutation: Mutation, folder: Path, flavour: str) -> str:
-        """The verdict of the first kernels that notice. Where there is a proof, one head_dim is enough to doubt it."""
-        for capability in COMPUTE_CAPABILITIES:
-            tried = HEAD_DIMS_OF.get(mutation.path, head_dims(capability))
-            for head_dim in tried[:1] if proof_of(mutation, self.mutations) else tried:
-                verdict = self.verdict(mutation, folder, flavour, head_dim, capability)
-                if verdict != VERDICTS[0]:
+    def first_verdict(self, mutation: Mutation, folder: Path, flavour: str) -> str:
+        """Of the first kernels that detect the mutant. Where there is a proof, one head_dim is enough to doubt it."""
+        for arch in self.sources:
+            tried = [kernels for kernels in self.kernels if kernels.arch == arch]
+            tried.sort(key=lambda kernels: not self.has_code(mutation.path, kernels))
+            for kernels in tried[:1] if proof_of(mutation) else tried:
+                verdict = self.verdict(mutation, folder, flavour, kernels)
+                if verdict != SURVIVED:
                     return verdict
-        return VERDICTS[0]
+        return SURVIVED
 
     def outcome(self, number: int, mutation: Mutation) -> Outcome:
         folder = self.root / str(number)
-        shutil.rmtree(folder, ignore_errors=True)
         target = folder / mutation.path
         target.parent.mkdir(parents=True)
         target.write_text(mutation.apply((self.csrc / mutation.path).read_text()))
-        verdicts = {"plain": self.worst(mutation, folder, "plain"), "tsan": ""}
-        if mutation.synchronises and verdicts["plain"] == VERDICTS[0]:
-            verdicts["tsan"] = self.worst(mutation, folder, "tsan")
+        verdicts = {"plain": self.first_verdict(mutation, folder, "plain"), "tsan": ""}
+        if mutation.synchronises and verdicts["plain"] == SURVIVED:
+            verdicts["tsan"] = self.first_verdict(mutation, folder, "tsan")
         shutil.rmtree(folder)
         return Outcome(mutation, verdicts)
 
 
-def proof_of(mutation: Mutation, mutations: list[Mutation]) -> str | None:
-    """Where several places of a file are broken alike, they are counted."""
-    alike = [m for m in mutations if (m.path, m.what) == (mutation.path, mutation.what)]
-    return EQUIVALENT.get((mutation.path, mutation.what, alike.index(mutation)))
+def proof_of(mutation: Mutation) -> str | None:
+    return EQUIVALENT.get(mutation.path, {}).get(mutation.label)
 
 
-def summary(outcomes: list[Outcome], mutations: list[Mutation]) -> tuple[str, bool]:
-    """Counts, and whether every mutant was noticed or is proven to be harmless."""
+def summary(outcomes: list[Outcome]) -> tuple[str, bool]:
+    """Counts, and whether every mutant was detected or has a proof."""
     compiled = [o for o in outcomes if o.compiles]
-    missed = [o.mutation for o in compiled if not o.noticed]
-    open_ones = [m.name for m in missed if not proof_of(m, mutations)]
-    stale = [o.mutation.name for o in compiled if o.noticed and proof_of(o.mutation, mutations)]
-    noticed, proven = len(compiled) - len(missed), len(missed) - len(open_ones)
-    counted = f"{noticed} noticed, {proven} proven equivalent, {len(open_ones)} not noticed"
+    survivors = [o.mutation for o in compiled if o.survived]
+    open_ones = [m.name for m in survivors if not proof_of(m)]
+    refuted = [o.mutation.name for o in compiled if not o.survived and proof_of(o.mutation)]
+    detected, proven = len(compiled) - len(survivors), len(survivors) - len(open_ones)
+    counted = f"{detected} detected, {proven} proven equivalent, {len(open_ones)} not detected"
     lines = [f"{len(compiled)} mutants: {counted}; {len(outcomes) - len(compiled)} more do not compile"]
     for flavour in FLAVOURS:
-        counts = Counter(o.verdicts[flavour] for o in compiled if o.verdicts[flavour] not in ("", "-"))
+        counts = Counter(o.verdicts[flavour] for o in compiled if o.verdicts[flavour] not in ("", SURVIVED))
         lines.append(f"{flavour}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
-    lines += [f"not noticed: {name}" for name in open_ones]
-    lines += [f"noticed, although equivalent.py has a proof that it is harmless: {name}" for name in stale]
-    return "\n".join(lines), not open_ones and not stale
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, required=True)
-    parser.add_argument("--cxx", default="g++")
-    for flavour in FLAVOURS:
-        for kind in ("compile", "link", "run"):
-            parser.add_argument(f"--{kind}-{flavour}", default="")
-    parser.add_argument("--only", default="", help="mutants whose name this pattern matches")
-    parser.add_argument("--sample", type=int, help="as many, chosen by --seed")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    return parser.parse_args()
+    lines += [f"not detected: {name}" for name in open_ones]
+    lines += [f"detected, although equivalent.py has a proof: {name}" for name in refuted]
+    return "\n".join(lines), not open_ones and not refuted
 
 
 def main() -> None:
-    arguments = parse()
-    kinds = [{f: getattr(arguments, f"{kind}_{f}") for f in FLAVOURS} for kind in ("compile", "link", "run")]
-    workshop = Workshop(Toolchain(arguments.build.resolve(), arguments.cxx, *kinds))
-    mutations = workshop.mutations
-    chosen = [m for m in mutations if re.search(arguments.only, m.name)]
-    if arguments.sample:
-        chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, required=True, help="build/sim")
+    for kind, flavour in itertools.product(("compile", "link", "run"), FLAVOURS):
+        parser.add_argument(f"--{kind}-{flavour}", type=shlex.split, required=True, help="command")
+    parser.add_argument("--only", default="", help="mutants whose name matches this regular expression")
+    parser.add_argument("--sample", type=int, help="how many of them")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="which of them (by the clock)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    laboratory = Laboratory(arguments.build.resolve(), vars(arguments))
+    chosen = [m for m in laboratory.mutations if re.search(arguments.only, m.name)]
+    if arguments.sample and arguments.sample < len(chosen):
+        sys.stdout.write(f"seed {arguments.seed}: replay with --seed {arguments.seed}\n")
+        chosen = random.Random(arguments.seed).sample(chosen, arguments.sample)
     start, outcomes = time.monotonic(), []
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for outcome in pool.map(workshop.outcome, range(len(chosen)), chosen):
+        for outcome in pool.map(laboratory.outcome, range(len(chosen)), chosen):
             outcomes.append(outcome)
             sys.stdout.write(f"{outcome.mutation.name}: {outcome.verdicts['plain']} {outcome.verdicts['tsan']}\n")
             sys.stdout.flush()
-    text, good = summary(outcomes, mutations)
+    text, good = summary(outcomes)
     sys.stdout.write(f"{text}\n{time.monotonic() - start:.0f} s\n")
     sys.exit(not good)
 

@@ -1,31 +1,32 @@
-"""Which lines of the kernels are broken, and how.
+"""Finds what can be mutated in the kernels' sources.
 
-Most mutations are found by reading the sources, so that no line is forgotten: every call that stands alone is removed,
-every wait leaves one group more in flight, every condition becomes true and false, every comparison is off by one, min,
-max and clamp yield each of their arguments. What a scan cannot think of is listed by hand.
+Reading the sources forgets no line: every statement that is only a call is removed, every wait leaves one group more in
+flight, every condition is true and false, every comparison is off by one, min, max and clamp yield each of their
+arguments. Mutations that no scan can think of are listed by hand.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paths import ROOT
-from rules.source import Source
 
 CSRC = ROOT / "csrc"
 FOLDERS = ("policy", "cuda/tile", "cuda/attention", "cuda/sm*")
-# These have exhaustive tests of their own: test_mask.py and test_dropout.py of tests/attention, on every backend, and
-# the division among the primitives. What a problem is compiled for is no matter of kernels.
+# tests/attention has exhaustive tests of masks and dropout on every backend, simulator/primitives of divisions.
 TESTED_ELSEWHERE = {
     f"policy/{name}.h" for name in ("divisor", "dropout", "mask", "paged_kv", "scalars", "score", "seqlen", "variant")
 }
-
-# What is computed before a launch: shapes, workspaces, plans, tensor maps. test_backends.py has tests of it.
-OF_THE_HOST = {
-    *("config.h", "with_smem.h", "launch_plan.h", "tma_strides.h", "tma_tensor.h", "encode_tensor_map.h"),
-    *("workspace.h", "place_workspace.h"),
-}
+# Computed on the host, before a launch: test_backends.py has tests of it.
+OF_THE_HOST = {"config.h", "with_smem.h", "launch_plan.h", "tma_strides.h", "tma_tensor.h", "encode_tensor_map.h"}
+OF_THE_HOST |= {"workspace.h", "place_workspace.h"}
+# A mutant of such a line may be a data race.
+SYNCHRONISES = re.compile(
+    r"sync|grid_|cp_async|bulk_|barrier|fence|wait|init|load_|clear|take|commit|acquire|release|pass\(|(?<!re)turn"
+    r"|parity|advance|ping_pong|scan|deterministic|nonfinite|next|found|leader|lane_id|thread|Apart|is_full"
+)
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,21 @@ class Mutation:
     """The text of a file between two offsets is replaced."""
 
     path: str  # from the root of csrc
-    line: int
     begin: int
     end: int
     replacement: str
     what: str  # what happens to which text
-    synchronises: bool = False  # the race detector may have something to say
+    synchronises: bool  # ThreadSanitizer may have something to report
+    which: int = 0  # of the mutations of this file that say the same
+
+    @property
+    def label(self) -> str:
+        """Its name within the file. It has no line number, so it survives edits elsewhere."""
+        return f"{self.what} [{self.which}]" if self.which else self.what
 
     @property
     def name(self) -> str:
-        return f"{self.path}:{self.line} {self.what}"
+        return f"{self.path}: {self.label}"
 
     def apply(self, text: str) -> str:
         return text[: self.begin] + self.replacement + text[self.end :]
@@ -54,23 +60,25 @@ def files(csrc: Path = CSRC) -> list[str]:
     return sorted({path.relative_to(csrc).as_posix() for path in found} - TESTED_ELSEWHERE)
 
 
+NOT_CODE = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|^[ \t]*#[^\n]*', re.MULTILINE)
+CLOSING = {"(": ")", "{": "}", "[": "]"}
+
+
 class Scan:
-    """One file with comments, strings and preprocessor lines blanked, character by character as long as before."""
+    """One file: its text, and its code, which is as long but has blanks for comments, strings and directives."""
 
     def __init__(self, path: str, csrc: Path = CSRC):
         self.path = path
         self.text = (csrc / path).read_text()
-        lines = Source(f"csrc/{path}", self.text).cpp_code
-        self.code = "\n".join(" " * len(line) if line.lstrip().startswith("#") else line for line in lines)
+        self.code = NOT_CODE.sub(lambda match: " " * len(match[0]), self.text)
 
-    def mutation(self, begin: int, end: int, replacement: str, what: str, synchronises: bool = False) -> Mutation:
-        line = self.text.count("\n", 0, begin) + 1
-        return Mutation(self.path, line, begin, end, replacement, what, synchronises)
+    def mutation(self, begin: int, end: int, replacement: str, what: str) -> Mutation:
+        synchronises = bool(SYNCHRONISES.search(what + self.text[begin:end]))
+        return Mutation(self.path, begin, end, replacement, what, synchronises)
 
     def closing(self, opening: int) -> int:
         """The place of the bracket that closes the one at `opening`."""
-        pairs = {"(": ")", "{": "}", "[": "]"}
-        depth, inner, outer = 0, self.code[opening], pairs[self.code[opening]]
+        depth, inner, outer = 0, self.code[opening], CLOSING[self.code[opening]]
         for at in range(opening, len(self.code)):
             depth += (self.code[at] == inner) - (self.code[at] == outer)
             if depth == 0:
@@ -83,56 +91,40 @@ class Scan:
     def shown(self, begin: int, end: int) -> str:
         """One line of at most 60 characters."""
         text = " ".join(self.text[begin:end].split())
-        return f"`{text if len(text) <= 60 else text[:57] + '...'}`".replace("|", "\\|")
+        return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
 
 
-SYNCHRONISING = re.compile(
-    r"sync_|grid_|cp_async|turn\b|_turn\(|clear_|load_|barrier|fence|wait|release|take|pass\(|commit|acquire|bulk_|init"
-)
 CALL = re.compile(r"(?<=[;{})\n ])(?:ptx::|this->)?\w[\w.]*(?:<[\w:, ]*>)?\(")
-# Words before brackets that are no calls, and calls that only hold a device's compiler back.
+# Words before brackets that are not calls, and calls that only restrain nvcc.
 NOT_CALLS = re.compile(
     r"(if|for|while|switch|return|constexpr|else|static_assert|sizeof|pin_tile|ptx::pin_registers|ptx::converge)\b"
 )
 
 
 def removed_calls(scan: Scan) -> Iterator[Mutation]:
-    """Statements that are nothing but a call."""
+    """Statements that are only a call."""
     for match in CALL.finditer(scan.code):
-        before = scan.code[: match.start()].rstrip()
-        if NOT_CALLS.match(match[0]) or not before.endswith((";", "{", "}", ")", "else")):
-            continue
         end = scan.closing(match.end() - 1) + 1
-        if scan.code[end : end + 1] != ";":
-            continue
-        synchronises = bool(SYNCHRONISING.search(match[0]))
-        yield scan.mutation(match.start(), end, "", f"removed: {scan.shown(match.start(), end)}", synchronises)
+        starts_a_statement = scan.code[: match.start()].rstrip().endswith((";", "{", "}", ")", "else"))
+        if starts_a_statement and not NOT_CALLS.match(match[0]) and scan.code[end : end + 1] == ";":
+            yield scan.mutation(match.start(), end, "", f"removed: {scan.shown(match.start(), end)}")
 
 
 def shorter_waits(scan: Scan) -> Iterator[Mutation]:
     for match in re.finditer(r"((?:cp_async|wgmma)_wait|bulk_wait(?:_read)?)<(\d+)>", scan.code):
-        replacement = f"{match[1]}<{int(match[2]) + 1}>"
-        yield scan.mutation(*match.span(), replacement, f"one group short: `{match[0]}`", True)
+        yield scan.mutation(*match.span(), f"{match[1]}<{int(match[2]) + 1}>", f"one group short: `{match[0]}`")
 
 
 def decided_conditions(scan: Scan) -> Iterator[Mutation]:
-    """if (x) and x ? a : b with x true and false."""
-    for match in re.finditer(r"\bif \(|\bwhile \(", scan.code):
-        begin, end = match.end(), scan.closing(match.end() - 1)
-        yield from decided(scan, begin, end)
+    """if (x), while (x) and x ? a : b with x true and false."""
+    spans = [(m.end(), scan.closing(m.end() - 1)) for m in re.finditer(r"\bif \(|\bwhile \(", scan.code)]
     for match in re.finditer(r" \? ", scan.code):
-        if not is_compiled(scan.line_at(match.start())):
-            yield from decided(scan, condition_start(scan.code, match.start()), match.start())
-
-
-def decided(scan: Scan, begin: int, end: int) -> Iterator[Mutation]:
-    condition = scan.text[begin:end]
-    for value in ("true", "false"):
-        what = f"{value}: {scan.shown(begin, end)}"
-        synchronises = bool(
-            re.search("deterministic|turn|nonfinite|next|found|leader|lane_id|thread|Apart|is_full", condition)
-        )
-        yield scan.mutation(begin, end, f"(({condition}), {value})", what, synchronises)
+        if not is_compile_time(scan.line_at(match.start())):
+            spans.append((condition_start(scan.code, match.start()), match.start()))
+    for begin, end in spans:
+        for value in ("true", "false"):
+            replacement = f"(({scan.text[begin:end]}), {value})"
+            yield scan.mutation(begin, end, replacement, f"{value}: {scan.shown(begin, end)}")
 
 
 STARTS_CONDITION = (" = ", "+= ", "return ", ", ", "{", ";", "(")
@@ -150,8 +142,8 @@ def condition_start(code: str, end: int) -> int:
     raise ValueError("a question mark without a condition")
 
 
-def is_compiled(line: str) -> bool:
-    """Whether what the line says is known when it is compiled: a mistake there is a mistake in a constant."""
+def is_compile_time(line: str) -> bool:
+    """A mistake there is a mistake in a constant."""
     return "constexpr" in line or "static_assert" in line or "template" in line
 
 
@@ -159,15 +151,14 @@ OFF_BY_ONE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="
 
 
 def shifted_comparisons(scan: Scan) -> Iterator[Mutation]:
-    """But for those of loops over registers, whose bounds are known when they are compiled."""
+    """But for those of loops over registers, whose bounds are compile-time constants."""
     for match in re.finditer(r"(?<= )(<=?|>=?|==|!=)(?= )", scan.code):
         line = scan.line_at(match.start())
-        if is_compiled(line) or (line.lstrip().startswith("for (") and "tiles" not in line):
+        if is_compile_time(line) or (line.lstrip().startswith("for (") and "tiles" not in line):
             continue
-        begin, end = max(match.start() - 24, 0), match.end() + 24
-        what = f"`{match[0]}` becomes `{OFF_BY_ONE[match[0]]}`: {scan.shown(begin, end)}"
-        synchronises = bool(re.search("lane_id|thread|leader", what))
-        yield scan.mutation(*match.span(), OFF_BY_ONE[match[0]], what, synchronises)
+        context = scan.shown(max(match.start() - 24, 0), match.end() + 24)
+        what = f"`{match[0]}` becomes `{OFF_BY_ONE[match[0]]}`: {context}"
+        yield scan.mutation(*match.span(), OFF_BY_ONE[match[0]], what)
 
 
 def taken_arguments(scan: Scan) -> Iterator[Mutation]:
@@ -190,90 +181,108 @@ def split_arguments(scan: Scan, begin: int, end: int) -> list[str]:
     return [*arguments, scan.text[start:end].strip()]
 
 
-# File, text, what it becomes.
-BY_HAND: list[tuple[str, str, str]] = [
-    ("cuda/sm80/fwd.h", "ptx::sync_threads_or(", "bool("),
-    ("cuda/sm80/fwd.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
-    ("cuda/sm80/fwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "true"),
-    ("cuda/sm80/fwd.h", "mask.is_full_block(rows, {n0, n0 + N})", "mask.is_full_block(rows, {n0 + 1, n0 + N - 1})"),
-    ("cuda/sm80/fwd.h", "int n = tiles.end - 1;", "int n = tiles.end - 2;"),
-    ("cuda/sm80/fwd.h", "n >= tiles.begin;", "n > tiles.begin;"),
-    ("cuda/sm80/bwd.h", "ptx::sync_threads_or(", "bool("),
-    ("cuda/sm80/bwd.h", "ptx::sync_threads_or(", "(ptx::sync_threads(), "),
-    ("cuda/sm80/bwd.h", "mask.template is_full_block<true>(rows, {n0, n0 + N})", "true"),
-    (
-        "cuda/sm80/bwd.h",
-        "mask.template is_full_block<true>(rows, {n0, n0 + N})",
-        "mask.template is_full_block<true>(rows, {n0 + 1, n0 + N - 1})",
-    ),
-    (
-        "cuda/sm80/bwd.h",
-        "n - tiles_of(mask.kv_range(rows), N).begin",
-        "n + 1 - tiles_of(mask.kv_range(rows), N).begin",
-    ),
-    ("cuda/sm80/bwd.h", "n - tiles_of(mask.kv_range(rows), N).begin", "n"),
-    ("cuda/sm80/bwd.h", "n - tiles_of(mask.kv_range(rows), N).begin", "0"),
-    ("cuda/sm80/bwd.h", "m = tiles.begin;", "m = tiles.begin + 1;"),
-    ("cuda/sm90/fwd.h", "at_v_.advance();", ""),
-    ("cuda/sm90/fwd.h", "at_k_.advance();", ""),
-    ("cuda/sm90/fwd.h", "at_q_.advance();", ""),
-    ("cuda/sm90/fwd.h", "values_done(tile, n + 1, cleared", "values_done(tile, n, cleared"),
-    ("cuda/sm90/fwd.h", "(consumer + 1) % Config::kConsumers", "consumer"),
-    ("cuda/sm90/fwd.h", "sees_keys ? Config::TileQ::kBytes : 0", "Config::TileQ::kBytes"),
-    ("cuda/sm90/fwd.h", "out_left_ ^= 1;", ""),
-    ("cuda/sm90/tile_queue.h", "num_blocks + (taken", "(taken"),
-    ("cuda/sm90/tile_queue.h", "if (lane_id() == 0) pipe().release(at);", "pipe().release(at);"),
-    ("cuda/sm90/bwd.h", "Variant::kMasked ? kScanWarps : 0", "0"),
-    ("cuda/sm90/bwd_tile.h", "end - 1 - n", "end - n"),
-    ("cuda/sm90/bwd_consumer.h", "(times_cleared() - 1) % 2", "0"),
-    ("cuda/sm90/bwd.h", "is_first = false;", ""),
-    ("cuda/sm90/bwd_columns.h", "wgmma_wait<kPanels>", "wgmma_wait<kPanels + 1>"),
-    ("cuda/sm90/fwd_config.h", "pipe_q.init(4)", "pipe_q.init(3)"),
-    ("cuda/sm90/fwd_config.h", "init(out_left(), Config::kConsumers)", "init(out_left(), 1)"),
-    ("cuda/sm90/fwd_config.h", "queue.init(kWarps)", "queue.init(kWarps - 1)"),
-    ("cuda/sm90/fwd_config.h", "pipe_k.init(kWarps)", "pipe_k.init(kWarps - 1)"),
-    ("cuda/sm90/fwd_config.h", "pipe_v.init(kWarps)", "pipe_v.init(kWarps - 1)"),
-    ("cuda/sm90/fwd_repeats.h", "index < limit", "true"),
-    ("cuda/sm90/fwd_repeats.h", "place >= num_places", "place >= num_places - 1"),
-    ("cuda/sm90/bwd_config.h", "pipe_q.init(4 * Config::kConsumers + ", "pipe_q.init(4 * Config::kConsumers - 1 + "),
-    (
-        "cuda/sm90/bwd_config.h",
-        "pipe_dout.init(4 * Config::kConsumers + ",
-        "pipe_dout.init(4 * Config::kConsumers - 1 + ",
-    ),
-    ("cuda/tile/pipeline.h", "parity ^= int(wraps);", ""),
-    ("cuda/tile/pipeline.h", "at.parity ^ 1", "at.parity"),
-    ("cuda/tile/copy_sm90.h", "row0_(kTmaRows - seqlen)", "row0_(kTmaRows - seqlen - 1)"),
-    ("cuda/tile/copy_sm90.h", "(first_row + seqlen) * t.row_steps", "first_row * t.row_steps"),
-    ("cuda/tile/gemm_sm90.h", "true);", "i > 0);"),
-    ("cuda/tile/gemm_sm90.h", "kAdd || i > 0", "i > 0"),
-    ("cuda/tile/gemm_sm90.h", "kAdd || i > 0", "true"),
-    ("policy/tile_order.h", "p.seqlens.total_q / block_m + p.batch_size + 1", "p.seqlens.total_q / block_m + 1"),
-    ("policy/tile_order.h", "return first_row_q / block_m + batch;", "return first_row_q / block_m;"),
-]
+# By file: text => what it becomes.
+BY_HAND = {
+    "cuda/sm80/fwd.h": """
+        ptx::sync_threads_or( => bool(
+        ptx::sync_threads_or( => (ptx::sync_threads(),
+        mask.is_full_block(rows, {n0, n0 + N}) => true
+        mask.is_full_block(rows, {n0, n0 + N}) => mask.is_full_block(rows, {n0 + 1, n0 + N - 1})
+        int n = tiles.end - 1; => int n = tiles.end - 2;
+        n >= tiles.begin; => n > tiles.begin;
+    """,
+    "cuda/sm80/bwd.h": """
+        ptx::sync_threads_or( => bool(
+        ptx::sync_threads_or( => (ptx::sync_threads(),
+        mask.template is_full_block<true>(rows, {n0, n0 + N}) => true
+        is_full_block<true>(rows, {n0, n0 + N}) => is_full_block<true>(rows, {n0 + 1, n0 + N - 1})
+        n - tiles_of(mask.kv_range(rows), N).begin => n + 1 - tiles_of(mask.kv_range(rows), N).begin
+        n - tiles_of(mask.kv_range(rows), N).begin => n
+        n - tiles_of(mask.kv_range(rows), N).begin => 0
+        m = tiles.begin; => m = tiles.begin + 1;
+    """,
+    "cuda/sm90/fwd.h": """
+        at_v_.advance(); =>
+        at_k_.advance(); =>
+        at_q_.advance(); =>
+        values_done(tile, n + 1, cleared => values_done(tile, n, cleared
+        (consumer + 1) % Config::kConsumers => consumer
+        sees_keys ? Config::TileQ::kBytes : 0 => Config::TileQ::kBytes
+        out_left_ ^= 1; =>
+    """,
+    "cuda/sm90/tile_queue.h": """
+        num_blocks + (taken => (taken
+        if (lane_id() == 0) pipe().release(at); => pipe().release(at);
+    """,
+    "cuda/sm90/bwd.h": """
+        Variant::kMasked ? kScanWarps : 0 => 0
+        is_first = false; =>
+    """,
+    "cuda/sm90/bwd_tile.h": """
+        end - 1 - n => end - n
+    """,
+    "cuda/sm90/bwd_consumer.h": """
+        (times_cleared() - 1) % 2 => 0
+    """,
+    "cuda/sm90/bwd_columns.h": """
+        wgmma_wait<kPanels> => wgmma_wait<kPanels + 1>
+    """,
+    "cuda/sm90/fwd_config.h": """
+        pipe_q.init(4) => pipe_q.init(3)
+        init(out_left(), Config::kConsumers) => init(out_left(), 1)
+        queue.init(kWarps) => queue.init(kWarps - 1)
+        pipe_k.init(kWarps) => pipe_k.init(kWarps - 1)
+        pipe_v.init(kWarps) => pipe_v.init(kWarps - 1)
+    """,
+    "cuda/sm90/fwd_repeats.h": """
+        index < limit => true
+        place >= num_places => place >= num_places - 1
+    """,
+    "cuda/sm90/bwd_config.h": """
+        pipe_q.init(4 * Config::kConsumers + => pipe_q.init(4 * Config::kConsumers - 1 +
+        pipe_dout.init(4 * Config::kConsumers + => pipe_dout.init(4 * Config::kConsumers - 1 +
+    """,
+    "cuda/tile/pipeline.h": """
+        parity ^= int(wraps); =>
+        at.parity ^ 1 => at.parity
+    """,
+    "cuda/tile/copy_sm90.h": """
+        row0_(kTmaRows - seqlen) => row0_(kTmaRows - seqlen - 1)
+        (first_row + seqlen) * t.row_steps => first_row * t.row_steps
+    """,
+    "cuda/tile/gemm_sm90.h": """
+        true); => i > 0);
+        kAdd || i > 0 => i > 0
+        kAdd || i > 0 => true
+    """,
+    "policy/tile_order.h": """
+        p.seqlens.total_q / block_m + p.batch_size + 1 => p.seqlens.total_q / block_m + 1
+        return first_row_q / block_m + batch; => return first_row_q / block_m;
+    """,
+}
 
 
-def listed(csrc: Path) -> Iterator[Mutation]:
-    for path, text, replacement in BY_HAND:
-        scan = Scan(path, csrc)
-        places = [match.start() for match in re.finditer(re.escape(text), scan.text)]
-        if not places:
-            raise ValueError(f"{path} has no {text!r}")
-        for begin in places:
-            end = begin + len(text)
-            what = f"{scan.shown(begin, end)} becomes `{replacement}`".replace("\n", " ")
-            synchronises = bool(re.search("sync|turn|ping_pong|init|parity|advance|scan|Apart|wait|cleared", text))
-            yield scan.mutation(begin, end, replacement, what, synchronises)
+def listed(scan: Scan) -> Iterator[Mutation]:
+    for line in BY_HAND.get(scan.path, "").strip().splitlines():
+        text, replacement = (part.strip() for part in line.split("=>"))
+        if text not in scan.text:
+            raise ValueError(f"{scan.path} has no {text!r}")
+        for match in re.finditer(re.escape(text), scan.text):
+            yield scan.mutation(*match.span(), replacement, f"{scan.shown(*match.span())} becomes `{replacement}`")
+
+
+KINDS = (removed_calls, shorter_waits, decided_conditions, shifted_comparisons, taken_arguments, listed)
 
 
 def all_mutations(csrc: Path = CSRC) -> list[Mutation]:
+    """In the order of the sources."""
     found: dict[tuple, Mutation] = {}
-    kinds = (removed_calls, shorter_waits, decided_conditions, shifted_comparisons, taken_arguments)
-    for path in files(csrc):
-        scan = Scan(path, csrc)
-        for kind in kinds:
-            for mutation in kind(scan):
-                found.setdefault((path, mutation.begin, mutation.end, mutation.replacement), mutation)
-    for mutation in listed(csrc):
-        found.setdefault((mutation.path, mutation.begin, mutation.end, mutation.replacement), mutation)
-    return sorted(found.values(), key=lambda m: (m.path, m.begin))
+    for scan in (Scan(path, csrc) for path in files(csrc)):
+        for mutation in (m for kind in KINDS for m in kind(scan)):
+            found.setdefault((scan.path, mutation.begin, mutation.end, mutation.replacement), mutation)
+    alike: Counter = Counter()
+    mutations = []
+    for mutation in sorted(found.values(), key=lambda m: (m.path, m.begin)):
+        mutations.append(replace(mutation, which=alike[mutation.path, mutation.what]))
+        alike[mutation.path, mutation.what] += 1
+    return mutations

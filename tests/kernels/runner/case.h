@@ -41,7 +41,7 @@ struct Case {
 // Stops the program with a message if the line is not understood.
 Case parse_case(const std::string& line);
 
-// Where one sequence lies: first rows within its batch entry or within the packed tensor, and within the rows of all
+// Where one sequence is: first rows within its batch entry or within the packed tensor, and within the rows of all
 // sequences put end to end, which is how the reference has them.
 struct Sequence {
     int index, batch;  // batch is 0 in packed tensors

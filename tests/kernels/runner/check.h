@@ -19,13 +19,13 @@ void check_case(const Case& c, const Plan& plan, Report& report);
 void check_reference(const Case& c, const Plan& plan, Report& report);
 // "batch": a sequence gives the same bits alone as among others.
 void check_batch(const Case& c, const Plan& plan, Report& report);
-// "hostile": invalid lengths and tables give any answer, but touch nothing outside of the tensors.
-void check_hostile(const Case& c, const Plan& plan, Report& report);
-// "nonfinite": a NaN or infinity shows where something attends to it, and everything else has the bits of a clean run.
+// "invalid_lengths": invalid lengths and tables give any result, but touch nothing outside of the tensors.
+void check_invalid_lengths(const Case& c, const Plan& plan, Report& report);
+// "nonfinite": a NaN or infinity reaches what attends to it, and everything else has the bits of a clean run.
 void check_nonfinite(const Case& c, const Plan& plan, Report& report);
 // "hidden": the same for a few places in V of every head and sequence, many tiles of which have to do with one.
 void check_hidden(const Case& c, const Plan& plan, Report& report);
-// "marked": rows whose softmax_lse is infinite have gradients of zero and add none to keys, whatever the mask says.
+// "marked": rows whose softmax_lse is infinite have gradients of zero and add none to keys, regardless of the mask.
 void check_marked(const Case& c, const Plan& plan, Report& report);
 
 }  // namespace flash_attn::runner

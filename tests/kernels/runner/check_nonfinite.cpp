@@ -1,4 +1,4 @@
-// NaN and infinities: they show where something attends to them, and there alone.
+// NaN and infinities: they reach what attends to them, and nothing else.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -148,7 +148,7 @@ void check_nonfinite(const Case& c, const Plan& plan, Report& report) {
         const bool of_keys = where == int(Where::kK) || where == int(Where::kV);
         const int rows = of_keys ? s.seqlen_k : s.seqlen_q;
         for (const bool infinite : {false, true}) {
-            // Among infinite scores of one query, and infinite gradients of softmax_lse, whatever arithmetic makes.
+            // Infinite scores of one query, and infinite gradients of softmax_lse, may give anything.
             if (infinite && (where == int(Where::kQ) || where == int(Where::kDlse))) continue;
             const bool infinite_scores = infinite && where == int(Where::kK);
             for (const int row : {0, 17, 64, 130, rows - 1}) {

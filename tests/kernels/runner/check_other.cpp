@@ -1,4 +1,4 @@
-// Checks that compare runs of kernels with each other, or only ask that a run ends well.
+// Checks that compare runs of kernels with each other, or only that a run ends without a report.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -45,18 +45,18 @@ Values values_of(const Case& c, const Values& all, const Sequence& s) {
     return x;
 }
 
-// Wrong values for one place of metadata, `variant` choosing among them.
-constexpr int kHostileVariants = 6;
-int32_t hostile_value(int variant, int32_t right) {
+// Invalid values for one length or table entry, `variant` choosing among them.
+constexpr int kInvalidVariants = 6;
+int32_t invalid_value(int variant, int32_t right) {
     constexpr int32_t kLargest = std::numeric_limits<int32_t>::max(), kSmallest = std::numeric_limits<int32_t>::min();
-    const int32_t values[kHostileVariants] = {-1, kLargest, kSmallest, right + 1, right - 50, right + 1000};
+    const int32_t values[kInvalidVariants] = {-1, kLargest, kSmallest, right + 1, right - 50, right + 1000};
     return values[variant];
 }
 
 // Overwrites every `step`th number, from `first` on.
 void corrupt(const Numbers<int32_t>& numbers, int count, int first, int step, int variant) {
     for (int i = first; numbers.data() && i < count; i += step)
-        numbers.data()[i] = hostile_value(variant, numbers.data()[i]);
+        numbers.data()[i] = invalid_value(variant, numbers.data()[i]);
 }
 
 }  // namespace
@@ -74,11 +74,11 @@ void check_batch(const Case& c, const Plan& plan, Report& report) {
     }
 }
 
-void check_hostile(const Case& c, const Plan& plan, Report& report) {
+void check_invalid_lengths(const Case& c, const Plan& plan, Report& report) {
     const Inputs clean(c);
     const Forward forward = run_forward(clean, plan.schedules[0], report);
     const int batch_size = c.batch_size();
-    for (int variant = 0; variant < kHostileVariants; ++variant)
+    for (int variant = 0; variant < kInvalidVariants; ++variant)
         for (int target = 0; target < 7; ++target) {
             if (target == 4 && !c.paged()) continue;
             if (target == 6 && variant > 0) continue;
@@ -95,7 +95,7 @@ void check_hostile(const Case& c, const Plan& plan, Report& report) {
                 corrupt(x.cu_seqlens_q, batch_size + 1, 0, 1, variant);
                 corrupt(x.cu_seqlens_k, batch_size + 1, 1, 1, variant);
             }
-            if (target == 6) {  // every other sequence starts at 0 again: several share tiles, turns at them, and lists
+            if (target == 6) {  // every other sequence starts at 0 again: several share tiles, semaphores and lists
                 corrupt(x.cu_seqlens_q, batch_size + 1, 1, 2, 1);
                 corrupt(x.cu_seqlens_q, batch_size + 1, 2, 2, 2);
             }
@@ -111,7 +111,7 @@ void check_marked(const Case& c, const Plan& plan, Report& report) {
     const Inputs x(c);
     const Forward forward = run_forward(x, schedule, report);
     if (c.causal) {
-        // Queries that see no key: either infinity will do, whatever gradients come to them.
+        // Queries that see no key: either infinity is right, for all gradients that come to them.
         const Backward expected = run_backward(x, forward.out, forward.softmax_lse, schedule, report);
         Values values = x.values;
         Compact softmax_lse = forward.softmax_lse;

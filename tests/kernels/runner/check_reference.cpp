@@ -1,4 +1,4 @@
-// Results of a case against its reference, under one schedule after the other.
+// Results of a case against its reference, under every schedule.
 #include <algorithm>
 #include <cmath>
 #include "runner/check.h"
@@ -70,7 +70,7 @@ void compare_dsoftmax_sum(const Inputs& x, const Forward& forward, const Compact
             size += std::abs(forward.out.x[at] * x.values.dout.x[at]);
         }
         const double dlse = c.lse_grad ? x.values.dlse.x[row] : 0;
-        // 0 of rows that see no key, whatever dlse: softmax_lse has no derivative there.
+        // 0 in rows that see no key, for every dlse: softmax_lse has no derivative there.
         const bool sees_any = std::isfinite(forward.softmax_lse.x[row]);
         expected.x[row] = sees_any ? sum - dlse : 0;
         slack.x[row] = expected.x[row] + (sees_any ? 2 * kFloatEps * (size + std::abs(dlse)) : 0);

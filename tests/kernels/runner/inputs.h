@@ -32,7 +32,7 @@ struct Inputs {
     Inputs(const Case& c, Values values);
 
     Problem problem() const;
-    // The places of row i of q and of row j of k in tensors that lie as q and k do.
+    // The places of row i of q and of row j of k in tensors laid out as q and k are.
     static uint16_t& q_element(const Tensor& t, const Sequence& s, int i, int head, int d) {
         return t.at(s.batch, s.first_q + i, head, d);
     }

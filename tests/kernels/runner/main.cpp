@@ -28,7 +28,7 @@ struct Options {
         "       run_case [options] --table FILE     one line per case, - for the standard input\n"
         "  --seed N                          of the schedule (1)\n"
         "  --landing early|late|random|all   when asynchronous work happens (random; after --table, all)\n"
-        "  --pass fwd|bwd|probs              only this pass (all); bwd needs fwd and runs it\n"
+        "  --pass fwd|bwd|attn_probs         only this pass (all); bwd needs fwd and runs it\n"
         "  --shard I/N                       every Nth case, from the Ith on, counted from 0\n"
         "  --stop                            at the first case that fails\n",
         stderr);
@@ -36,9 +36,9 @@ struct Options {
 }
 
 void choose_pass(Plan& plan, const std::string& pass) {
-    if (pass != "fwd" && pass != "bwd" && pass != "probs") usage();
+    if (pass != "fwd" && pass != "bwd" && pass != "attn_probs") usage();
     plan.backward = pass == "bwd";
-    plan.attn_probs = pass == "probs";
+    plan.attn_probs = pass == "attn_probs";
 }
 
 Options parse(int argc, char** argv) {
@@ -95,7 +95,7 @@ void read_table(Options& options) {
         if (number++ % options.num_shards == options.shard) options.lines.push_back(line);
 }
 
-// The line is on the screen before anything can go wrong.
+// The line is printed before anything can fail.
 bool run_line(const Options& options, const std::string& line, bool prints) {
     std::printf("%s", line.c_str());
     std::printf(prints ? "\n" : " ... ");
@@ -130,7 +130,7 @@ int run(int argc, char** argv) {
 void check_case(const Case& c, const Plan& plan, Report& report) {
     if (c.check == "reference" || c.check == "large") return check_reference(c, plan, report);
     if (c.check == "batch") return check_batch(c, plan, report);
-    if (c.check == "hostile") return check_hostile(c, plan, report);
+    if (c.check == "invalid_lengths") return check_invalid_lengths(c, plan, report);
     if (c.check == "nonfinite") return check_nonfinite(c, plan, report);
     if (c.check == "hidden") return check_hidden(c, plan, report);
     if (c.check == "marked") return check_marked(c, plan, report);

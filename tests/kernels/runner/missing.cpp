@@ -1,4 +1,5 @@
-// Instances of the kernels for FA_ARCH that a build leaves out. Those that it has come first: these symbols are weak.
+// Stubs for the instances of the kernels for FA_ARCH that a build leaves out. The linker prefers those that it has:
+// these symbols are weak.
 #include "cuda/instances.h"
 
 namespace flash_attn::cuda {
@@ -22,7 +23,7 @@ const char* attn_probs_instance(const ProbsParams&, void*, const Device&) {
     return kMissing;
 }
 
-// Whoever can be asked for their addresses has them.
+// Taking their addresses instantiates them.
 template <class Element, size_t... i> const void* missing(size_t n, std::index_sequence<i...>) {
     const void* const all[] = {
         reinterpret_cast<const void*>(fwd_instance<FA_ARCH, Element, kHeadDims[i]>)...,

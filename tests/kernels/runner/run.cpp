@@ -56,7 +56,7 @@ std::vector<Rows> rows_of(const Case& c, bool of_queries) {
     return rows;
 }
 
-// A result as the reference has it. Whatever lies outside of sequences must be untouched.
+// A result as the reference has it. Everything outside of sequences must be untouched.
 Compact collect(const char* name, const Case& c, const Tensor& t, bool of_queries, Report& report) {
     const Shape& shape = t.shape();
     Compact result(of_queries ? total_rows_q(c) : total_rows_k(c), shape.heads, shape.head_dim);

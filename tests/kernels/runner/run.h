@@ -1,5 +1,5 @@
-// Runs the passes of a case on the simulator, with what memory the torch ops would give them, and fails the report
-// where they touch what is not theirs.
+// Runs the passes of a case on the simulator, with the memory that the torch ops would give them. The report fails
+// where they touch anything else.
 #pragma once
 #include <vector>
 #include "runner/case.h"

@@ -8,7 +8,7 @@ void set_schedule(Schedule schedule) {
     sim::options.seed = schedule.seed;
     sim::options.landing = kLandings[int(schedule.landing)];
     sim::options.ordered_reds = schedule.ordered_reds;
-    // Once is enough: with threads of their own, they make the race detector slower.
+    // Once is enough: with threads of their own, they make ThreadSanitizer slower.
     sim::options.overlapping_launches = schedule.landing == Landing::kEarly;
 }
 

@@ -10,7 +10,7 @@ enum class Landing { kEarly, kLate, kRandom };
 struct Schedule {
     uint32_t seed = 1;
     Landing landing = Landing::kRandom;
-    bool ordered_reds = false;  // additions in no order are races
+    bool ordered_reds = false;  // additions without an order are data races
 };
 void set_schedule(Schedule schedule);
 

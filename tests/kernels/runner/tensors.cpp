@@ -80,7 +80,7 @@ void Tensor::set_strides(Layout layout, Access access) {
             row_stride_ = head_stride_ * (shape_.heads + 1);
             batch_stride_ = row_stride_ * (shape_.rows + 1);
             break;
-        case Layout::kChunks:  // the same, all at multiples of 16 bytes, whoever reads or writes
+        case Layout::kChunks:  // the same, all at multiples of 16 bytes, read or written
             start_ = kAligned;
             head_stride_ = round_up(shape_.head_dim, kAligned) + kAligned;
             row_stride_ = head_stride_ * (shape_.heads + 1);

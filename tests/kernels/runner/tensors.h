@@ -1,5 +1,5 @@
-// Tensors in memory of exactly their size: who reads past the end meets a page that may not be touched, or
-// AddressSanitizer. Elements start as kUntouched: a NaN to whoever reads them, and a mark of what nobody wrote.
+// Tensors in memory of exactly their size: an access past the end meets an inaccessible page, or AddressSanitizer.
+// Elements start as kUntouched: a NaN if it is read, and a mark of what was never written.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -30,7 +30,7 @@ private:
     char* data_;
 };
 
-// Kernels read tensors whose rows start at multiples of 16 bytes, and write tensors that may lie anywhere.
+// Kernels read tensors whose rows start at multiples of 16 bytes, and write tensors of any alignment.
 enum class Access { kRead, kWritten };
 
 struct Shape { int batch, rows, heads, head_dim; };
@@ -43,7 +43,7 @@ public:
     uint16_t& at(int batch, int row, int head, int i) const { return data()[offset(batch, row, head) + i]; }
     TensorView view(bool packed) const;
     const Shape& shape() const { return shape_; }
-    // Whether all that lies outside of the elements, between rows for example, is untouched.
+    // Whether everything but the elements, between rows for example, is untouched.
     bool gaps_untouched() const;
 
 private:
