@@ -42,6 +42,8 @@ WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=aut
 GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
 GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
 GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
+# PREBUILT=1: the extension was compiled elsewhere, for this Python and torch, and is in flash_attn.
+GPU_BUILD := $(if $(PREBUILT),:,$(MAKE) --no-print-directory build VENV='$(GPU_VENV)')
 # How many processes share the tests: their time goes into making inputs and references, not into kernels.
 JOBS ?= 4
 export SHARD LIMIT RESULTS
@@ -49,7 +51,7 @@ export SHARD LIMIT RESULTS
 # Folders too, so that a file that has gone counts as a change.
 SOURCES := setup.py pyproject.toml flash_attn/_version.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
-CXX_FILES = $(shell find build_tools csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 
 # Says what starts and, when the shell of the recipe ends, how it went and how long it took.
 define step
@@ -61,7 +63,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test integrations demo bench race mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
+.PHONY: help venv build test integrations demo bench race mutants report gpu-test gpu-bench gpu-first lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -89,24 +91,19 @@ bench: $(BUILT) ## measure speed, memory and overhead against every attention of
 gpu-test: ## test the CUDA kernels on this machine's GPU; SHARD=1/3 for a part; with python3, in no virtual environment
 	@$(call step,gpu-test); \
 	$(GPU_PY) -m build_tools.preflight gpu-test; \
-	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
+	$(GPU_BUILD); \
 	$(GPU_PATH) JOBS=$(JOBS) $(GPU_PY) -m build_tools.supervise gpu-test $(GPU_PY) -m pytest tests/gpu $(ARGS)
 
 gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch; SHARD=1/3 for a part
 	@$(call step,gpu-bench); \
 	$(GPU_PY) -m build_tools.preflight gpu-bench; \
-	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
+	$(GPU_BUILD); \
 	$(GPU_PATH) JOBS=1 $(GPU_PY) -m build_tools.supervise gpu-bench $(GPU_PY) benchmarks/bench_gpu.py $(ARGS)
 
 gpu-first: ## a first look at a GPU within LIMIT seconds (560), the most telling first; REHEARSE=1 without a GPU
 	@$(call step,gpu-first); export START=$$(date +%s); \
-	[ -n '$(REHEARSE)' ] || $(GPU_PY) -m build_tools.preflight gpu-first; \
-	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first $(if $(REHEARSE),--rehearse)
-
-gpu-pack: ## compile for make gpu-first on another machine: build/gpu-first.tgz, to be unpacked in its tree
-	@$(call step,gpu-pack); \
-	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first --pack
+	$(GPU_BUILD); \
+	$(GPU_PATH) $(GPU_PY) -m tools.gpu_first $(if $(REHEARSE),--rehearse)
 
 race: ## the CUDA kernels on the simulator, under ThreadSanitizer
 	@$(call step,race); \
@@ -118,7 +115,7 @@ mutants: ## break one line of the CUDA kernels at a time, and see that it is not
 
 report: $(REPORT_READY) ## compile the CUDA kernels, and report on them from the compiler's output and the machine code
 	@$(call step,report); \
-	$(PY) -m build_tools.static_report $(ARGS)
+	$(PY) -m tools.kernel_report $(ARGS)
 
 lint: $(LINT_READY) ## ruff, mypy, clang-format and shellcheck, changing nothing
 	@$(call step,lint); failed=0; \

@@ -8,7 +8,7 @@ from rules.source import Rule, Source
 from rules.table import RULES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDERS = ("build_tools", "csrc", "flash_attn", "tests", "examples", "benchmarks")
+FOLDERS = ("build_tools", "tools", "csrc", "flash_attn", "tests", "examples", "benchmarks")
 SUFFIXES = {suffix for rule in RULES for suffix in rule.suffixes}
 
 
