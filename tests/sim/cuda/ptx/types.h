@@ -1,6 +1,7 @@
 // Host model of csrc/ptx/types.h.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "element.h"
