@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip does not look here for modules
 
@@ -26,8 +26,10 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(
         "flash-attn is compiled against the torch that is installed, and none is visible here. Run\n"
-        "    pip install torch setuptools pybind11 ninja && pip install --no-build-isolation ."
+        "    pip install torch 'setuptools>=77' pybind11 ninja && pip install --no-build-isolation ."
     )
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not know a license as pyproject.toml writes it
+    sys.exit(f"flash-attn: setuptools is {setuptools.__version__}; run pip install 'setuptools>=77'")
 
 ROOT = Path(__file__).resolve().parent
 
@@ -126,4 +128,4 @@ def extension():
     return result
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
