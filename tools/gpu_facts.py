@@ -1,4 +1,4 @@
-"""What torch and the driver say: a line each about the GPU, and which tensor maps the driver accepts."""
+"""What torch and the driver say: a line each about build and GPU, and which tensor maps the driver accepts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import sys
 
 import torch
+
+import flash_attn
 
 # Rows of the boxes that the kernels for Hopper load and store.
 BOX_ROWS = (64, 80, 96, 112, 128)
@@ -36,13 +38,13 @@ def tensor_map_results() -> dict[int, int]:
 
 def main() -> int:
     """Print what there is to know; exit status 1 where a box is refused."""
+    print(flash_attn.build_info())
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         print("no CUDA device of compute capability 9.0 or later: tensor maps are not tried")
         return 0
-    print(torch.cuda.get_device_properties(0))
     results = tensor_map_results()
-    print("CUresult of tensor maps, by rows of a box: " + ", ".join(f"{rows} {code}" for rows, code in results.items()))
+    print(torch.cuda.get_device_properties(0), f"CUresult of tensor maps, by rows of a box: {results}", sep="\n")
     return int(any(results.values()))
 
 

@@ -104,12 +104,11 @@ def run_all(chosen: Sequence[Step], folder: Path, end: float, scale: float) -> b
 
 def main() -> int:
     """Run all steps; the exit status is 1 if one has failed, or not ended in its time."""
-    device = "cpu" if "--rehearse" in sys.argv else "cuda"
     limit = float(os.environ.get("LIMIT") or LIMIT)
     end = float(os.environ.get("START") or time.time()) + limit
     folder = Path(os.environ.get("RESULTS") or ROOT / "build" / "gpu-first").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    return int(not run_all(steps(device), folder, end, limit / LIMIT))
+    return int(not run_all(steps("cpu" if "--rehearse" in sys.argv else "cuda"), folder, end, limit / LIMIT))
 
 
 if __name__ == "__main__":

@@ -188,8 +188,7 @@ def gather(names: Sequence[str]) -> tuple[str, list[Kernel], list[str]]:
     wanted = [each for each in known if each.element and (not names or each.name in names)]
     if not wanted:
         raise ToolError(f"no object file with kernels is called {' or '.join(names)}")
-    kernels, warnings = [], []
-    paths = cuda_objects.build(home, wanted)
+    kernels, warnings, paths = [], [], cuda_objects.build(home, wanted)
     with ThreadPoolExecutor(cuda_objects.jobs()) as pool:
         for each, path, functions in zip(wanted, paths, pool.map(disassemble, paths), strict=True):
             output = path.with_suffix(".log").read_text()
