@@ -43,6 +43,8 @@ WORKERS = $(shell $(PY) -c 'import pytest_timeout, xdist' 2>/dev/null && \
 GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
 GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
 GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
+# PREBUILT=1: the extension was compiled elsewhere, for this Python and torch, and is in flash_attn.
+GPU_BUILD := $(if $(PREBUILT),:,$(MAKE) --no-print-directory build VENV='$(GPU_VENV)')
 # How many processes share the tests: their time goes into making inputs and references, not into kernels.
 JOBS  ?= 4
 # LIMIT: seconds after which no test or measurement is started; RESULTS: the folder for what they tell.
@@ -51,7 +53,9 @@ export LIMIT RESULTS
 # Folders too, so that a file that has gone counts as a change.
 SOURCES := setup.py pyproject.toml flash_attn/_version.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
-CXX_FILES = $(shell find build_tools csrc examples simulator tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc examples simulator tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
+# What includes no torch, but for missing.cpp, which compiles with macros of its Makefile only.
+TIDY_FILES = $(filter-out %/missing.cpp, $(shell find csrc/cpu csrc/cuda simulator tests -name '*.cpp'))
 
 # Says what starts and, when the shell of the recipe ends, how it went and how long it took.
 define step
@@ -63,7 +67,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all gpu-build integrations demo ladder bench race sanitize mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
+.PHONY: help venv build test test-all integrations demo ladder bench race sanitize mutants report gpu-test gpu-bench gpu-first lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -95,28 +99,21 @@ bench: $(BUILT) ## measure speed, memory and overhead against every attention of
 	@$(call step,bench); \
 	for what in attention memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
 
-# An extension that was compiled on another machine is taken as it is: PREBUILT=1.
-gpu-build:
-	@[ -n '$(PREBUILT)' ] || $(MAKE) --no-print-directory build VENV='$(GPU_VENV)'
-
-gpu-test: gpu-build ## the tests on this machine's GPU; run again, it goes on; with python3, in no virtual environment
+gpu-test: ## the tests on this machine's GPU; run again, it goes on; with python3, in no virtual environment
 	@$(call step,gpu-test); \
+	$(GPU_BUILD); \
 	$(GPU_PATH) $(GPU_PY) -m pytest --device=cuda --resume='$(or $(RESULTS),build/gpu-test)' --stop-after=$(or $(LIMIT),330) \
 	    --numprocesses=$(JOBS) --max-worker-restart=1000 --timeout=60 --timeout-method=thread $(ARGS)
 
-gpu-bench: gpu-build ## measure the CUDA kernels on this machine's GPU against every attention of torch, for LIMIT seconds
+gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch, for LIMIT seconds
 	@$(call step,gpu-bench); \
+	$(GPU_BUILD); \
 	$(GPU_PATH) $(GPU_PY) benchmarks/bench.py --device=cuda $(ARGS)
 
 gpu-first: ## a first look at a GPU within LIMIT seconds (560), the most telling first; REHEARSE=1 without a GPU
 	@$(call step,gpu-first); export START=$$(date +%s); \
-	[ -n '$(REHEARSE)' ] || $(GPU_PY) -m build_tools.preflight gpu-first; \
-	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first $(if $(REHEARSE),--rehearse)
-
-gpu-pack: ## compile for make gpu-first on another machine: build/gpu-first.tgz, to be unpacked in its tree
-	@$(call step,gpu-pack); \
-	$(GPU_PATH) $(GPU_PY) -m build_tools.gpu_first --pack
+	$(GPU_BUILD); \
+	$(GPU_PATH) $(GPU_PY) -m tools.gpu_first $(if $(REHEARSE),--rehearse)
 
 race: ## the CUDA kernels on the simulator, under ThreadSanitizer; SAMPLE=30 for some of the cases
 	@$(call step,race); \
@@ -132,15 +129,17 @@ mutants: ## break one line of the CUDA kernels at a time: does a case detect it?
 
 report: $(REPORT_READY) ## compile the CUDA kernels, and report on them from the compiler's output and the machine code
 	@$(call step,report); \
-	$(PY) -m build_tools.static_report $(ARGS)
+	$(PY) -m tools.kernel_report $(ARGS)
 
-lint: $(LINT_READY) ## ruff, mypy, clang-format and shellcheck, changing nothing
+lint: $(LINT_READY) ## ruff, mypy, clang-format, clang-tidy and shellcheck, changing nothing
 	@$(call step,lint); failed=0; \
 	scripts=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'); \
 	$(PY) -m ruff check . || failed=1; \
 	$(PY) -m ruff format --check . || failed=1; \
 	$(PY) -m mypy || failed=1; \
 	"$$scripts/clang-format" --dry-run --Werror $(CXX_FILES) || failed=1; \
+	printf '%s\n' $(TIDY_FILES) | xargs -P "$$(nproc)" -I {} \
+	    "$$scripts/clang-tidy" --quiet {} -- -std=c++20 -Isimulator -Itests/kernels -Icsrc || failed=1; \
 	"$$scripts/shellcheck" .ci/run || failed=1; \
 	exit $$failed
 
@@ -152,7 +151,7 @@ format: $(LINT_READY) ## rewrite the sources the way that lint wants them
 	"$$scripts/clang-format" -i $(CXX_FILES)
 
 clean: ## remove what was built; the virtual environment stays
-	rm -rf build dist *.egg-info flash_attn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist compile_commands.json *.egg-info flash_attn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find flash_attn tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

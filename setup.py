@@ -1,4 +1,4 @@
-"""Builds flash_attn: the Python package, and one extension module with the operators and every backend there is.
+"""Builds the extension module of flash_attn, with the operators and every backend there is; see pyproject.toml too.
 
 Environment: MAX_JOBS limits the number of compilers at work; CUDA_HOME names the CUDA toolkit; FLASH_ATTN_CUDA_ARCHS,
 or else TORCH_CUDA_ARCH_LIST, names the GPUs to compile for, such as "8.0+PTX;9.0a".
@@ -6,12 +6,13 @@ or else TORCH_CUDA_ARCH_LIST, names the GPUs to compile for, such as "8.0+PTX;9.
 
 from __future__ import annotations
 
+import json
 import os
-import re
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+import setuptools
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip does not look here for modules
 
@@ -25,23 +26,16 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(
         "flash-attn is compiled against the torch that is installed, and none is visible here. Run\n"
-        "    pip install torch setuptools pybind11 ninja && pip install --no-build-isolation ."
+        "    pip install torch 'setuptools>=77' pybind11 ninja && pip install --no-build-isolation ."
     )
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not know a license as pyproject.toml writes it
+    sys.exit(f"flash-attn: setuptools is {setuptools.__version__}; run pip install 'setuptools>=77'")
 
 ROOT = Path(__file__).resolve().parent
 
 # -O3, not -O2: a tenth of the CPU backend's speed. Math functions set no errno and floating point does not trap, or
 # loops with them would not become vector code. Vectors as arguments of inlined functions would set off -Wpsabi.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0", "-Wno-psabi"]
-
-
-def version() -> str:
-    """``__version__`` of the package, without importing it."""
-    text = (ROOT / "flash_attn" / "_version.py").read_text()
-    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
-    if match is None:
-        sys.exit('flash_attn/_version.py: no line __version__ = "..."')
-    return match.group(1)
 
 
 def sources(*patterns: str) -> list[str]:
@@ -73,6 +67,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             if wanted:
                 each.extra_objects = [str(path) for path in self.compile_kernels(each.cuda_home, wanted)]
         super().build_extensions()
+        self.write_compile_commands()
 
     def compile_kernels(self, home, wanted):
         """The object files of the kernels; ends the build with one line if one does not compile."""
@@ -80,6 +75,20 @@ class BuildExtension(cpp_extension.BuildExtension):
             return cuda_objects.build(home, wanted)
         except cuda_objects.ToolError as error:
             sys.exit(f"flash-attn: {error}")
+
+    def write_compile_commands(self):
+        """compile_commands.json, for clangd and clang-tidy: what torch let ninja do, and how clang reads the rest."""
+        entries = []
+        if (Path(self.build_temp) / "build.ninja").exists():
+            command = [*cuda_objects.ninja_command(), "-C", self.build_temp, "-t", "compdb"]
+            entries += json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        for extension in self.extensions:
+            first = {each.source: each for each in reversed(getattr(extension, "cuda_objects", []))}
+            for source, each in first.items():
+                kind = ["-x", "cuda", f"--cuda-path={extension.cuda_home}"] if source.suffix == ".cu" else []
+                flags = ["-std=c++20", "-Icsrc", *kind, *each.defines(), "-c", str(source)]
+                entries.append({"directory": str(ROOT), "file": str(source), "arguments": ["clang++", *flags]})
+        (ROOT / "compile_commands.json").write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def extension():
@@ -119,28 +128,4 @@ def extension():
     return result
 
 
-setup(
-    name="flash-attn",
-    version=version(),
-    description="Exact attention tiled through on-chip memory, for training, on any machine",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="BSD-3-Clause",
-    license_files=["LICENSE"],
-    packages=find_packages(include=["flash_attn", "flash_attn.*"]),
-    package_data={"flash_attn": ["py.typed"]},
-    py_modules=["flash_attn_2_cuda"],
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-    python_requires=">=3.10",
-    install_requires=["torch>=2.11", "einops"],
-    extras_require={
-        "test": ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "numpy"],
-        "demo": ["matplotlib", "tqdm"],
-    },
-    classifiers=[
-        "Programming Language :: Python :: 3",
-        "Programming Language :: C++",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
-)
+setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

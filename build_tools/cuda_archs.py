@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 OWN_VARIABLE = "FLASH_ATTN_CUDA_ARCHS"
 TORCH_VARIABLE = "TORCH_CUDA_ARCH_LIST"
@@ -20,12 +21,7 @@ OLDEST = (8, 0)  # cp.async, bf16 and m16n8k16
 HOPPER = (9, 0)
 
 # The families that TORCH_CUDA_ARCH_LIST may name.
-FAMILIES = {
-    "ampere": "8.0;8.6+PTX",
-    "ada": "8.9+PTX",
-    "hopper": "9.0+PTX",
-    "blackwell": "10.0;12.0+PTX",
-}
+FAMILIES = {"ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;12.0+PTX"}
 
 
 class ArchError(ValueError):
@@ -59,8 +55,7 @@ class Arch:
         return f"compute_{self.major}{self.minor}"
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """Architectures, and in a few words why these."""
 
     archs: tuple[Arch, ...]
@@ -71,17 +66,15 @@ def parse(text: str, variable: str = OWN_VARIABLE) -> tuple[Arch, ...]:
     """The architectures of a list. Raises ArchError for what is none."""
     archs: list[Arch] = []
     for item in filter(None, re.split(r"[;,\s]+", text)):
-        family = FAMILIES.get(item.lower())
-        if family is not None:
-            archs += parse(family, variable)
+        if item.lower() in FAMILIES:
+            archs += parse(FAMILIES[item.lower()], variable)
             continue
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", item, re.IGNORECASE)
         if match is None:
             raise ArchError(f'{variable}={text}: "{item}" is no architecture; write for example {DEFAULT}')
-        arch = Arch(int(match[1]), int(match[2]), ptx=bool(match[4]))
-        if match[3] and arch.capability != HOPPER:
-            raise ArchError(f'{variable}={text}: "{item}": the suffix a is known for 9.0a only; write {arch}')
-        archs.append(arch)
+        archs.append(Arch(int(match[1]), int(match[2]), ptx=bool(match[4])))
+        if match[3] and archs[-1].capability != HOPPER:
+            raise ArchError(f'{variable}={text}: "{item}": the suffix a is known for 9.0a only; write {archs[-1]}')
     return _without_repeats(archs)
 
 
@@ -92,69 +85,49 @@ def _without_repeats(archs: Iterable[Arch]) -> tuple[Arch, ...]:
     return tuple(Arch(*capability, ptx=ptx) for capability, ptx in sorted(with_ptx.items()))
 
 
-def choose(
-    environment: Mapping[str, str], present: Sequence[tuple[int, int]], known: Collection[str] | None = None
-) -> Choice:
+def choose(environment: Mapping[str, str], present: Sequence[tuple[int, int]], known: Collection[str]) -> Choice:
     """What to compile for: what the environment says, else the GPUs present, else the default.
 
-    Args:
-        present: the compute capabilities of the GPUs in this machine.
-        known: what nvcc can make machine code for ("sm_80", ...); None: do not ask.
+    present: the compute capabilities of the GPUs in this machine; known: the machine code that nvcc makes (sm_80, ...).
     """
     own, torch_list = environment.get(OWN_VARIABLE, "").strip(), environment.get(TORCH_VARIABLE, "").strip()
     recent = sorted({capability for capability in present if capability >= OLDEST})
     if own:
-        choice = Choice(_at_least_oldest(parse(own), own), OWN_VARIABLE)
+        choice = Choice(parse(own), OWN_VARIABLE)
+        if old := [str(arch) for arch in choice.archs if arch.capability < OLDEST]:
+            raise ArchError(f"{OWN_VARIABLE}={own}: the kernels need 8.0 or newer, not {old[0]}")
     elif torch_list:
         # A list for other packages as well: what is too old for this one is passed over.
-        archs = [arch for arch in parse(torch_list, TORCH_VARIABLE) if arch.capability >= OLDEST]
+        archs = tuple(arch for arch in parse(torch_list, TORCH_VARIABLE) if arch.capability >= OLDEST)
         if not archs:
             remedy = f"set {OWN_VARIABLE}, for example to {DEFAULT}"
             raise ArchError(f"{TORCH_VARIABLE}={torch_list}: the kernels need 8.0 or newer; {remedy}")
-        choice = Choice(tuple(archs), TORCH_VARIABLE)
+        choice = Choice(archs, TORCH_VARIABLE)
     elif recent:
-        choice = _for_present(recent, known)
+        found = _without_repeats(_nearest(capability, known) for capability in recent)
+        choice = Choice(found, "the GPU in this machine" if len(recent) == 1 else "the GPUs in this machine")
     else:
         reason = "the GPU in this machine is older than 8.0" if present else "there is no GPU in this machine"
         choice = Choice(parse(DEFAULT), reason)
-    _check_known(choice, known)
+    unknown = [str(arch) for arch in choice.archs if not _is_known(arch, known)]
+    if unknown:
+        possible = ", ".join(sorted(known, key=lambda name: (len(name), name)))
+        raise ArchError(f"{choice.reason}: this nvcc makes no code for {', '.join(unknown)}; it knows {possible}")
     return choice
 
 
-def _at_least_oldest(archs: tuple[Arch, ...], text: str) -> tuple[Arch, ...]:
-    for arch in archs:
-        if arch.capability < OLDEST:
-            raise ArchError(f"{OWN_VARIABLE}={text}: the kernels need 8.0 or newer, not {arch}")
-    return archs
-
-
-def _for_present(capabilities: list[tuple[int, int]], known: Collection[str] | None) -> Choice:
-    """For the GPUs present. One that is newer than nvcc gets the newest intermediate code that nvcc makes."""
-    archs = []
-    for capability in capabilities:
-        arch = Arch(*capability)
-        if known is not None and not _is_known(arch, known):
-            versions = (re.fullmatch(r"sm_(\d+)(\d)", name) for name in known)
-            older = [(int(match[1]), int(match[2])) for match in versions if match]
-            arch = Arch(
-                *max((version for version in older if OLDEST <= version < capability), default=OLDEST), ptx=True
-            )
-        archs.append(arch)
-    return Choice(_without_repeats(archs), "the GPU in this machine" if len(archs) == 1 else "the GPUs in this machine")
+def _nearest(capability: tuple[int, int], known: Collection[str]) -> Arch:
+    """For a GPU that is present. One that is newer than nvcc gets the newest intermediate code that nvcc makes."""
+    if _is_known(Arch(*capability), known):
+        return Arch(*capability)
+    versions = (re.fullmatch(r"sm_(\d+)(\d)", name) for name in known)
+    older = [(int(match[1]), int(match[2])) for match in versions if match]
+    return Arch(*max((version for version in older if OLDEST <= version < capability), default=OLDEST), ptx=True)
 
 
 def _is_known(arch: Arch, known: Collection[str]) -> bool:
     """nvcc lists its targets without the suffix a."""
     return arch.machine_code.removesuffix("a") in known
-
-
-def _check_known(choice: Choice, known: Collection[str] | None) -> None:
-    if known is None:
-        return
-    unknown = [str(arch) for arch in choice.archs if not _is_known(arch, known)]
-    if unknown:
-        possible = ", ".join(sorted(known, key=lambda name: (len(name), name)))
-        raise ArchError(f"{choice.reason}: this nvcc makes no code for {', '.join(unknown)}; it knows {possible}")
 
 
 def code_names(archs: Sequence[Arch]) -> list[str]:
@@ -168,15 +141,11 @@ def code_for_source(source: Path, archs: Sequence[Arch]) -> list[str]:
     A folder smXY holds kernels for compute capability X.Y and later, or, where its machine code has the suffix a, which
     stands for instructions of its own, for that one alone.
     """
-    names = code_names(archs)
     folder = re.fullmatch(r"sm(\d+)(\d)", source.parent.name)
-    if folder is None:
-        return names
-    oldest = Arch(int(folder[1]), int(folder[2]))
+    oldest = Arch(int(folder[1]), int(folder[2])) if folder else Arch(*OLDEST)
     if oldest.machine_code.endswith("a"):
-        return [code for code in names if code == oldest.machine_code]
-    serving = [arch for arch in archs if arch.capability >= oldest.capability]
-    return code_names(serving)
+        return [code for code in code_names(archs) if code == oldest.machine_code]
+    return code_names([arch for arch in archs if arch.capability >= oldest.capability])
 
 
 def gencode_flags(codes: Iterable[str]) -> list[str]:

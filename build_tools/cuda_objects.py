@@ -1,14 +1,13 @@
 """Compiles csrc/cuda: one object file per .cu file, element type and head_dim, each for its own targets.
 
 torch.utils.cpp_extension has one list of targets for all files of an extension, but a file for Hopper compiles for
-sm_90a only. Hence a build.ninja of our own, whose objects the extension is then linked with. Needs nvcc, not torch:
-
-    python -m build_tools.cuda_objects              # into build/cuda, for the default architectures
-    FLASH_ATTN_CUDA_ARCHS=8.6 python -m build_tools.cuda_objects fwd_sm80_bf16_64
+sm_90a only. Hence a build.ninja of our own, whose objects the extension is then linked with. It needs nvcc, not torch:
+`python -m build_tools.cuda_objects` compiles for the default architectures, or those in FLASH_ATTN_CUDA_ARCHS.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_tools import cuda_archs, prebuilt
+from build_tools import cuda_archs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -27,8 +26,6 @@ FOLDER = ROOT / "build" / "cuda"
 ELEMENTS = ("bf16", "fp16")
 # For the backend.cpp of an architecture: what its kernels are compiled into.
 CODE_MACRO = "FLASH_ATTN_BACKEND_CODE"
-
-USUAL_HOME = "/usr/local/cuda"
 PYTHON_VARIABLE = "FLASH_ATTN_BUILD_PYTHON"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
 
@@ -58,19 +55,18 @@ class Object:
         return f"{self.kernel}_{self.element}_{self.head_dim}" if self.element else self.kernel
 
     def path(self, folder: Path) -> Path:
-        """The object file."""
+        """The object file. Beside it lies a .log: what the compiler said."""
         return folder / f"{self.name}.o"
 
-    def log(self, folder: Path) -> Path:
-        """What compiling it cost, and what the compiler said; see measured.py."""
-        return folder / f"{self.name}.json"
+    def defines(self) -> list[str]:
+        """The macros that tell this object file from others."""
+        if self.element:
+            return [f"-DFA_ELEMENT={self.element}", f"-DFA_HEAD_DIM={self.head_dim}"]
+        return [f'-D{CODE_MACRO}="{" ".join(self.codes)}"'] if self.source.name == "backend.cpp" else []
 
     def flags(self) -> list[str]:
-        """nvcc's arguments that tell this object file from others."""
-        if not self.element:
-            return [f'-D{CODE_MACRO}="{" ".join(self.codes)}"'] if self.source.name == "backend.cpp" else []
-        instance = [f"-DFA_ELEMENT={self.element}", f"-DFA_HEAD_DIM={self.head_dim}"]
-        return [*instance, *cuda_archs.gencode_flags(self.codes)]
+        """The same, and for what code nvcc compiles it."""
+        return [*self.defines(), *(cuda_archs.gencode_flags(self.codes) if self.element else [])]
 
 
 def cuda_sources(folder: Path = SOURCES) -> list[Path]:
@@ -106,7 +102,7 @@ def cuda_home() -> Path | None:
     """The top of the CUDA toolkit: CUDA_HOME, or what nvcc says itself, since that on PATH may be a wrapper."""
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=USUAL_HOME + "/bin")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None
     # The commands of a dry run go to standard error.
@@ -144,15 +140,13 @@ def cuda_version(nvcc: str) -> str:
 def common_flags(nvcc: str) -> list[str]:
     """nvcc's arguments for every file."""
     # A quarter of the default size; decompressed when a kernel is first used. Drivers for CUDA 13 all know how.
-    is_recent = int(cuda_version(nvcc).split(".")[0]) >= 13
-    return [*FLAGS, *(["--compress-mode=size"] if is_recent else [])]
+    return [*FLAGS, "--compress-mode=size"] if int(cuda_version(nvcc).split(".")[0]) >= 13 else FLAGS
 
 
 def ninja_text(nvcc: str, wanted: Sequence[Object], folder: Path) -> str:
     """A build.ninja. A change of flags, of a header or of the compiler compiles what depends on it again."""
-    measured = ROOT / "build_tools" / "measured.py"
     # Python is named by the shell, not by ninja: which one it is must not matter for what is up to date.
-    wrapper = f'"$${PYTHON_VARIABLE}" {_shell([str(measured)])} $log'
+    wrapper = f'"$${PYTHON_VARIABLE}" {_shell([str(ROOT / "build_tools" / "run_nvcc.py")])} $log'
     lines = [
         "ninja_required_version = 1.5",
         "rule nvcc",
@@ -165,7 +159,7 @@ def ninja_text(nvcc: str, wanted: Sequence[Object], folder: Path) -> str:
         lines += [
             f"build {_ninja(each.path(folder))}: nvcc {_ninja(each.source)} | {_ninja(nvcc)}",
             f"  name = {each.name} ({' '.join(each.codes)})",
-            f"  log = {_shell([str(each.log(folder))])}",
+            f"  log = {_shell([str(each.path(folder).with_suffix('.log'))])}",
             f"  flags = {_shell(each.flags())}",
         ]
     return "\n".join(lines) + "\n"
@@ -181,71 +175,41 @@ def _shell(arguments: Sequence[str]) -> str:
 
 def jobs() -> int:
     """How many compilers may run at once."""
-    text = os.environ.get("MAX_JOBS", "").strip()
-    if not text:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = os.environ.get("MAX_JOBS", "").strip() or str(len(os.sched_getaffinity(0)))
     if not text.isdecimal() or int(text) < 1:
         raise ToolError(f"MAX_JOBS={text}: expected a number of at least 1")
     return int(text)
 
 
-def facts(nvcc: str, wanted: Sequence[Object]) -> dict[str, str]:
-    """All that these object files depend on. Where the sources lie does not matter."""
-    flags = [flag for flag in common_flags(nvcc) if not flag.startswith("-I")]
-    own = {each.name: shlex.join([*flags, *each.flags()]) for each in wanted}
-    folders = {SOURCES.parent if SOURCES in each.source.parents else each.source.parent for each in wanted}
-    sources = {folder.name: prebuilt.fingerprint(folder) for folder in sorted(folders)}
-    return {**sources, "nvcc": cuda_version(nvcc), **own}
-
-
 def build(home: Path, wanted: Sequence[Object], folder: Path = FOLDER) -> list[Path]:
     """Compiles what is not up to date; returns the object files. Raises ToolError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [each.path(folder) for each in wanted]
-    compiled_from = facts(nvcc_of(home), wanted)
-    different = prebuilt.difference(folder, compiled_from, files)
-    if not different:
-        print(f"the object files in {folder} are those of this code", flush=True)
-        return files
-    if any(file.exists() for file in files):
-        print(f"compiling kernels: {different}", flush=True)
-    prebuilt.forget(folder)
-    text = ninja_text(nvcc_of(home), wanted, folder)
-    path = folder / "build.ninja"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-    command = [*_ninja_command(), "-C", str(folder), "-j", str(jobs())]
-    environment = {**os.environ, PYTHON_VARIABLE: sys.executable}
-    if subprocess.run(command, env=environment, check=False).returncode != 0:
+    (folder / "build.ninja").write_text(ninja_text(nvcc_of(home), wanted, folder))
+    command = [*ninja_command(), "-C", str(folder), "-j", str(jobs())]
+    if subprocess.run(command, env={**os.environ, PYTHON_VARIABLE: sys.executable}, check=False).returncode != 0:
         raise ToolError("compiling the CUDA kernels failed; the compiler's message is above")
-    prebuilt.note(folder, compiled_from)
-    return files
+    return [each.path(folder) for each in wanted]
 
 
-def _ninja_command() -> list[str]:
-    if subprocess.run([sys.executable, "-m", "ninja", "--version"], capture_output=True, check=False).returncode == 0:
+def ninja_command() -> list[str]:
+    """ninja: of the package of that name, or from PATH."""
+    if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
-    ninja = shutil.which("ninja")
-    if ninja is None:
-        raise ToolError("compiling the CUDA kernels takes ninja; run pip install ninja")
-    return [ninja]
+    if shutil.which("ninja"):
+        return ["ninja"]
+    raise ToolError("compiling the CUDA kernels takes ninja; run pip install ninja")
 
 
-def main(*names: str) -> int:
-    """Compile the object files of these names, or all."""
+def main() -> None:
+    """Compile all object files."""
     home = cuda_home()
     if home is None:
         sys.exit("there is no nvcc; put it on PATH, or set CUDA_HOME")
     try:
-        choice = cuda_archs.choose(os.environ, [], known_codes(nvcc_of(home)))
-        wanted = [each for each in objects(choice.archs) if not names or each.name in names]
-        if not wanted:
-            raise ToolError(f"no object file is called {' or '.join(names)}; there are, for example, fwd_sm80_bf16_64")
-        build(home, wanted)
+        build(home, objects(cuda_archs.choose(os.environ, [], known_codes(nvcc_of(home))).archs))
     except (cuda_archs.ArchError, ToolError) as error:
         sys.exit(str(error))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main()

@@ -17,7 +17,7 @@ const Pass<ProbsParams>& pass_of(const Backend& backend, const ProbsParams&) { r
 
 // Empty if it can.
 template <class Params> std::string why_not(const Backend& backend, const Params& params, const Device& device) {
-    if (device.backend && std::strcmp(device.backend, backend.name)) return "FLASH_ATTN_BACKEND asks for another";
+    if (device.backend && std::strcmp(device.backend, backend.name) != 0) return "FLASH_ATTN_BACKEND asks for another";
     if (!*backend.code) return "it is not in this build";
     const Pass<Params>& pass = pass_of(backend, params);
     return pass.run ? pass.why_not(params, device) : "it has no kernels for this pass";

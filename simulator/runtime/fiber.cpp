@@ -74,7 +74,7 @@ void prepare(Fiber& fiber, void (*entry)()) {
     top -= kSlots;
     for (int i = 0; i < kSlots; ++i) top[i] = nullptr;
     top[kReturnAddress] = reinterpret_cast<void*>(entry);
-    fiber.stack_pointer = top;
+    fiber.stack_pointer = static_cast<void*>(top);
 }
 #endif
 

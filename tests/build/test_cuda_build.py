@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
 from build_tools import cuda_archs, cuda_objects
 from build_tools.cuda_archs import ArchError, choose, code_for_source, code_names, gencode_flags, parse
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 
 

@@ -1,6 +1,7 @@
 """The installed package: names, versions, and what is said where something is missing."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -181,6 +182,14 @@ def test_a_second_distribution_can_add_to_the_package(tmp_path):
 
 
 # setup.py.
+
+
+@pytest.mark.skipif(not (ROOT / "compile_commands.json").exists(), reason="this tree was not built in place")
+def test_every_source_has_a_compile_command():
+    """But for the one that this build has no use for."""
+    known = {Path(entry["file"]) for entry in json.loads((ROOT / "compile_commands.json").read_text())}
+    missing = set((ROOT / "csrc").resolve().rglob("*.cpp")) - known
+    assert {path.name for path in missing} == {"cuda.cpp" if torch.version.cuda is None else "no_cuda.cpp"}
 
 
 @pytest.mark.parametrize("command", ["bdist_wheel", "build_ext", "install", "--version"])

@@ -1,6 +1,7 @@
 // Host model of csrc/cuda/ptx/types.h.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "policy/host_device.h"

@@ -1,33 +1,20 @@
-"""What the driver says: one line each about the GPU, its clocks, and which tensor maps it accepts."""
+"""What torch and the driver say: a line each about build and GPU, and which tensor maps the driver accepts."""
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import sys
 
-QUERIES = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,clocks_event_reasons.active"
+import torch
+
+import flash_attn
+
 # Rows of the boxes that the kernels for Hopper load and store.
 BOX_ROWS = (64, 80, 96, 112, 128)
 
 
-def nvidia_smi() -> str:
-    """Its answer, or why there is none."""
-    command = ["nvidia-smi", f"--query-gpu={QUERIES}", "--format=csv"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"nvidia-smi: {error}"
-    return (done.stdout + done.stderr).strip()
-
-
 def tensor_map_results() -> dict[int, int]:
-    """The CUresult of cuTensorMapEncodeTiled for every box, with the dimensions that cuda/tile/copy_sm90.h explains.
-
-    Raises OSError where there is no driver.
-    """
-    import torch
-
+    """The CUresult of cuTensorMapEncodeTiled for every box, with the dimensions that cuda/tile/copy_sm90.h explains."""
     driver = ctypes.CDLL("libcuda.so.1")
     rows, columns = 256, 128
     memory = torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
@@ -51,22 +38,13 @@ def tensor_map_results() -> dict[int, int]:
 
 def main() -> int:
     """Print what there is to know; exit status 1 where a box is refused."""
-    print(nvidia_smi())
-    import torch
-
+    print(flash_attn.build_info())
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
-    if not torch.cuda.is_available():
-        print("no CUDA device: tensor maps are not tried")
-        return 0
-    properties = torch.cuda.get_device_properties(0)
-    print(
-        f"compute capability {properties.major}.{properties.minor}, {properties.multi_processor_count} multiprocessors"
-    )
-    if properties.major < 9:
-        print("tensor maps are for compute capability 9.0 and later")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        print("no CUDA device of compute capability 9.0 or later: tensor maps are not tried")
         return 0
     results = tensor_map_results()
-    print("CUresult of tensor maps, by rows of a box: " + ", ".join(f"{rows} {code}" for rows, code in results.items()))
+    print(torch.cuda.get_device_properties(0), f"CUresult of tensor maps, by rows of a box: {results}", sep="\n")
     return int(any(results.values()))
 
 

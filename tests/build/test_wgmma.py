@@ -1,13 +1,8 @@
-"""Registers of wgmma that machine code touches too early, and softmax beside products: build_tools/wgmma_hazards.py."""
-
-import sys
-from pathlib import Path
+"""Registers of wgmma that machine code touches too early, and softmax beside products: tools/wgmma.py."""
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-from build_tools import sass, wgmma_hazards
+from tools import sass, wgmma
 
 # A loop: S = Q K^T into R24 to R31, then O += P V into R40 to R47 with P in R8 to R11, as the forward pass has them.
 CODE = """
@@ -50,7 +45,7 @@ def function_of(*changes: tuple[str, str]) -> sass.Function:
 
 
 def hazards(*changes: tuple[str, str]) -> list[str]:
-    return list(wgmma_hazards.find(function_of(*changes)))
+    return list(wgmma.find(function_of(*changes)))
 
 
 def test_waits_before_every_access():
@@ -132,16 +127,16 @@ EX2 = "MUFU.EX2 R3, R3"
 )
 def test_exponentials_beside_products(beside, after, share):
     changes = [(SCALE, "\n".join([SCALE, *[EX2] * beside])), (RESCALE, "\n".join([RESCALE, *[EX2] * after]))]
-    assert wgmma_hazards.overlap(function_of(*changes)) == share
+    assert wgmma.overlap(function_of(*changes)) == share
     # Outside of the loop they do not count.
-    assert wgmma_hazards.overlap(function_of(*changes, ("CS2R R40, SRZ", f"CS2R R40, SRZ\n{EX2}"))) == share
+    assert wgmma.overlap(function_of(*changes, ("CS2R R40, SRZ", f"CS2R R40, SRZ\n{EX2}"))) == share
 
 
 def test_exponentials_before_the_first_product_of_a_loop_are_beside_that_of_the_turn_before():
     arrive = "WARPGROUP.ARRIVE"
-    assert wgmma_hazards.overlap(function_of((arrive, f"{EX2}\n{arrive}"))) == 0.0
-    assert wgmma_hazards.overlap(function_of((arrive, f"{EX2}\n{arrive}"), (LAST_WAIT, FIRST_WAIT))) == 1.0
+    assert wgmma.overlap(function_of((arrive, f"{EX2}\n{arrive}"))) == 0.0
+    assert wgmma.overlap(function_of((arrive, f"{EX2}\n{arrive}"), (LAST_WAIT, FIRST_WAIT))) == 1.0
 
 
 def test_no_overlap_without_exponentials():
-    assert wgmma_hazards.overlap(function_of()) is None
+    assert wgmma.overlap(function_of()) is None

@@ -1,0 +1,1 @@
+"""What developers run beside build, tests and benchmarks; no part of an installation."""
