@@ -4,7 +4,7 @@
 #   make test VENV= PYTHON=python3     the ambient interpreter instead; nothing is downloaded or installed
 #   make test ARGS='-k varlen -x'      arguments for pytest, the demo or the benchmark
 #   make build MAX_JOBS=1              compile with one process
-#   make gpu-test SHARD=1/3            a third of the tests on a GPU; run again, it goes on where it ended
+#   make gpu-test LIMIT=120            two minutes of tests on a GPU; run again, it goes on where it ended
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -35,16 +35,19 @@ REPORT_READY := $(VENV)/.report-$(call file_name,$(REPORT_TOOLS))
 INTEGRATIONS_READY := $(VENV)/.integrations-$(call file_name,$(INTEGRATIONS))
 endif
 
-# With pytest-xdist, which the virtual environment has, a process per core.
-WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8 --dist=loadgroup)
+# With pytest-xdist and pytest-timeout, which the virtual environment has: a process per core, and an end to what hangs.
+WORKERS = $(shell $(PY) -c 'import pytest_timeout, xdist' 2>/dev/null && \
+    echo --numprocesses=auto --maxprocesses=8 --dist=loadgroup --timeout=900)
 
 # Machines with a GPU come with a torch for it: the ambient interpreter, unless VENV is asked for.
 GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
 GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
 GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
 # How many processes share the tests: their time goes into making inputs and references, not into kernels.
-JOBS ?= 4
-export SHARD LIMIT RESULTS
+JOBS  ?= 4
+# Seconds after which no test or measurement is started.
+LIMIT ?= 330
+export LIMIT RESULTS
 
 # Folders too, so that a file that has gone counts as a change.
 SOURCES := setup.py pyproject.toml flash_attn/_version.py $(wildcard build_tools/*.py) \
@@ -61,7 +64,8 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test integrations demo bench race sanitize mutants report gpu-test gpu-bench gpu-first gpu-pack lint format clean distclean
+.PHONY: help venv build test test-all gpu-build integrations demo ladder bench race sanitize mutants report gpu-test \
+    gpu-bench gpu-first gpu-pack lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -70,9 +74,13 @@ venv: $(READY) ## the virtual environment with torch and what compiling needs
 
 build: $(BUILT) ## compile the extension, in place
 
-test: $(BUILT) ## all tests
+test: $(BUILT) ## the tests, long tables sampled
 	@$(call step,test); \
 	$(PY) -m pytest $(WORKERS) $(ARGS)
+
+test-all: $(BUILT) ## all tests, with every case of long tables
+	@$(call step,test-all); \
+	$(PY) -m pytest $(WORKERS) --whole $(ARGS)
 
 integrations: $(BUILT) $(INTEGRATIONS_READY) ## tests with the real transformers, which it installs
 	@$(call step,integrations); \
@@ -82,15 +90,21 @@ demo: $(BUILT) ## train a small GPT on real text, measure attention, save the fi
 	@$(call step,demo); \
 	$(PY) examples/train_gpt.py $(ARGS)
 
+ladder: ## from naive attention to a tiled kernel in six steps, on the simulator; needs g++ only
+	@$(MAKE) --no-print-directory -f examples/ladder/Makefile
+
 bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
 	@$(call step,bench); \
 	for script in attention memory overhead; do $(PY) benchmarks/bench_$$script.py $(ARGS); done
 
-gpu-test: ## test the CUDA kernels on this machine's GPU; SHARD=1/3 for a part; with python3, in no virtual environment
+# An extension that was compiled on another machine is taken as it is: PREBUILT=1.
+gpu-build:
+	@[ -n '$(PREBUILT)' ] || $(MAKE) --no-print-directory build VENV='$(GPU_VENV)'
+
+gpu-test: gpu-build ## the tests on this machine's GPU; run again, it goes on; with python3, in no virtual environment
 	@$(call step,gpu-test); \
-	$(GPU_PY) -m build_tools.preflight gpu-test; \
-	$(MAKE) --no-print-directory build VENV='$(GPU_VENV)'; \
-	$(GPU_PATH) JOBS=$(JOBS) $(GPU_PY) -m build_tools.supervise gpu-test $(GPU_PY) -m pytest tests/gpu $(ARGS)
+	$(GPU_PATH) $(GPU_PY) -m pytest --device=cuda --resume='$(or $(RESULTS),build/gpu-test)' --stop-after=$(LIMIT) \
+	    --numprocesses=$(JOBS) --max-worker-restart=1000 --timeout=60 --timeout-method=thread $(ARGS)
 
 gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch; SHARD=1/3 for a part
 	@$(call step,gpu-bench); \

@@ -134,7 +134,10 @@ setup(
     cmdclass={"build_ext": BuildExtension},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "einops"],
-    extras_require={"test": ["pytest>=7", "pytest-xdist", "hypothesis", "numpy"], "demo": ["matplotlib", "tqdm"]},
+    extras_require={
+        "test": ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "numpy"],
+        "demo": ["matplotlib", "tqdm"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: C++",

@@ -75,6 +75,7 @@ void check_shared(const void* p, int bytes) {
     if (address % static_cast<uint32_t>(bytes))
         fail("access of %d bytes at smem+%u is not aligned", bytes, address - kSmemWindowBase);
     smem_at(*self->block, address, bytes);
+    counters.shared += bytes;
 }
 
 char* smem_at(const Block& b, uint32_t address, int bytes) {

@@ -31,8 +31,8 @@ struct Options {
 };
 extern Options options;  // of the launches that follow
 
-// Bytes of global memory that kernels moved since the caller last reset them (counters = {}). Of a copy only what is
-// within the tensor or the valid bytes counts. Semaphores do not count, nor does what kernels read without
+// What kernels did since the caller last reset them (counters = {}). Traffic is bytes of global memory: of a copy only
+// what is within the tensor or the valid bytes counts. Semaphores do not count, nor does what kernels read without
 // csrc/cuda/ptx (parameters, lengths and tables).
 struct Traffic { int64_t read, written, added; };  // added: sent to be added atomically
 struct Counters {
@@ -41,6 +41,10 @@ struct Counters {
     Traffic bulk;   // contiguous runs
     Traffic plain;  // ptx::load_16, store_16, load and store
     Traffic red;    // ptx::red_add
+
+    int64_t shared;    // bytes of shared memory that ptx::load_shared, store_shared and ldmatrix moved
+    int64_t barriers;  // completed: a barrier of a whole block counts once
+    int64_t mma;       // instructions of a warp
 };
 extern Counters counters;
 

@@ -70,6 +70,7 @@ uint64_t arrive(NamedBarrier& b, int id, int threads, const char* kind, bool pre
     }
     b.arrived = 0;
     ++b.generation;
+    ++counters.barriers;
     return generation;
 }
 

@@ -94,6 +94,7 @@ Regs4 ldmatrix_x4(const void* row, bool transpose) {
     Warp& w = *self->warp;
     const int lane = self->lane;
     check_row(transpose ? kLdmatrixTrans : kLdmatrix, row);
+    counters.shared += 16;
     note_read(row, 16, __builtin_return_address(0));
     w.buffer.address[lane] = const_cast<void*>(row);
     if (arrive_last(w, transpose ? kLdmatrixTrans : kLdmatrix)) {
@@ -133,6 +134,7 @@ Acc4 mma_m16n8k16(Acc4 acc, Regs4 a, uint32_t b0, uint32_t b1, Element type) {
     x.b[c + 4][g] = b1;
     const bool is_bf16 = type == Element::kBFloat16;
     if (arrive_last(w, is_bf16 ? kMmaBf16 : kMmaFp16)) {
+        ++counters.mma;
         if (is_bf16)
             multiply<unpack_bf16>(x);
         else

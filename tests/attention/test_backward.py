@@ -6,27 +6,37 @@ import math
 import pytest
 import torch
 
-from cases import DTYPES, Case, edge_cases, key_range_cases, table
-from check import check_backward, op_bwd, op_fwd
+from cases import DTYPES, Case, edge_cases, key_range_cases, large_cases, table
+from check import check_backward, check_forward, op_bwd, op_fwd
 from compare import assert_bitwise
+from device import for_device, needs_gpu, on_device
 from inputs import make_inputs
 
+CASES = [*table(), *edge_cases(), *key_range_cases()]
+of_every_case = pytest.mark.parametrize("case", for_device(CASES), ids=lambda case: case.name)
 
-@pytest.mark.parametrize("case", table(), ids=lambda case: case.name)
-def test_table(case):
+
+@of_every_case
+def test_tables(kernels, case):
     check_backward(case)
 
 
-@pytest.mark.parametrize("case", edge_cases(), ids=lambda case: case.name)
-def test_edges(case):
+@needs_gpu
+@of_every_case
+def test_tables_in_any_order(kernels, case):
+    """What training uses: dQ is summed in any order. On the CPU there is one order only."""
+    check_backward(case, deterministic=False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", large_cases(), ids=lambda case: case.name)
+def test_large_problems(kernels, case):
+    check_forward(case)
+    check_backward(case, deterministic=False)
     check_backward(case)
 
 
-@pytest.mark.parametrize("case", key_range_cases(), ids=lambda case: case.name)
-def test_key_ranges(case):
-    check_backward(case)
-
-
+@on_device
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_without_keys_take_either_infinity(dtype, packed):
@@ -46,6 +56,7 @@ def test_rows_without_keys_take_either_infinity(dtype, packed):
     assert (got[0][rows] == 0).all()
 
 
+@on_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("infinity", [math.inf, -math.inf])
 def test_rows_marked_as_seeing_nothing_take_no_part(dtype, infinity):

@@ -11,6 +11,7 @@ import philox
 from cases import Case
 from check import op_fwd, op_probs
 from compare import assert_bitwise
+from device import on_device
 from inputs import make_inputs
 from reference import dropout_threshold
 
@@ -25,6 +26,7 @@ def keep_of(case: Case, state=(7, 0)) -> torch.Tensor:
     return ~torch.signbit(op_probs(case, x, op_fwd(case, x)[1]))
 
 
+@on_device
 @pytest.mark.parametrize("state", [(0, 0), (7, 0), (7, 1), (2**62 + 12345, 2**61 + 77), (-1, -5)])
 @pytest.mark.parametrize("dropout_p", [0.001, 0.3, 0.9])
 def test_mask_is_philox(state, dropout_p):
@@ -35,11 +37,13 @@ def test_mask_is_philox(state, dropout_p):
     assert np.array_equal(keep_of(case, state).cpu().numpy(), expected)
 
 
+@on_device
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_mask_is_the_same_for_every_type(dtype):
     assert torch.equal(keep_of(BASE), keep_of(dataclasses.replace(BASE, dtype=dtype)))
 
 
+@on_device
 @pytest.mark.parametrize(
     "changes",
     [
@@ -54,12 +58,14 @@ def test_mask_does_not_depend_on_layout(changes):
     assert torch.equal(keep_of(BASE), keep_of(dataclasses.replace(BASE, **changes)))
 
 
+@on_device
 @pytest.mark.parametrize("lengths", [(100, 300), (300, 130), (257, 259)])
 def test_mask_of_a_longer_sequence_starts_with_that_of_a_shorter(lengths):
     longer = keep_of(dataclasses.replace(BASE, seqlens_q=(lengths[0],) * 2, seqlens_k=(lengths[1],) * 2))
     assert torch.equal(keep_of(BASE), longer[:, :, :100, :130])
 
 
+@on_device
 def test_mask_does_not_depend_on_the_other_sequences():
     uneven = dataclasses.replace(BASE, seqlens_q=(20, 100), seqlens_k=(0, 130), packed=True)
     assert torch.equal(keep_of(BASE)[1], keep_of(uneven)[1])
@@ -79,6 +85,7 @@ def test_masks_of_heads_batches_and_states_are_unrelated():
             assert abs(agreement - expected) < spread, (i, j, agreement)
 
 
+@on_device
 @pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5, 0.83, 0.999])
 def test_dropped_fraction(dropout_p):
     case = dataclasses.replace(BASE, seqlens_q=(512,) * 2, seqlens_k=(512,) * 2, dropout_p=dropout_p)

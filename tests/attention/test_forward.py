@@ -7,27 +7,15 @@ import torch
 
 from cases import Case, edge_cases, key_range_cases, paged_cases, table
 from check import check_forward, op_fwd, op_probs
+from device import for_device, on_device
 from inputs import make_inputs
 from reference import visible
 
-
-@pytest.mark.parametrize("case", table(), ids=lambda case: case.name)
-def test_table(case):
-    check_forward(case)
+CASES = [*table(), *edge_cases(), *key_range_cases(), *paged_cases()]
 
 
-@pytest.mark.parametrize("case", edge_cases(), ids=lambda case: case.name)
-def test_edges(case):
-    check_forward(case)
-
-
-@pytest.mark.parametrize("case", key_range_cases(), ids=lambda case: case.name)
-def test_key_ranges(case):
-    check_forward(case)
-
-
-@pytest.mark.parametrize("case", paged_cases(), ids=lambda case: case.name)
-def test_paged(case):
+@pytest.mark.parametrize("case", for_device(CASES), ids=lambda case: case.name)
+def test_tables(kernels, case):
     check_forward(case)
 
 
@@ -51,9 +39,10 @@ def seen(lengths, causal, window_size):
     weights = op_probs(case, x, lse)[0, 0] > 0
     assert torch.equal(torch.isneginf(lse[0, 0]), ~weights.any(1))
     assert torch.equal((out[0, :, 0] == 0).all(1), ~weights.any(1))
-    return weights
+    return weights.cpu()
 
 
+@on_device
 @pytest.mark.parametrize(("lengths", "causal", "window_size"), PICTURES)
 def test_alignment(lengths, causal, window_size):
     """The last query and the last key are on the diagonal, whatever the lengths."""
@@ -61,6 +50,7 @@ def test_alignment(lengths, causal, window_size):
     assert picture == PICTURES[lengths, causal, window_size]
 
 
+@on_device
 @pytest.mark.parametrize("causal", [False, True])
 def test_masks_of_all_small_shapes(causal):
     for lengths in itertools.product(range(5), repeat=2):

@@ -9,12 +9,15 @@ import flash_attn
 from cases import Case
 from check import op_bwd, op_fwd
 from compare import assert_bitwise
+from device import on_device
 from inputs import make_inputs
 from layouts import LAYOUTS, WRITABLE
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 DIMS = [(64, 64), (13, 40)]
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv", "dsoftmax_sum")
+
+pytestmark = on_device
 
 
 def results(case, x, grads=None):

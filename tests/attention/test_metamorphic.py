@@ -12,6 +12,7 @@ import flash_attn
 from cases import Case, pairwise
 from check import op_bwd, op_fwd, run_forward
 from compare import assert_bitwise, assert_finite, compare
+from device import on_device
 from inputs import Inputs, eps_of, make_inputs, sequences
 from paths import ROOT, environment
 from reference import attention
@@ -39,6 +40,7 @@ def assert_same(got: dict, expected: dict, context: str = "") -> None:
         assert_bitwise(name, got[name], expected[name], context)
 
 
+@on_device
 @with_features
 @with_types
 def test_batch_permutation(dtype, features):
@@ -53,6 +55,7 @@ def test_batch_permutation(dtype, features):
     assert_same(results(case, dataclasses.replace(x, **moved)), {name: t[order] for name, t in expected.items()})
 
 
+@on_device
 @with_features
 @with_types
 def test_batch_size(dtype, features):
@@ -69,6 +72,7 @@ def test_batch_size(dtype, features):
         assert_same({name: t[:1] for name, t in got.items()}, expected, f"batch of {size}")
 
 
+@on_device
 @with_features
 @with_types
 def test_varlen_is_a_loop_of_dense(dtype, features):
@@ -95,6 +99,7 @@ def test_varlen_is_a_loop_of_dense(dtype, features):
             assert_bitwise(name, packed[name][:, s.rows_q], got[name][0], alone.name)
 
 
+@on_device
 @with_types
 def test_max_seqlen_may_be_larger_than_any_sequence(dtype):
     case = Case((33, 70), (64, 129), dtype=dtype, packed=True, causal=True)
@@ -105,6 +110,7 @@ def test_max_seqlen_may_be_larger_than_any_sequence(dtype):
         assert_bitwise("out", got, exact, f"max_seqlen {longest}")
 
 
+@on_device
 @with_types
 def test_heads_share_keys_as_if_each_had_its_own(dtype):
     """GQA equals MHA over repeated keys and values: the same bits forward and for dq, sums of them for dk and dv."""
@@ -121,6 +127,7 @@ def test_heads_share_keys_as_if_each_had_its_own(dtype):
         compare(name, shared[name], total, size=4 * size)
 
 
+@on_device
 @with_types
 @pytest.mark.parametrize("dim", [1, 16, 40, 128])
 def test_values_of_one_give_one(dtype, dim):
@@ -139,6 +146,7 @@ def test_values_of_one_give_one(dtype, dim):
         assert (seen.double() - 1).abs().max().item() <= limit, (seqlen_k, spread, window)
 
 
+@on_device
 def test_many_equal_keys_do_not_stagnate():
     """A running sum kept in a 16-bit type would stop growing after 256 or 2048 equal terms."""
     q, k, v = (torch.ones(1, n, 1, 16, dtype=torch.bfloat16) for n in (3, 65536, 65536))
@@ -160,6 +168,7 @@ def test_repeated_calls_and_numbers_of_threads(dtype):
         assert_same(results(case, x), expected, f"{threads} threads")
 
 
+@on_device
 @with_types
 def test_adding_keys_that_nobody_sees(dtype):
     """A window that ends before the keys added, and a sequence that ends before them, see no difference."""
@@ -190,6 +199,7 @@ EXTREMES = {
 }
 
 
+@on_device
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_extreme_scores(dtype, extreme):
@@ -213,6 +223,7 @@ def test_extreme_scores(dtype, extreme):
             assert torch.isfinite(got[name]).all(), f"{name} of {case.name}"
 
 
+@on_device
 @with_types
 def test_first_tile_visited_is_masked(dtype):
     """Rows whose first keys, or last, are all hidden, with scores so low that 0 would not do as a first maximum."""

@@ -9,11 +9,14 @@ import torch
 from cases import Case, key_range_cases, paged_cases
 from check import op_bwd, op_fwd, op_probs, poisoned_memory
 from compare import assert_bitwise
+from device import on_device
 from inputs import Inputs, make_inputs
 from reference import visible
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv")
+
+pytestmark = on_device
 
 UNUSED = [
     Case((20, 5), (33, 64), packed=True, unused_rows=7, causal=True, lse_grad=True),

@@ -5,29 +5,47 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from paths import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def python_blocks():
-    """(first line, code) of each Python block of the README."""
-    text = (ROOT / "README.md").read_text()
+def python_blocks(page):
+    """(first line, code) of each Python block of a page."""
+    text = page.read_text()
     return [
         (text[: m.start(1)].count("\n") + 1, m[1]) for m in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)
     ]
 
 
+def run_in_order(page):
+    """The blocks of a page as a reader would type them, one after the other. Returns the names that they leave."""
+    namespace = {"__name__": page.stem}
+    for line, code in python_blocks(page):
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+    return namespace
+
+
 def test_readme_blocks_run_in_order():
-    """As a reader would type them, one after the other."""
-    blocks = python_blocks()
-    shown = "\n".join(code for _, code in blocks)
+    shown = "\n".join(code for _, code in python_blocks(ROOT / "README.md"))
     assert "flash_attn_func(" in shown
     assert "FlashMHA(" in shown
-    namespace = {"__name__": "readme"}
-    for line, code in blocks:
-        exec(compile("\n" * (line - 1) + code, str(ROOT / "README.md"), "exec"), namespace)
-    assert namespace["out"].shape == namespace["x"].shape
+    names = run_in_order(ROOT / "README.md")
+    assert names["out"].shape == names["x"].shape
+
+
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if python_blocks(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_docs_run_in_order(page):
+    run_in_order(page)
+
+
+def test_semantics_shows_something_that_runs():
+    assert ROOT / "docs" / "semantics.md" in PAGES
 
 
 def losses_of(summary):

@@ -308,3 +308,20 @@ def small_table() -> list[Case]:
         rest = {"dtype": row["dtype"], "dropout_p": row["dropout_p"], "packed": packed, "lse_grad": seed % 2 == 0}
         cases.append(Case(*row["lengths"], **dims, **heads, **row["mask"], **row["score"], **rest, seed=seed))
     return cases
+
+
+def large_cases() -> list[Case]:
+    """More tiles than multiprocessors, and many tiles in a row; too much for the CPU."""
+    dims = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+    full = [
+        Case((2048,) * 3, (2048,) * 3, dtype="bfloat16", num_heads=8, num_heads_k=8, head_dim=dim, head_dim_v=dim_v)
+        for dim, dim_v in dims
+    ]
+    masked = [
+        Case(
+            (2001, 1333), (1999, 2500), dtype="float16", num_heads=8, num_heads_k=2, head_dim=dim, head_dim_v=dim_v,
+            packed=True, lse_grad=True, **mask,
+        )
+        for (dim, dim_v), mask in itertools.product(dims, [{"causal": True}, {"window_size": (300, 100)}])
+    ]  # fmt: skip
+    return [*full, *masked]

@@ -156,9 +156,9 @@ def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> 
     return case.scale * sizes[single].norm().item() * largest
 
 
-def check_forward(case: Case, device: str = "cpu") -> None:
+def check_forward(case: Case) -> None:
     """out, softmax_lse and the weights."""
-    x = make_inputs(case, device)
+    x = make_inputs(case)
     with poisoned_memory():
         run = run_forward(case, x)
     ref, plain = attention(case, x, run.keep), plain_attention(case, x, run.keep)
@@ -174,12 +174,12 @@ def check_forward(case: Case, device: str = "cpu") -> None:
     compare("attn_probs", run.probs.abs(), ref_probs, [ref_probs + scores_error], context=case.name)
 
 
-def check_backward(case: Case, device: str = "cpu", deterministic: bool = True) -> None:
+def check_backward(case: Case, deterministic: bool = True) -> None:
     """dq, dk, dv with a random dout and, if the case says so, dlse; and dsoftmax_sum.
 
     If not deterministic, of the op alone: autograd would ask for it, since memory is poisoned.
     """
-    x = make_inputs(case, device)
+    x = make_inputs(case)
     with poisoned_memory():
         if case.only_in_op or not deterministic:
             run = run_forward(case, x, by_op=True)  # of dropout, the state that op_bwd gets

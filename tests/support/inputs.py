@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 
 from cases import Case
+from device import DEVICE, narrow
 
 
 @dataclass
@@ -67,8 +68,16 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_inputs(case: Case, device: str = "cpu", padding: float = math.nan) -> Inputs:
-    """Random tensors. Rows that no sequence uses hold padding: it must not matter what that is."""
+def make_inputs(case: Case, padding: float = math.nan) -> Inputs:
+    """Random tensors on the device of the tests, in a type that it takes: the same numbers on every device.
+
+    Rows that no sequence uses hold padding: it must not matter what that is.
+    """
+    with torch.device("cpu"):
+        return _make_inputs(narrow(case), padding, DEVICE)
+
+
+def _make_inputs(case: Case, padding: float, device: str) -> Inputs:
     generator = torch.Generator().manual_seed(1000 + case.seed)
     dtype = getattr(torch, case.dtype)
 
@@ -129,3 +138,10 @@ def _to_pages(case: Case, k: torch.Tensor, v: torch.Tensor, padding: float, gene
                 pool[block_table[b, page], :rows] = tensor[row : row + rows].cpu()
             row += rows
     return pools[0].to(k.device), pools[1].to(k.device), block_table.to(k.device)
+
+
+def random_qkv(batch_size=2, seqlen=200, num_heads=4, head_dim=64, dtype=torch.bfloat16, num_heads_k=None):
+    """q, k and v on the device of the tests, which want gradients."""
+    shape = (batch_size, seqlen, num_heads, head_dim)
+    shape_k = (batch_size, seqlen, num_heads_k or num_heads, head_dim)
+    return [torch.randn(s, dtype=dtype, device=DEVICE).requires_grad_() for s in (shape, shape_k, shape_k)]

@@ -3,9 +3,10 @@
 import contextlib
 import fcntl
 from collections.abc import Iterator
-from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "build" / "sim"
+from paths import ROOT
+
+FOLDER = ROOT / "build" / "sim"
 
 
 @contextlib.contextmanager

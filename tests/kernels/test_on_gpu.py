@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from build_tools import cuda_archs, cuda_objects
-from device import KERNELS, environment_of, needs_gpu
+from device import BACKENDS, needs_gpu, on_device
+from paths import ROOT, environment
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-PRIMITIVES = ROOT / "simulator" / "primitives"
+pytestmark = on_device
+
+PRIMITIVES = ROOT / "simulator/primitives"
 
 
 def find_sanitizer() -> str | None:
@@ -29,11 +28,11 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def run_group(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+def run_group(command: list[str], env: dict[str, str], seconds: float) -> tuple[int, str]:
     """Exit status and output of a command. When the time is over, all that it has started is killed."""
     process = subprocess.Popen(
         command,
-        env=environment,
+        env=env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -53,28 +52,34 @@ def run_group(command: list[str], environment: dict[str, str], seconds: float) -
 TOOLS = [
     (tool, cases, kernels)
     for tool, cases in (("memcheck", "20"), ("synccheck", "8"), ("racecheck", "8"))
-    for kernels in KERNELS
-    if (tool, kernels) != ("racecheck", "for Hopper")
+    for kernels in BACKENDS
+    if (tool, kernels) != ("racecheck", "best")
 ]
 
 
+@pytest.fixture
+def folder(request, tmp_path) -> Path:
+    """Where what other programs say is kept: beside the results, if they are kept."""
+    return Path(request.config.getoption("--resume") or tmp_path)
+
+
 @needs_gpu
-@pytest.mark.limit(200)
-@pytest.mark.parametrize(("tool", "cases", "kernels"), TOOLS)
-def test_compute_sanitizer(tool, cases, kernels, request):
-    """What it says is kept beside the results."""
+@pytest.mark.sanitizer
+@pytest.mark.last
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("tool", "cases", "kernels_name"), TOOLS)
+def test_compute_sanitizer(tool, cases, kernels_name, folder):
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("there is no compute-sanitizer")
     # Every tensor in an allocation of its own, so that the first byte beside it is noticed.
-    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **environment_of(kernels), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
+    env = environment(FLASH_ATTN_BACKEND=BACKENDS[kernels_name], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     # Kernels of torch are not what is looked at.
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=flash_attn"]
     command += ["--padding", "256"] if tool == "memcheck" else []
-    command += ["--print-limit", "20", sys.executable, str(HERE / "sanitized.py"), cases]
-    status, text = run_group(command, environment, 180)
-    (request.config.shard.path.parent / f"sanitizer-{tool}-{kernels}.txt").write_text(text)
+    command += ["--print-limit", "20", sys.executable, str(ROOT / "tests/support/sanitized.py"), cases]
+    status, text = run_group(command, env, 180)
+    (folder / f"sanitizer-{tool}-{kernels_name}.txt").write_text(text)
     if "Device not supported" in text:
         pytest.skip(f"compute-sanitizer does not support {torch.cuda.get_device_name()}")
     assert status == 0, text[-4000:]
@@ -82,9 +87,17 @@ def test_compute_sanitizer(tool, cases, kernels, request):
     assert "ERROR SUMMARY: 0 errors" in text or "RACECHECK SUMMARY: 0 hazards" in text, text[-2000:]
 
 
+def test_the_calls_for_the_sanitizer(device):
+    """Without it: that shows whether they are right."""
+    script = str(ROOT / "tests/support/sanitized.py")
+    done = subprocess.run([sys.executable, script, "8"], env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("\nran 8 cases\n"), done.stderr[-2000:]
+
+
 @needs_gpu
-@pytest.mark.limit(200)
-def test_primitives(tmp_path, request):
+@pytest.mark.first
+@pytest.mark.timeout(200)
+def test_primitives(tmp_path, folder):
     """The assumptions of the simulator about single instructions hold on the device."""
     home = cuda_objects.cuda_home()
     if home is None:
@@ -100,7 +113,7 @@ def test_primitives(tmp_path, request):
     # In processes of their own: a kernel that fails costs the rest of its group only.
     results = {group: run_group([str(program), group], dict(os.environ), 20) for group in groups}
     text = "".join(f"{group}: exit status {status}\n{output}" for group, (status, output) in results.items())
-    (request.config.shard.path.parent / "primitives.txt").write_text(text)
+    (folder / "primitives.txt").write_text(text)
     failed = [line for line in text.splitlines() if line.startswith("FAIL")]
     bad = {group: output[-500:] for group, (status, output) in results.items() if status != 0}
     assert not bad, "\n".join([*failed, *(f"{group}: {output}" for group, output in bad.items())])

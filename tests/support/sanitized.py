@@ -1,8 +1,8 @@
 """A small set of calls for compute-sanitizer: every kernel once or more, hostile lengths among them.
 
-    export PYTHONPATH=$PWD:$PWD/tests
-    compute-sanitizer --tool memcheck python3 tests/gpu/sanitized.py
-    compute-sanitizer --tool racecheck python3 tests/gpu/sanitized.py 12
+    export PYTHONPATH=$PWD:$PWD/tests/support FLASH_ATTN_TEST_DEVICE=cuda
+    compute-sanitizer --tool memcheck python3 tests/support/sanitized.py
+    compute-sanitizer --tool racecheck python3 tests/support/sanitized.py 12
 
 The number says of how many cases at most.
 """
@@ -14,8 +14,8 @@ import torch
 
 from cases import Case, small_table
 from check import op_bwd, op_fwd, op_probs
-from device import DEVICE, IS_GPU, for_kernels, make_inputs
-from inputs import Inputs
+from device import DEVICE, IS_GPU, for_device
+from inputs import Inputs, make_inputs
 
 EXTRA = [
     Case((17, 70), (65, 131), dtype="bfloat16", packed=True, head_dim=13, head_dim_v=7, causal=True, lse_grad=True),
@@ -47,7 +47,7 @@ def hostile(case: Case) -> Inputs:
 
 def main() -> None:
     torch.manual_seed(0)
-    cases = [*EXTRA, *for_kernels(small_table())][: int(sys.argv[1]) if len(sys.argv) > 1 else None]
+    cases = [*EXTRA, *for_device(small_table())][: int(sys.argv[1]) if len(sys.argv) > 1 else None]
     for case in cases:
         print(case.name, flush=True)
         run(case, make_inputs(case))

@@ -1,25 +1,27 @@
-"""The kernels within PyTorch: torch.compile, opcheck, autocast, checkpoints, training, and what errors say."""
+"""Attention within PyTorch on any device: torch.compile, opcheck, autocast, checkpoints, training, errors."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_large import STRIDES, test_offsets_have_64_bits  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
 from bad_calls import CALLS, VALUES, op_of
 from compare import assert_bitwise
-from device import DEVICE, gpu_memory, needs_gpu, random_qkv
+from device import DEVICE, needs_gpu, on_device
 from flash_attn.flash_attention import FlashMHA
+from inputs import random_qkv
+from paths import environment
+
+pytestmark = on_device
 
 KEPT = {"softmax_lse", "dlse", "alibi_slopes"}
 
 
-def on_device(arguments: dict, device: str = DEVICE) -> dict:
+def on_the_device(arguments: dict, device: str = DEVICE) -> dict:
     """A call of bad_calls.py in bfloat16, with all tensors on the device."""
 
     def move(name, x):
@@ -30,16 +32,9 @@ def on_device(arguments: dict, device: str = DEVICE) -> dict:
     return {name: move(name, x) for name, x in arguments.items()}
 
 
-@pytest.fixture(autouse=True)
-def enough_memory(request):
-    """Seven tensors of 2^31 elements take 31 GB."""
-    with gpu_memory(40 if "strides" in request.fixturenames else 0):
-        yield
-
-
 @pytest.mark.parametrize("call", ["dense", "varlen", "backward", "probs"])
 def test_opcheck(call):
-    torch.library.opcheck(op_of(call), (), on_device(CALLS[call][0]()))
+    torch.library.opcheck(op_of(call), (), on_the_device(CALLS[call][0]()))
 
 
 def loss_and_gradients(function, x, **options):
@@ -134,12 +129,11 @@ def test_what_the_kernels_do_not_take():
 
 
 CHECK = """
-import sys; sys.path[:0] = {path!r}
 import torch
 from bad_calls import CALLS, VALUES, op_of
-from test_gpu_framework import on_device
+from test_framework import on_the_device
 for call, changes, reasons in VALUES:
-    arguments = on_device({{**CALLS[call][0](), **changes}})
+    arguments = on_the_device({**CALLS[call][0](), **changes})
     try:
         op_of(call)(**arguments)
         print("nothing is raised", call, changes)
@@ -154,17 +148,18 @@ print("checked", len(VALUES))
 def test_values_are_checked_on_request():
     """FLASH_ATTN_CHECK=1 has lengths and tables looked at as on the CPU."""
     here = Path(__file__).parent
-    code = CHECK.format(path=[str(here), str(here.parent), str(here.parent.parent)])
-    environment = {**os.environ, "FLASH_ATTN_CHECK": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    env = environment(FLASH_ATTN_CHECK="1")
+    command = [sys.executable, "-c", CHECK]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=here, check=False)
     assert done.stdout == f"checked {len(VALUES)}\n", done.stdout + done.stderr[-2000:]
 
 
 @needs_gpu
+@pytest.mark.last
 @pytest.mark.parametrize(("call", "changes", "reasons"), VALUES)
 def test_wrong_values_do_no_harm(call, changes, reasons):
     """Without that, they give some wrong answer, and the next call a right one."""
-    op_of(call)(**on_device({**CALLS[call][0](), **changes}))
+    op_of(call)(**on_the_device({**CALLS[call][0](), **changes}))
     torch.cuda.synchronize()
     q = torch.ones(1, 3, 2, 8, dtype=torch.bfloat16)
     assert (flash_attn.flash_attn_func(q, q, q) == 1).all()

@@ -11,7 +11,10 @@ import flash_attn
 from cases import Case
 from check import op_bwd, op_fwd, op_probs
 from compare import assert_bitwise
-from device import IS_GPU, make_inputs, needs_gpu, random_qkv
+from device import IS_GPU, needs_gpu, on_device
+from inputs import make_inputs, random_qkv
+
+pytestmark = on_device
 
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv", "dsoftmax_sum")
 

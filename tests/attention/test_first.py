@@ -9,7 +9,7 @@ import pytest
 
 from cases import Case
 from check import check_backward, check_forward
-from device import DEVICE, KERNELS, environment_of
+from device import on_device
 
 DIMS = [(128, 128), (64, 64), (256, 256), (192, 128), (192, 192), (96, 96)]
 SITUATIONS = {
@@ -25,15 +25,14 @@ SITUATIONS = {
 @pytest.mark.parametrize("backward", ["forward", "in any order", "in turn"])
 @pytest.mark.parametrize(
     ("situation", "dims"),
-    itertools.product(SITUATIONS, DIMS),
+    [*itertools.product(SITUATIONS, DIMS)],
     ids=lambda x: x if isinstance(x, str) else "{}/{}".format(*x),
 )
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_first(kernels, situation, dims, backward, monkeypatch):
-    for name, value in environment_of(kernels).items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.first
+@on_device
+def test_first(kernels, situation, dims, backward):
     case = Case(dtype="bfloat16", head_dim=dims[0], head_dim_v=dims[1], **SITUATIONS[situation])
     if backward == "forward":
-        check_forward(case, DEVICE)
+        check_forward(case)
     else:
-        check_backward(case, DEVICE, deterministic=backward == "in turn")
+        check_backward(case, deterministic=backward == "in turn")
