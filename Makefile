@@ -67,7 +67,8 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all integrations demo ladder bench race sanitize mutants report gpu-test gpu-bench gpu-first lint format clean distclean
+.PHONY: help venv build test test-all integrations demo ladder bench race sanitize mutants report gpu-test gpu-bench \
+    gpu-first lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile

@@ -1,4 +1,5 @@
-// Host model of csrc/cuda/ptx/types.h.
+// Host model of csrc/cuda/ptx/types.h. Every file here has the path, the names and the signatures of one in csrc/cuda,
+// and forwards to runtime/sim.h.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
