@@ -62,7 +62,8 @@ def outcomes(folder: Path) -> dict[str, str]:
     return {each["test"].rpartition("test_")[2]: each["outcome"] for each in lines(folder)}
 
 
-def test_what_hangs_or_crashes_is_recorded_and_the_rest_runs(tmp_path):
+def test_what_hangs_or_crashes_costs_one_test(tmp_path):
+    """It is recorded, and the rest runs. The next run repeats what failed, and leaves out the rest."""
     done = run(tmp_path)
     expected = dict.fromkeys(NAMES, "passed") | {"b_fails": "failed", "g": "skipped"}
     expected |= dict.fromkeys(("c_hangs", "e_crashes", "f_loses_the_device"), "crashed")
@@ -71,16 +72,13 @@ def test_what_hangs_or_crashes_is_recorded_and_the_rest_runs(tmp_path):
     assert len(lines(tmp_path)) == len(NAMES)
     assert "why" in next(each["text"] for each in lines(tmp_path) if each["outcome"] == "failed")
 
-
-def test_the_next_run_repeats_what_failed_and_leaves_out_the_rest(tmp_path):
-    run(tmp_path)
     with (tmp_path / "results" / "results.jsonl").open("a") as file:
         file.write('{"test": "toys/test_toys.py::test_a", "outc')  # half a line
-    before = len(lines_until_cut(tmp_path))
     done = run(tmp_path, tests=TESTS + "def test_i(): pass\n")
-    new = [each["test"].rpartition("test_")[2] for each in lines_until_cut(tmp_path)[before:]]
+    new = [each["test"].rpartition("test_")[2] for each in lines_until_cut(tmp_path)[len(NAMES) :]]
     assert sorted(new) == ["b_fails", "i"], done.stdout
-    assert run(tmp_path, "--deselect=toys/test_toys.py::test_b_fails").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    nothing = run(tmp_path, "--deselect=toys/test_toys.py::test_b_fails", tests=TESTS + "def test_i(): pass\n")
+    assert nothing.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def lines_until_cut(folder: Path) -> list[str]:
