@@ -17,7 +17,7 @@ namespace {
 
 using Three = std::array<Tensor, 3>;
 
-// The reverse of split_inputs, by copying.
+// The inverse of split_inputs: concatenates copies.
 variable_list join_inputs(const Three& parts, size_t num_inputs) {
     const auto& [q, k, v] = parts;
     if (num_inputs == 3) return {q, k, v};
@@ -43,7 +43,7 @@ Three split_inputs(at::TensorList inputs) {
 
 namespace {
 
-// A call as it was, and what autograd asks of it.
+// One recorded forward call, and the gradients that autograd asks for.
 struct Call {
     variable_list inputs;
     Three qkv;
@@ -53,7 +53,7 @@ struct Call {
     BackwardOps ops;
     bool deterministic;
 
-    // tensors: what a node saves.
+    // tensors: those that the node saved.
     Call(const variable_list& tensors, size_t num_inputs, AttentionArgs args, BackwardOps ops, bool deterministic)
         : inputs(tensors.begin(), tensors.begin() + num_inputs), qkv(split_inputs(inputs)), out(tensors[num_inputs]),
           softmax_lse(tensors[num_inputs + 1]), args(std::move(args)), ops(ops), deterministic(deterministic) {
@@ -64,7 +64,7 @@ struct Call {
         });
     }
 
-    // The gradients of the inputs, of those of out and softmax_lse, each of which may be undefined.
+    // Gradients of the inputs from grads = those of out and softmax_lse, each possibly undefined.
     variable_list differentiate(const variable_list& grads) {
         dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
         if (grads[1].defined()) dlse = grads[1];
@@ -74,8 +74,8 @@ struct Call {
 
 private:
     variable_list gradients() const {
-        // The gradient of a packed input is written in one piece, through views of it. Not where autograd looks on
-        // (create_graph), which lets nobody write to views of no history.
+        // The gradient of a packed input (kv or qkv) is allocated once and written through views. Not under
+        // create_graph, where autograd forbids writes to views without history.
         if (inputs.size() < 3 && !at::GradMode::is_enabled()) {
             variable_list whole;
             for (const Tensor& x : inputs) whole.push_back(gradient_buffer(x));
@@ -184,7 +184,7 @@ void FlashAttentionBackward::release_variables() {
     for (SavedVariable& x : saved_) x.reset_data();
 }
 
-// Compiled autograd keeps a graph for each set of what is collected here.
+// The cache key of compiled autograd: it compiles one graph for each distinct set of values collected here.
 void FlashAttentionBackward::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
     args.collect(saved_, /*is_output=*/true);
     std::apply([&](const auto&... field) { (args.collect(field), ...); }, AttentionArgs::fields(args_));
@@ -192,7 +192,7 @@ void FlashAttentionBackward::compiled_args(torch::dynamo::autograd::CompiledNode
     args.collect(is_deterministic());
 }
 
-// It calls a function of the gradients and of packed arguments, those that vary: tensors and maximal lengths.
+// Traces a call of a function of the values that vary between calls: gradients, saved tensors and max_seqlens.
 variable_list FlashAttentionBackward::apply_with_saved(const variable_list& grads,
                                                        torch::dynamo::autograd::SwapSavedVariables& saved) {
     using torch::dynamo::autograd::PackedArgs;
