@@ -163,7 +163,7 @@ private:
             store(row_sum, load(row_sum) * factor);
             sum[x] = Vec<T>{};
         }
-        // The max is subtracted before scaling: the largest weight is exactly 1, and a lone visible key gives exactly v.
+        // The max is subtracted before scaling: the largest weight is exactly 1, and a lone key gives exactly v.
         const auto weight = [&](int key, int x) {
             const Vec<T> e = exp2((load(s + key * kPanel + x * L) - offset[x]) * variant_.scale_log2);
             sum[x] += e;

@@ -24,7 +24,7 @@ template <int kCount> FA_DEVICE void load_sums(float* x, const float* sums, floa
 
 template <class Config> FA_KERNEL(Config::kPostprocessThreads, 1)
 bwd_postprocess(FA_GRID_CONSTANT BwdKernelParams params) {
-    if constexpr (Config::kOverlap) ptx::grid_wait();
+    if constexpr (Config::kOverlap) ptx::grid_wait();  // the main kernel has written the sums
     using Element = typename Config::Element;
     using GridDq = typename Config::GridDq;
     constexpr int M = Config::kBlockM;

@@ -82,7 +82,7 @@ bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
     load_tile<kThreads>(sDout, rows_from<Element>(pass.dout, batch, head, row0), valid_rows, p.head_dim_v);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    if constexpr (Config::kDpByWgmma) ptx::fence_proxy_async();
+    if constexpr (Config::kDpByWgmma) ptx::fence_proxy_async();  // dout and out are read by wgmma
     ptx::sync_threads();  // dout and out have landed: every thread's copies are visible
 
     const float* const lse = row_of(pass.softmax_lse, batch, head, row0);
