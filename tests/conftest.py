@@ -1,4 +1,4 @@
-"""Options and settings that all tests share."""
+"""Command line options and fixtures shared by all tests."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 
 pytest_plugins = ("resume",)
 
-# Before anything runs on the CPU: its memory is full of NaN wherever nothing has been written. See csrc/ops/cpu_host.h.
+# Set before anything runs on the CPU: uninitialised memory is filled with NaN. See csrc/ops/cpu_host.h.
 os.environ["FLASH_ATTN_CPU_POISON"] = "1"
 
 
@@ -24,18 +24,18 @@ def pytest_configure(config):
         return
     if reason := device.unavailable_reason():
         pytest.exit(f"pytest --device=cuda: {reason}", returncode=1)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products under deterministic algorithms
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def rank(item) -> int:
-    """What is marked first comes first, and what is marked last, because it takes long or may do harm, last."""
+    """Sort key: tests marked first run first; tests marked last, which are slow or may crash the device, run last."""
     return bool(item.get_closest_marker("last")) - bool(item.get_closest_marker("first"))
 
 
 def concerns(item, is_gpu: bool) -> bool:
-    """Whether a test says something about the device: of a GPU, with types that its kernels have."""
+    """Whether a test runs on the device. On a GPU: tests with the fixture `device`, in dtypes that its kernels have."""
     if not is_gpu:
         return item.get_closest_marker("gpu") is None
     parameters = getattr(item, "callspec", None)
@@ -52,14 +52,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Every test starts from one thread and one state of the generator, whichever ran before."""
+    """Reset the number of threads and the generator's seed before every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def device(request):
-    """The device's name. What a test makes is made there."""
+    """The name of the device under test; default device of new tensors."""
     name = request.config.getoption("--device")
     if name == "cpu":
         yield name
@@ -70,7 +70,7 @@ def device(request):
 
 @pytest.fixture
 def kernels(request, device, monkeypatch):
-    """Runs a test by every family of kernels that the device has."""
+    """Parametrizes a test over the kernel families of the device."""
     monkeypatch.setenv("FLASH_ATTN_BACKEND", request.param)
     return request.param
 

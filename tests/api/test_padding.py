@@ -1,4 +1,4 @@
-"""bert_padding: between padded batches and rows without padding."""
+"""bert_padding: conversion between padded batches and packed rows."""
 
 import re
 
@@ -104,7 +104,7 @@ def test_index_functions_are_inverse_and_transposed(trailing):
 
 
 def both_ways(x, indices):
-    """What the functions give for (4, ...) rows, there and back."""
+    """Results of the functions for (4, ...) rows, in both directions."""
     taken, same = index_first_axis_residual(x, indices)
     return (
         index_first_axis(x, indices),

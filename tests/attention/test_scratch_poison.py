@@ -1,4 +1,4 @@
-"""Nothing is read that was not written: the whole tables, on memory full of NaN, with every instruction set."""
+"""No reads of uninitialised memory: the whole tables on memory full of NaN, with every instruction set."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 def run_tables(level: str) -> subprocess.CompletedProcess:
-    """check.py in a process of its own, which has the settings of conftest.py."""
+    """Run check.py in a process of its own, with the settings of conftest.py."""
     command = [sys.executable, str(ROOT / "tests/support/check.py"), "whole"]
     env = environment(FLASH_ATTN_CPU_ISA=level)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
@@ -21,7 +21,7 @@ def run_tables(level: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_whole_tables(level):
-    """One test each, to run side by side. The best set also runs them in test_forward.py and test_backward.py."""
+    """One test per instruction set, to run in parallel. test_forward.py and test_backward.py run the best one."""
     assert os.environ["FLASH_ATTN_CPU_POISON"] == "1"
     best = flash_attn.build_info()["cpu_instruction_set"]
     if LEVELS.index(level) > LEVELS.index(best):
