@@ -34,7 +34,7 @@ def rank(item) -> int:
     return bool(item.get_closest_marker("last")) - bool(item.get_closest_marker("first"))
 
 
-def concerns(item, is_gpu: bool) -> bool:
+def runs_on_device(item, is_gpu: bool) -> bool:
     """Whether a test runs on the device. On a GPU: tests with the fixture `device`, in dtypes that its kernels have."""
     if not is_gpu:
         return item.get_closest_marker("gpu") is None
@@ -45,13 +45,13 @@ def concerns(item, is_gpu: bool) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     is_gpu = config.getoption("--device") == "cuda"
-    left_out = [item for item in items if not concerns(item, is_gpu)]
+    left_out = [item for item in items if not runs_on_device(item, is_gpu)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = sorted((item for item in items if concerns(item, is_gpu)), key=rank)
+    items[:] = sorted((item for item in items if runs_on_device(item, is_gpu)), key=rank)
 
 
 @pytest.fixture(autouse=True)
-def same_start():
+def reset_state():
     """Reset the number of threads and the generator's seed before every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

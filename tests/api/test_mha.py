@@ -62,7 +62,7 @@ def project(module, x, x_kv):
     return qkv.split([HEADS, heads_kv, heads_kv], dim=-2)
 
 
-def turn(x, options, sign=0):
+def rotate(x, options, sign=0):
     """Rotary embeddings; with xPos, sign is 1 for queries and -1 for keys."""
     dim, base = options["rotary_emb_dim"], options.get("rotary_emb_base", 10000.0)
     positions = torch.arange(x.shape[1])
@@ -77,7 +77,7 @@ def plain_mha(module, options, x, x_kv=None, mask=None):
     """Reference for MHA; mask (batch, seqlen_k): padding queries give 0 before out_proj."""
     q, k, v = project(module, x, x_kv)
     if options.get("rotary_emb_dim"):
-        q, k = turn(q, options, 1), turn(k, options, -1)
+        q, k = rotate(q, options, 1), rotate(k, options, -1)
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     keep = visible(seqlen_q, seqlen_k, options.get("causal", False), options.get("window_size", (-1, -1)))
     keep = keep.expand(x.shape[0], 1, seqlen_q, seqlen_k)

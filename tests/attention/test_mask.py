@@ -95,8 +95,8 @@ def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0):
     total = np.zeros((seqlen_q + 1, seqlen_k + 1), int)
     total[1:, 1:] = mask.cumsum(0).cumsum(1)
     (a, b), (c, d) = rows.T[:, :, None], keys.T[:, None, :]
-    seen = total[b, d] - total[a, d] - total[b, c] + total[a, c]
-    assert np.array_equal(is_full_block, seen == (b - a) * (d - c)), where
+    num_visible = total[b, d] - total[a, d] - total[b, c] + total[a, c]
+    assert np.array_equal(is_full_block, num_visible == (b - a) * (d - c)), where
 
 
 @pytest.mark.parametrize("seqlen_q", range(10))
@@ -157,11 +157,11 @@ HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sa
 )
 @example(([0, 2**31 - 1, -(2**31), 5],) * 4, (True,) * 4, (50, 50, 40, 40), (0, 1, 7))
 @example(([-(2**31), 2**31 - 1, 0, 0],) * 4, (True, True, True, False), (50, 50, 50, 50), (0, 1, 7))
-def test_hostile_lengths_stay_inside(policies, values, given_, sizes, pages):
+def test_hostile_lengths_stay_inside(policies, values, is_given, sizes, pages):
     """Whatever cu_seqlens, seqused_k and leftpad_k contain, sequences stay within their tensors."""
-    packed, paged = given_[0], given_[0] and given_[3]
+    packed, paged = is_given[0], is_given[0] and is_given[3]
     cu_q, cu_k = (values[0], values[1]) if packed else (None, None)
-    seqused, leftpad = values[2] if given_[1] else None, values[3] if given_[2] else None
+    seqused, leftpad = values[2] if is_given[1] else None, values[3] if is_given[2] else None
     total_q, total_k, max_q, max_k = sizes
     arrays = [ints(array) for array in (cu_q, cu_k, seqused, leftpad, [0] if paged else None)]
     for batch in range(3):

@@ -18,7 +18,7 @@ ANGLES = torch.rand(SEQLEN, 3, dtype=torch.float64, generator=torch.Generator().
 TABLES = (ANGLES.cos(), ANGLES.sin())
 
 
-def part_of(x, index, tables=TABLES):
+def rotate_part(x, index, tables=TABLES):
     """x with one part rotated, out of place."""
     x = x.clone()
     x[index] = apply_rotary_emb(x[index], *tables)
@@ -28,7 +28,7 @@ def part_of(x, index, tables=TABLES):
 def rotary_expected(qkv):
     angles = torch.arange(SEQLEN, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(0, 6, 2).double() / 6)
     tables = (angles.cos(), angles.sin())
-    return part_of(part_of(qkv, (slice(None), slice(None), 0), tables), (slice(None), slice(None), 1), tables)
+    return rotate_part(rotate_part(qkv, (slice(None), slice(None), 0), tables), (slice(None), slice(None), 1), tables)
 
 
 Q, K = (slice(None), slice(None), 0), (slice(None), slice(None), 1)
@@ -43,15 +43,15 @@ CALLS = {
         lambda x: apply_rotary(x, *TABLES, conjugate=True, interleaved=True), (1, SEQLEN, HEADS, HEAD_DIM),
     ),
     "apply_rotary_emb_qkv_": (
-        lambda x: apply_rotary_emb_qkv_(x, *TABLES), lambda x: part_of(part_of(x, Q), K),
+        lambda x: apply_rotary_emb_qkv_(x, *TABLES), lambda x: rotate_part(rotate_part(x, Q), K),
         (1, SEQLEN, 3, HEADS, HEAD_DIM),
     ),
     "apply_rotary_emb_qkv_ with heads": (
         lambda x: apply_rotary_emb_qkv_(x, *TABLES, num_heads_q=HEADS),
-        lambda x: part_of(x, (slice(None), slice(None), slice(HEADS + 1))), (1, SEQLEN, HEADS + 2, HEAD_DIM),
+        lambda x: rotate_part(x, (slice(None), slice(None), slice(HEADS + 1))), (1, SEQLEN, HEADS + 2, HEAD_DIM),
     ),
     "apply_rotary_emb_kv_": (
-        lambda x: apply_rotary_emb_kv_(x, *TABLES), lambda x: part_of(x, Q), (1, SEQLEN, 2, HEADS, HEAD_DIM)
+        lambda x: apply_rotary_emb_kv_(x, *TABLES), lambda x: rotate_part(x, Q), (1, SEQLEN, 2, HEADS, HEAD_DIM)
     ),
     "RotaryEmbedding": (lambda x: RotaryEmbedding(6)(x), rotary_expected, (1, SEQLEN, 3, HEADS, HEAD_DIM)),
 }  # fmt: skip

@@ -151,7 +151,7 @@ def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> 
     single = torch.zeros(sizes.shape[:-1], dtype=torch.bool, device=sizes.device)
     for s in sequences(case):
         shape = (s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start)
-        s.of(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device, case.attention_chunk).sum(1) == 1
+        s.take(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device, case.attention_chunk).sum(1) == 1
     largest = max(other.abs().double().nan_to_num(0).flatten().tolist(), default=0.0)
     return case.scale * sizes[single].norm().item() * largest
 

@@ -39,7 +39,7 @@ class Sequence:
     rows_q: slice
     rows_k: slice
 
-    def of(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
         return tensor[rows] if self.batch is None else tensor[self.batch, rows]
 
 
@@ -92,8 +92,8 @@ def _make_inputs(case: Case, padding: float, device: str) -> Inputs:
     dlse = rows(case.seqlens_q, case.seqlen_q, case.num_heads)
     used_q, used_k = torch.zeros(q.shape[:-2], dtype=torch.bool), torch.zeros(k.shape[:-2], dtype=torch.bool)
     for s in sequences(case):
-        s.of(used_q, s.rows_q)[:] = True
-        s.of(used_k, s.rows_k)[:] = True
+        s.take(used_q, s.rows_q)[:] = True
+        s.take(used_k, s.rows_k)[:] = True
     for tensor, used in [(q, used_q), (k, used_k), (v, used_k), (dout, used_q), (dlse, used_q)]:
         tensor[~used] = padding
     dlse = dlse.transpose(-1, -2).contiguous().to(device, lse_dtype(dtype))

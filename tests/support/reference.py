@@ -112,7 +112,7 @@ def attention(
     outs, lses = [], []
     for s in sequences(case):
         own_keep = None if keep is None else _part(keep, s)
-        tensors = (s.of(q, s.rows_q), s.of(k, s.rows_k), s.of(v, s.rows_k))
+        tensors = (s.take(q, s.rows_q), s.take(k, s.rows_k), s.take(v, s.rows_k))
         out, lse, _ = one_sequence(case, *tensors, slopes_of(x, s), own_keep, order)
         outs.append(out)
         lses.append(lse)
@@ -156,6 +156,8 @@ def attn_probs(case: Case, x: Inputs) -> torch.Tensor:
     """float64 softmax weights before dropout: (batch_size, num_heads, seqlen_q, seqlen_k), 0 outside sequences."""
     probs = torch.zeros(case.batch_size, case.num_heads, case.seqlen_q, case.seqlen_k, dtype=torch.float64)
     for s in sequences(case):
-        tensors = [s.of(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))]
+        tensors = [
+            s.take(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))
+        ]
         _part(probs, s)[:] = one_sequence(case, *tensors, slopes_of(x, s))[2]
     return probs

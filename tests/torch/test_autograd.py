@@ -155,8 +155,8 @@ def test_saved_tensors_go_through_hooks(function):
     with saved_tensors_hooks(pack, unpack):
         found = gradients_of(function, inputs)
     assert_same(found, expected)
-    wanted = [*(tuple(x.shape) for x in inputs), (2, 5, HEADS, HEAD_DIM), (2, HEADS, 5)]
-    assert sorted(packed) == sorted(unpacked) == sorted(wanted)
+    shapes = [*(tuple(x.shape) for x in inputs), (2, 5, HEADS, HEAD_DIM), (2, HEADS, 5)]
+    assert sorted(packed) == sorted(unpacked) == sorted(shapes)
     with save_on_cpu():
         assert_same(gradients_of(function, inputs), expected)
 
