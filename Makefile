@@ -4,7 +4,7 @@
 #   make test VENV= PYTHON=python3     the ambient interpreter instead; nothing is downloaded or installed
 #   make test ARGS='-k varlen -x'      arguments for pytest, the demo or the benchmark
 #   make build MAX_JOBS=1              compile with one process
-#   make gpu-test LIMIT=120            two minutes of tests on a GPU; run again, it goes on where it ended
+#   make gpu-test LIMIT=120            two minutes of tests on a GPU; the next run resumes there
 
 VENV   ?= .venv
 PYTHON ?= python3

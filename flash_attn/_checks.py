@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def describe(value: object) -> str:
-    """A value as error messages show it."""
+    """A value as text for error messages."""
     if isinstance(value, Tensor):
         return f"Tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     text = repr(value)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_attn._checks import describe, reject
 
 
-def may_keep() -> bool:
+def may_cache() -> bool:
     """Whether a tensor created now is a plain one that may be cached for later calls.
 
     Under compilers, torch.func transforms, FakeTensorMode and other dispatch modes, tensors are valid only inside; and
@@ -55,23 +55,23 @@ class Slopes:
         self.shape = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
         if not (isinstance(value, Tensor) and value.is_meta):
             self.numbers = value.tolist() if isinstance(value, Tensor) else [float(x) for x in value]
-        self._kept: Tensor | None = None
+        self._cached: Tensor | None = None
 
     def copy(self) -> Tensor:
         """A copy of the slopes, on the device of the cached tensor or the CPU; a meta tensor if they have no values."""
-        device = "meta" if self.numbers is None else "cpu" if self._kept is None else self._kept.device
+        device = "meta" if self.numbers is None else "cpu" if self._cached is None else self._cached.device
         return self._make(device)
 
     def on(self, device: torch.device | str) -> Tensor:
         """The slopes as a tensor on the device, cached where possible."""
-        if not may_keep():
+        if not may_cache():
             return self._make(device)
-        kept = self._kept
-        if kept is None or kept.device != torch.device(device):
+        cached = self._cached
+        if cached is None or cached.device != torch.device(device):
             with torch.inference_mode(False):
-                kept = self._make(device)
-            self._kept = kept
-        return kept
+                cached = self._make(device)
+            self._cached = cached
+        return cached
 
     def _make(self, device: torch.device | str) -> Tensor:
         if self.numbers is not None:

@@ -8,7 +8,7 @@
 #define FA_MICRO_ROWS 6  // 24 of 32 registers are accumulators
 #define FA_MICRO_VECTORS 4
 #else
-#define FA_MICRO_ROWS 4  // 8 of 16
+#define FA_MICRO_ROWS 4  // 8 of 16 registers are accumulators
 #define FA_MICRO_VECTORS 2
 #endif
 #include "cpu/kernels.inl"

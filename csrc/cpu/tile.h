@@ -2,7 +2,7 @@
 // vectors.
 #pragma once
 #include "cpu/pack.h"
-#include "policy/variant.h"  // here: what is always inlined may be compiled for an instruction set, and calls its tanh
+#include "policy/variant.h"  // not in the prelude: always inlined, and calls the tanh of this instruction set
 
 namespace flash_attn::cpu::FA_ISA {
 

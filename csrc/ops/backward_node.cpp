@@ -15,10 +15,10 @@ using torch::autograd::variable_list;
 
 namespace {
 
-using Three = std::array<Tensor, 3>;
+using Qkv = std::array<Tensor, 3>;
 
 // The inverse of split_inputs: concatenates copies.
-variable_list join_inputs(const Three& parts, size_t num_inputs) {
+variable_list join_inputs(const Qkv& parts, size_t num_inputs) {
     const auto& [q, k, v] = parts;
     if (num_inputs == 3) return {q, k, v};
     if (num_inputs == 2) return {q, at::stack({k, v}, -3)};
@@ -34,7 +34,7 @@ template <class F> void for_each_tensor(AttentionArgs& args, F&& f) {
 
 }  // namespace
 
-Three split_inputs(at::TensorList inputs) {
+Qkv split_inputs(at::TensorList inputs) {
     if (inputs.size() == 3) return {inputs[0], inputs[1], inputs[2]};
     const Tensor& packed = inputs.back();
     if (inputs.size() == 2) return {inputs[0], packed.select(-3, 0), packed.select(-3, 1)};
@@ -46,7 +46,7 @@ namespace {
 // One recorded forward call, and the gradients that autograd asks for.
 struct Call {
     variable_list inputs;
-    Three qkv;
+    Qkv qkv;
     Tensor out, softmax_lse, dout;
     OptionalTensor dlse;
     AttentionArgs args;
@@ -83,11 +83,11 @@ private:
             return whole;
         }
         if (ops == BackwardOps::kOurs) return join_inputs(compute(), inputs.size());
-        const Three parts{gradient_buffer(qkv[0]), gradient_buffer(qkv[1]), gradient_buffer(qkv[2])};
+        const Qkv parts{gradient_buffer(qkv[0]), gradient_buffer(qkv[1]), gradient_buffer(qkv[2])};
         write(parts);
         return join_inputs(parts, inputs.size());
     }
-    Three compute() const {
+    Qkv compute() const {
         static const auto bwd = find_op<Signatures::Bwd>("flash_attn::bwd");
         const auto& [q, k, v] = qkv;
         auto [dq, dk, dv, dsoftmax_sum] = std::apply(
@@ -97,11 +97,11 @@ private:
             AttentionArgs::fields(args));
         return {std::move(dq), std::move(dk), std::move(dv)};
     }
-    void write(const Three& gradients) const {
+    void write(const Qkv& gradients) const {
         if (ops == BackwardOps::kOurs) return write_by_our_op(gradients);
         args.packed() ? write_by_original_varlen_op(gradients) : write_by_original_op(gradients);
     }
-    void write_by_our_op(const Three& gradients) const {
+    void write_by_our_op(const Qkv& gradients) const {
         static const auto bwd = find_op<Signatures::BwdOut>("flash_attn::bwd", "out");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
@@ -111,7 +111,7 @@ private:
             },
             AttentionArgs::fields(args));
     }
-    void write_by_original_op(const Three& gradients) const {
+    void write_by_original_op(const Qkv& gradients) const {
         static const auto bwd = find_op<DenseBwd>("flash_attn::_flash_attn_backward");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
@@ -119,7 +119,7 @@ private:
                  args.window_size_left, args.window_size_right, args.softcap, args.alibi_slopes, deterministic,
                  args.rng_state);
     }
-    void write_by_original_varlen_op(const Three& gradients) const {
+    void write_by_original_varlen_op(const Qkv& gradients) const {
         static const auto bwd = find_op<VarlenBwd>("flash_attn::_flash_attn_varlen_backward");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
@@ -141,7 +141,7 @@ void keep_needed(variable_list& gradients, const std::vector<bool>& needed) {
 void FlashAttentionBackward::record(at::TensorList inputs, const AttentionArgs& args, const Tensor& out,
                                     const Tensor& softmax_lse, BackwardOps ops, bool deterministic) {
     auto* const node = new FlashAttentionBackward(inputs.size(), args, ops, deterministic);
-    const auto pointer = held(node);
+    const auto pointer = node_pointer(node);
     node->set_next_edges(torch::autograd::collect_next_edges(inputs));
     torch::autograd::set_history(out, pointer);
     torch::autograd::set_history(softmax_lse, pointer);

@@ -1,5 +1,5 @@
-// Errors for unsupported derivatives (double backward, forward mode, vmap). They must raise: by default torch would
-// treat the result as a constant and return wrong gradients.
+// Errors for unsupported derivatives (second order, forward mode). They must raise: by default torch would treat the
+// result as a constant and return wrong gradients.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>
@@ -24,7 +24,7 @@ inline void refuse_tangent(const std::string& op, const at::Tensor& t) {
 }
 
 // A node in the smart pointer that torch::autograd::Edge holds, which differs between releases of torch.
-template <class Node, class Edge = torch::autograd::Edge> auto held(Node* node) {
+template <class Node, class Edge = torch::autograd::Edge> auto node_pointer(Node* node) {
     using Pointer = decltype(Edge::function);
     if constexpr (requires { Pointer::unsafe_steal_from_new(node); }) {
         return Pointer::unsafe_steal_from_new(node);
@@ -42,7 +42,7 @@ inline torch::autograd::Edge raising_edge(const std::string& op, const char* rea
                                           const at::Tensor& result) {
     auto* const error = new torch::autograd::Error(op + ": " + reason, std::move(inputs));
     error->add_input_metadata(result);
-    return {held(error), 0};
+    return {node_pointer(error), 0};
 }
 
 }  // namespace flash_attn

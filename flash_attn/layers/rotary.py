@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._checks import describe, reject
-from flash_attn._constants import is_plain, may_keep
+from flash_attn._constants import is_plain, may_cache
 from flash_attn.layers._rotate import check_shapes, rotate, rotate_in_place, rotate_parts, rows_of
 
 
@@ -76,7 +76,7 @@ apply_rotary_emb_func = apply_rotary_emb
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
-    """Map every pair (a, b) of the last dimension to (-b, a)."""
+    """Map every pair (a, b) of the last dimension of x, (..., rotary_dim), to (-b, a)."""
     if interleaved:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([-second, first], dim=-1).flatten(-2)
@@ -159,10 +159,10 @@ def _of_tables(name: str) -> property:
     """A property of RotaryEmbedding that reads and writes a field of its cached tables."""
 
     def get(self: RotaryEmbedding) -> Any:
-        return getattr(self._kept, name)
+        return getattr(self._cached_tables, name)
 
     def put(self: RotaryEmbedding, value: Any) -> None:
-        self._kept = self._kept._replace(**{name: value})
+        self._cached_tables = self._cached_tables._replace(**{name: value})
 
     return property(get, put)
 
@@ -201,7 +201,7 @@ class RotaryEmbedding(nn.Module):
         self.interleaved = interleaved
         self.scale_base = scale_base
         self._frequencies: list[float] | None = None
-        self._kept = _NO_TABLES
+        self._cached_tables = _NO_TABLES
 
     @property
     def inv_freq(self) -> Tensor:
@@ -211,7 +211,7 @@ class RotaryEmbedding(nn.Module):
     @inv_freq.setter
     def inv_freq(self, value: Tensor) -> None:
         self._frequencies = value.tolist()
-        self._kept = _NO_TABLES
+        self._cached_tables = _NO_TABLES
 
     @property
     def scale(self) -> Tensor | None:
@@ -219,7 +219,7 @@ class RotaryEmbedding(nn.Module):
         return None if self.scale_base is None else self._compute_scale(self._device())
 
     def _device(self) -> torch.device:
-        return torch.device("cpu") if self._kept.cos is None else self._kept.cos.device
+        return torch.device("cpu") if self._cached_tables.cos is None else self._cached_tables.cos.device
 
     def _compute_inv_freq(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         if self._frequencies is not None:
@@ -244,21 +244,21 @@ class RotaryEmbedding(nn.Module):
         tables = (cos * factor, sin * factor, cos / factor, sin / factor)
         return _Tables(seqlen, *(table.to(dtype) for table in tables))
 
-    def _can_serve(self, kept: _Tables, seqlen: int, device: torch.device | None, dtype: torch.dtype | None) -> bool:
-        if kept.cos is None:
+    def _can_serve(self, cached: _Tables, seqlen: int, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+        if cached.cos is None:
             return False
         # xPos scales relative to the middle of the table, so the table must have exactly the requested length.
-        is_long_enough = kept.seqlen >= seqlen if self.scale_base is None else kept.seqlen == seqlen
-        return is_long_enough and kept.cos.device == device and kept.cos.dtype == dtype and is_plain(kept.cos)
+        is_long_enough = cached.seqlen >= seqlen if self.scale_base is None else cached.seqlen == seqlen
+        return is_long_enough and cached.cos.device == device and cached.cos.dtype == dtype and is_plain(cached.cos)
 
     def _update_cos_sin_cache(
         self, seqlen: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> _Tables:
         """Ensure that cached tables cover seqlen, on this device and dtype. Subclasses then read _cos_cached."""
-        found = self._kept  # read once and replaced as a whole: thread-safe
+        found = self._cached_tables  # read once and replaced as a whole: thread-safe
         if not self._can_serve(found, seqlen, device, dtype):
             with torch.inference_mode(False):
-                self._kept = found = self._make_tables(seqlen, device, dtype)
+                self._cached_tables = found = self._make_tables(seqlen, device, dtype)
         return found
 
     def tables(self, seqlen: int, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -269,7 +269,7 @@ class RotaryEmbedding(nn.Module):
             self._update_cos_sin_cache(seqlen, device=like.device, dtype=dtype)
             found = (self._cos_cached, self._sin_cached), (self._cos_k_cached, self._sin_k_cached)
             return found if found[1][0] is not None else (found[0], found[0])
-        make = self._update_cos_sin_cache if may_keep() else self._make_tables
+        make = self._update_cos_sin_cache if may_cache() else self._make_tables
         _, cos, sin, cos_k, sin_k = make(seqlen, like.device, dtype)
         return (cos, sin), (cos_k, sin_k)
 

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def get_alibi_slopes(nheads: int) -> list[float]:
-    """ALiBi slopes, a geometric sequence: Press et al., "Train Short, Test Long" (2022), section 3.
+    """ALiBi slopes of nheads heads, a geometric sequence: Press et al., "Train Short, Test Long" (2022), section 3.
 
     If nheads is not a power of two: the slopes of the next smaller power, then every other slope of twice that power,
     as in the authors' code.

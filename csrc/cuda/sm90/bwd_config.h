@@ -149,7 +149,7 @@ template <class Config> struct BwdSmemSm90 {
 
 private:
     FA_DEVICE ptx::SmemPtr at(int offset) const { return k.base + offset; }
-    // Base of Q and dO, relative to V: leaves the register with the base of K, scanned in the same loop, as it is.
+    // Bases of Q and dO are relative to V, so that the scan loop keeps the base of K in a register of its own.
     FA_DEVICE ptx::SmemPtr from_v(int offset) const { return v.base + (offset - int(offsetof(Smem, large.tiles.v))); }
     FA_DEVICE ptx::SmemPtr first_query_tile() const { return at(offsetof(Smem, first_query_tile)); }
 };
