@@ -1,10 +1,10 @@
-# `make demo` and `make test` need python3 (3.10 or newer, with its headers), g++ and make. Whatever else they need they
-# set up themselves, and reuse: a virtual environment, the dependencies, the compiled extension.
+# `make demo` and `make test` need python3 (3.10 or newer, with headers), g++ and make. They set up everything else and
+# reuse it: a virtual environment, the dependencies, the compiled extension.
 #
 #   make test VENV= PYTHON=python3     the ambient interpreter instead; nothing is downloaded or installed
 #   make test ARGS='-k varlen -x'      arguments for pytest, the demo or the benchmark
 #   make build MAX_JOBS=1              compile with one process
-#   make gpu-test LIMIT=120            two minutes of tests on a GPU; run again, it goes on where it ended
+#   make gpu-test LIMIT=120            two minutes of tests on a GPU; the next run resumes there
 
 VENV   ?= .venv
 PYTHON ?= python3
@@ -13,16 +13,16 @@ ARGS   ?=
 CXX    ?= g++
 
 BUILD_TOOLS := 'setuptools>=77.0.3' 'pybind11>=2.13' ninja
-# Their versions are pinned in one place, for the hooks and for `make lint`.
+# Versions are pinned in one place, for the hooks and for `make lint`.
 LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yaml))
-# What `make report` disassembles with. They read the code of every CUDA 13.
+# The disassembler of `make report`. It reads the code of every CUDA 13.
 REPORT_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 
 # The projects whose own code tests/integrations runs.
 INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 xformers==0.0.35
 
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
-# What is built depends on the interpreter and on the choice of GPUs.
+# The build depends on the interpreter and on the choice of GPUs.
 BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST))
 ifeq ($(strip $(VENV)),)
 PY           := $(PYTHON)
@@ -35,35 +35,35 @@ REPORT_READY := $(VENV)/.report-$(call file_name,$(REPORT_TOOLS))
 INTEGRATIONS_READY := $(VENV)/.integrations-$(call file_name,$(INTEGRATIONS))
 endif
 
-# With pytest-xdist and pytest-timeout, which the virtual environment has: a process per core, and an end to what hangs.
+# Uses pytest-xdist and pytest-timeout of the virtual environment: one process per core, and a limit for hanging tests.
 WORKERS = $(shell $(PY) -c 'import pytest_timeout, xdist' 2>/dev/null && \
     echo --numprocesses=auto --maxprocesses=8 --dist=loadgroup --timeout=900)
 
-# Machines with a GPU come with a torch for it: the ambient interpreter, unless VENV is asked for.
+# GPU machines come with a matching torch: use the ambient interpreter, unless VENV is given.
 GPU_VENV := $(if $(filter command environment,$(origin VENV)),$(strip $(VENV)))
 GPU_PY   := $(if $(GPU_VENV),$(GPU_VENV)/bin/python,$(PYTHON))
 GPU_PATH := PYTHONPATH='$(CURDIR):$(PYTHONPATH)'
-# PREBUILT=1: the extension was compiled elsewhere, for this Python and torch, and is in flash_attn.
+# PREBUILT=1: use the extension in flash_attn/, compiled on another machine for this Python and torch.
 GPU_BUILD := $(if $(PREBUILT),:,$(MAKE) --no-print-directory build VENV='$(GPU_VENV)')
-# How many processes share the tests: their time goes into making inputs and references, not into kernels.
+# Number of test processes: time is spent on making inputs and references, not in kernels.
 JOBS  ?= 4
-# LIMIT: seconds after which no test or measurement is started; RESULTS: the folder for what they tell.
+# No test or measurement is started after LIMIT seconds; results go to the folder RESULTS.
 export LIMIT RESULTS
 
-# Folders too, so that a file that has gone counts as a change.
+# Includes folders, so that a deleted file counts as a change.
 SOURCES := setup.py pyproject.toml flash_attn/_version.py $(wildcard build_tools/*.py) \
     $(shell find csrc -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 CXX_FILES = $(shell find csrc examples simulator tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu')
 # What includes no torch, but for missing.cpp, which compiles with macros of its Makefile only.
 TIDY_FILES = $(filter-out %/missing.cpp, $(shell find csrc/cpu csrc/cuda simulator tests -name '*.cpp'))
 
-# Says what starts and, when the shell of the recipe ends, how it went and how long it took.
+# Prints what starts and, when the recipe's shell exits, its status and duration.
 define step
 step='$(1)'; start=$$(date +%s); printf '\n==> %s\n' "$$step"; \
 trap 'status=$$?; outcome=done; [ $$status -eq 0 ] || outcome=FAILED; \
     printf "==> %s: %s after %d s\n" "$$step" $$outcome $$(($$(date +%s) - start))' EXIT; set -e
 endef
-# After ||: says what is missing, and what to do.
+# To be used after ||: prints what is missing, and the remedy.
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
@@ -187,9 +187,9 @@ $(REPORT_READY): $(READY)
 	rm -f $(VENV)/.report-*; \
 	touch $@
 
-# setup.py compiles into build/, where only what changed is compiled again, and puts the extension beside the Python files.
-# The virtual environment finds this folder by a .pth file (pip install --editable would compile everything anew each
-# time), the ambient interpreter by PYTHONPATH; both find the metadata in flash_attn.egg-info.
+# setup.py compiles into build/, where only changes are recompiled, and copies the extension next to the Python files.
+# The virtual environment finds this folder through a .pth file (pip install --editable would recompile everything), the
+# ambient interpreter through PYTHONPATH; both find the metadata in flash_attn.egg-info.
 $(BUILT): $(SOURCES) $(READY)
 	@$(call step,build); \
 	command -v $(CXX) >/dev/null || \
@@ -203,7 +203,7 @@ $(BUILT): $(SOURCES) $(READY)
 	$(if $(VENV),$(register)) \
 	touch $@
 
-# The dependencies of the package and of its extras, and the package itself.
+# The dependencies of the package and its extras, and the package itself.
 define register
 grep -v '^\[' flash_attn.egg-info/requires.txt >build/requirements.txt; \
 $(PY) -m pip install --disable-pip-version-check --quiet --requirement build/requirements.txt; \

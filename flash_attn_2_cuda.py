@@ -1,6 +1,6 @@
-"""The name of the compiled module of flash_attn 2.x, for programs that import it. Its functions run on every backend.
+"""The compiled module of flash_attn 2.x by name, for programs that import it. Its functions run on every backend.
 
-Arguments and results are those of the compiled module, in its order; flash_attn.flash_attn_func says what they mean.
+Arguments and results are in the order of the compiled module; flash_attn.flash_attn_func documents them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _forward_with_generator(
     return_softmax: bool,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What _flash_attn_forward returns, with a dropout mask from the generator. options: arguments of the op."""
+    """As _flash_attn_forward, with the dropout mask drawn from the generator. options: arguments of the op."""
     rng_state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device, generator=generator)
     out, softmax_lse = autograd._fwd(q, k, v, **options, rng_state=rng_state)
     if not return_softmax:
@@ -38,7 +38,7 @@ def _forward_with_generator(
 
 
 def _finish_forward(results: tuple[Tensor, Tensor, Tensor, Tensor], out: Tensor | None) -> list[Tensor]:
-    """The results as a list, with the output in the caller's buffer if there is one."""
+    """The results as a list, with out copied into the caller's buffer if given."""
     if out is None:
         return list(results)
     return [out.copy_(results[0]), *results[1:]]
@@ -59,7 +59,7 @@ def fwd(
     return_softmax: bool,
     gen_: torch.Generator | None,
 ) -> list[Tensor]:
-    """Forward pass, dense: [out, softmax_lse, S_dmask, rng_state]. gen_ draws the dropout mask, if given."""
+    """Dense forward pass: [out, softmax_lse, S_dmask, rng_state]. gen_, if given, draws the dropout mask."""
     options: dict[str, Any] = {
         "dropout_p": p_dropout,
         "softmax_scale": softmax_scale,
@@ -99,7 +99,7 @@ def varlen_fwd(
     return_softmax: bool,
     gen_: torch.Generator | None,
 ) -> list[Tensor]:
-    """Forward pass, packed: [out, softmax_lse, S_dmask, rng_state]. zero_tensors is without effect."""
+    """Packed forward pass: [out, softmax_lse, S_dmask, rng_state]. zero_tensors is ignored."""
     options: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -148,7 +148,7 @@ def bwd(
     gen_: torch.Generator | None,
     rng_state: Tensor | None,
 ) -> list[Tensor]:
-    """Backward pass, dense: [dq, dk, dv, softmax_d]. The dropout mask is that of rng_state; gen_ is not used."""
+    """Dense backward pass: [dq, dk, dv, softmax_d]. rng_state gives the dropout mask; gen_ is ignored."""
     dq, dk, dv = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
     softmax_d = _flash_attn_backward(
         *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
@@ -191,7 +191,7 @@ def varlen_bwd(
     gen_: torch.Generator | None,
     rng_state: Tensor | None,
 ) -> list[Tensor]:
-    """Backward pass, packed: [dq, dk, dv, softmax_d]. zero_tensors and gen_ are not used."""
+    """Packed backward pass: [dq, dk, dv, softmax_d]. zero_tensors and gen_ are ignored."""
     dq, dk, dv = _gradient_buffers((dq_, q), (dk_, k), (dv_, v))
     softmax_d = _flash_attn_varlen_backward(
         *(dout, q, k, v, out, softmax_lse, dq, dk, dv),
@@ -213,7 +213,7 @@ def varlen_bwd(
 
 
 def fwd_kvcache(q: Tensor, kcache: Tensor, vcache: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-    """Raise the error of flash_attn_with_kvcache, whose compiled part this would be."""
-    from flash_attn.flash_attn_interface import flash_attn_with_kvcache  # which has this module among its names
+    """Not implemented: raises the error of flash_attn_with_kvcache."""
+    from flash_attn.flash_attn_interface import flash_attn_with_kvcache  # here: that module imports this one
 
     flash_attn_with_kvcache(q, kcache, vcache)

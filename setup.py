@@ -1,7 +1,7 @@
-"""Builds the extension module of flash_attn, with the operators and every backend there is; see pyproject.toml too.
+"""Builds the extension module of flash_attn, with the operators and all backends. Metadata is in pyproject.toml.
 
-Environment: MAX_JOBS limits the number of compilers at work; CUDA_HOME names the CUDA toolkit; FLASH_ATTN_CUDA_ARCHS,
-or else TORCH_CUDA_ARCH_LIST, names the GPUs to compile for, such as "8.0+PTX;9.0a".
+Environment: MAX_JOBS limits the number of compiler processes; CUDA_HOME is the CUDA toolkit; FLASH_ATTN_CUDA_ARCHS, or
+else TORCH_CUDA_ARCH_LIST, lists the GPU targets, such as "8.0+PTX;9.0a".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import setuptools
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip does not look here for modules
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip does not add this folder to sys.path
 
 from build_tools import cuda_archs, cuda_objects
 
@@ -33,18 +33,18 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not know a l
 
 ROOT = Path(__file__).resolve().parent
 
-# -O3, not -O2: a tenth of the CPU backend's speed. Math functions set no errno and floating point does not trap, or
-# loops with them would not become vector code. Vectors as arguments of inlined functions would set off -Wpsabi.
+# -O3, not -O2: worth a tenth of the CPU backend's speed. Without errno and FP traps, loops with math functions
+# vectorise. -Wno-psabi: vector arguments are only passed to inlined functions.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0", "-Wno-psabi"]
 
 
 def sources(*patterns: str) -> list[str]:
-    """Source files below csrc, relative to the root as setuptools wants them, in a fixed order."""
+    """Source files in csrc, relative to the root as setuptools requires, sorted."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
 def cuda_choice(home: Path) -> cuda_archs.Choice:
-    """Which GPUs to compile for; ends the build with one line if that makes no sense."""
+    """The GPU targets; exits with a one-line error if they are invalid."""
     try:
         nvcc = cuda_objects.nvcc_of(home)
         version = cuda_objects.cuda_version(nvcc)
@@ -58,10 +58,10 @@ def cuda_choice(home: Path) -> cuda_archs.Choice:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Compiles the CUDA kernels first, each source for its own targets, then the rest as torch does."""
+    """Compiles the CUDA kernels first, each source for its own targets; torch compiles the rest."""
 
     def build_extensions(self):
-        """All extensions, of which there is one."""
+        """Build all extensions (there is one)."""
         for each in self.extensions:
             wanted = getattr(each, "cuda_objects", [])
             if wanted:
@@ -70,7 +70,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.write_compile_commands()
 
     def compile_kernels(self, home, wanted):
-        """The object files of the kernels; ends the build with one line if one does not compile."""
+        """Compile the kernels to object files; exits with a one-line error on failure."""
         try:
             return cuda_objects.build(home, wanted)
         except cuda_objects.ToolError as error:
@@ -92,8 +92,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extension():
-    """The extension for this machine; says in one line which it is and why."""
-    import pybind11  # here, so that torch is missed first
+    """The extension for this machine; prints in one line which one, and why."""
+    import pybind11  # here, so that a missing torch is reported first
 
     home = cuda_objects.cuda_home()
     reason = (
@@ -111,7 +111,7 @@ def extension():
     }
     if reason is not None:
         print(f"flash-attn: building for CPU only: {reason}")
-        # The backends on GPUs say that this build does not have them.
+        # Backends of GPUs report that this build does not have them.
         every = sources("cpu/*.cpp", "ops/*.cpp", "cuda/backends.cpp", "cuda/sm*/backend.cpp")
         cxx_sources = [name for name in every if Path(name).name != "cuda.cpp"]
         return cpp_extension.CppExtension("flash_attn._C", cxx_sources, extra_compile_args=CXX_FLAGS, **options)

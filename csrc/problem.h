@@ -1,5 +1,5 @@
-// One attention problem as plain data: all that the torch code, the CPU backend and the CUDA kernels share.
-// No torch, no CUDA headers. Strides count elements; every offset into a tensor is computed in 64 bits.
+// One attention problem as plain data, shared by the torch code, the CPU backend and the CUDA kernels. No torch and no
+// CUDA headers. Strides are in elements; every tensor offset is computed in 64 bits.
 #pragma once
 #include <cstdint>
 #include "policy/divisor.h"
@@ -8,34 +8,34 @@ namespace flash_attn {
 
 enum class ElementType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Lengths stay below this, and unbounded windows are this wide, so that sums of two of them fit in 32 bits.
+// Every length is less than this, and unbounded windows are this wide: the sum of two of them fits in 32 bits.
 constexpr int32_t kMaxSeqlen = 1 << 30;
 
-// [batch_size, seqlen, heads, head_dim] or, packed, [total, heads, head_dim] with batch_stride 0.
-// The last dimension is contiguous.
+// Shape [batch_size, seqlen, heads, head_dim] or, packed, [total, heads, head_dim] with batch_stride 0. The last
+// dimension is contiguous.
 struct TensorView {
     void* data;
     int64_t batch_stride, row_stride, head_stride;
 };
 
-// One number per query and head: [batch_size, num_heads, seqlen_q] or, packed, [num_heads, total_q] with batch_stride
-// 0. Queries are contiguous. fp32, or fp64 where the elements are fp64. data may be null where a field is optional.
+// One value per query and head: [batch_size, num_heads, seqlen_q] or, packed, [num_heads, total_q] with batch_stride 0.
+// Queries are contiguous. fp32, or fp64 for fp64 elements. data is null where an optional tensor is absent.
 struct RowView {
     void* data;
     int64_t batch_stride, head_stride;
 };
 
-// How long each sequence is and where it starts. Dense: all pointers but seqused_k and leftpad_k are null.
+// Start and length of each sequence. Dense: all pointers except seqused_k and leftpad_k are null.
 struct Seqlens {
     const int32_t* cu_seqlens_q;  // [batch_size + 1], or null
-    const int32_t* cu_seqlens_k;  // [batch_size + 1], or null; with seqused_k only where sequences start
-    const int32_t* seqused_k;     // [batch_size]: keys in use, counted from the start of the sequence, or null
-    const int32_t* leftpad_k;     // [batch_size]: keys to pass over at the start, or null
+    const int32_t* cu_seqlens_k;  // [batch_size + 1], or null; with seqused_k it gives only the starts
+    const int32_t* seqused_k;     // [batch_size]: number of valid keys from the start of the sequence, or null
+    const int32_t* leftpad_k;     // [batch_size]: number of padding keys to skip at the start, or null
     int64_t total_q, total_k;     // packed: rows of q and of k; dense: unused
-    int32_t seqlen_q, seqlen_k;   // dense: rows; packed: no sequence is longer than this
+    int32_t seqlen_q, seqlen_k;   // dense: rows; packed: upper bound of the sequence lengths
 };
 
-// Keys and values in pages: row j of sequence b is row j % page_size of page block_table[b][j / page_size].
+// Paged KV cache: row j of sequence b is row j % page_size of page block_table[b][j / page_size].
 struct PagedKv {
     const int32_t* block_table;  // [batch_size, max_pages], or null
     int64_t batch_stride;        // of block_table
@@ -47,10 +47,10 @@ struct Window {
     int32_t left, right;  // kMaxSeqlen: unbounded
 };
 
-// And iff position i + shift is in the same chunk of keys as j: from one multiple of size to below the next.
+// Chunked attention: in addition, position i + shift and key j must be in the same chunk of `size` consecutive keys.
 struct Chunks {
-    Divisor size;    // kMaxSeqlen: there is one chunk
-    int32_t lowest;  // position of a chunk: 0; -kMaxSeqlen without chunks
+    Divisor size;    // chunk size; kMaxSeqlen: a single chunk
+    int32_t lowest;  // lower bound of positions: 0 with chunks, -kMaxSeqlen without
 };
 
 struct ScoreParams {
@@ -63,14 +63,14 @@ struct ScoreParams {
 struct DropoutParams {
     uint32_t threshold;  // a weight is dropped iff its 16 random bits are below: probability threshold / 2^16; 0: off
     uint64_t seed, offset;
-    const int64_t* state;  // [2]: seed and offset in device memory, or null where the two fields above hold
+    const int64_t* state;  // [2], device memory: seed and offset; null: the two fields above are used
 };
 
-// The two above as kernels compute with them (policy/scalars.h): softmax_scale, softmax_scale * log2(e),
-// softmax_scale / softcap (0: no cap), softcap, and the factor of weights that dropout keeps.
+// softmax_scale and softcap as kernels use them (policy/scalars.h): softmax_scale, softmax_scale * log2(e),
+// softmax_scale / softcap (0: no softcap), softcap, and the rescale factor of the weights that dropout keeps.
 template <class Real> struct Scalars { Real scale, scale_log2, scale_over_cap, softcap, dropout_rescale; };
 
-// What every pass is given.
+// The inputs that all passes share.
 struct Problem {
     ElementType type;
     int32_t batch_size, num_heads, num_heads_k, head_dim, head_dim_v;
@@ -80,7 +80,7 @@ struct Problem {
     Seqlens seqlens;
     PagedKv paged_kv;
     Window window;
-    Chunks chunks;  // by make_chunks() of policy/mask.h
+    Chunks chunks;  // from make_chunks() of policy/mask.h
     ScoreParams score;
     DropoutParams dropout;
     Scalars<float> scalars;
@@ -89,21 +89,21 @@ struct Problem {
 struct FwdParams {
     Problem problem;
     TensorView out;       // as q, with head_dim_v
-    RowView softmax_lse;  // natural logarithm; -infinity for a query that sees no key
+    RowView softmax_lse;  // natural logarithm; -infinity for a query without visible keys
 };
 
 struct BwdParams {
     Problem problem;       // not paged
     TensorView out, dout;  // as q, with head_dim_v
-    RowView softmax_lse;   // of the forward pass; +infinity is taken like -infinity
+    RowView softmax_lse;   // from the forward pass; +infinity is treated like -infinity
     RowView dlse;          // gradient of softmax_lse, or null
     TensorView dq, dk, dv;
-    RowView dsoftmax_sum;  // written: rowsum(dout * out) - dlse; 0 of a query that sees no key
+    RowView dsoftmax_sum;  // output: rowsum(dout * out) - dlse; 0 for a query without visible keys
     bool deterministic;
 };
 
-// The matrix that attention avoids, for tests and return_attn_probs: [batch_size, num_heads, seqlen_q, seqlen_k],
-// contiguous, in the type of q. Dropped weights have their sign bit set; what lies outside of a sequence is 0.
+// The attention matrix, for tests and return_attn_probs: [batch_size, num_heads, seqlen_q, seqlen_k], contiguous,
+// element type of q. Dropped weights have their sign bit set; elements outside a sequence are 0.
 struct ProbsParams {
     Problem problem;
     RowView softmax_lse;

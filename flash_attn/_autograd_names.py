@@ -1,4 +1,4 @@
-"""The public functions under the names of the autograd classes that flash_attn 2.8.3 has behind them."""
+"""The public functions under the names of the autograd.Function classes of flash_attn 2.8.3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 class AutogradName:
     """A function with ``apply``, which takes all of its arguments by position.
 
-    After them may come is_grad_enabled: whether anything is kept for a backward pass.
+    An extra argument, is_grad_enabled, may follow: whether to record the call for a backward pass.
     """
 
     function: Callable[..., Any]
@@ -29,5 +29,5 @@ class AutogradName:
 
 
 def autograd_name(name: str, function: Callable[..., Any]) -> type[AutogradName]:
-    """A class of that name for the function."""
+    """A class of that name whose apply calls the function."""
     return type(name, (AutogradName,), {"function": staticmethod(function), "__doc__": f"{function.__name__}."})

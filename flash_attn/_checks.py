@@ -1,7 +1,7 @@
-"""What the Python layer itself checks: types. Everything else is checked by the operators.
+"""Type checks and conversions of the Python layer. The operators check everything else.
 
-The functions here run only when a call is not of the plainest kind (floats that are floats, a tuple of two ints, ...):
-csrc/ops/eager_call.cpp takes the plain ones.
+Only calls with unusual types (numpy scalars, 0-dim tensors, lists for tuples, ...) get here: csrc/ops/eager_call.cpp
+handles calls with plain Python types.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from torch import Tensor
 
 
 def describe(value: object) -> str:
-    """A value as error messages show it."""
+    """A value as text for error messages."""
     if isinstance(value, Tensor):
         return f"Tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-# To whoever gives a module a nested tensor.
+# The remedy for a nested tensor passed to a module.
 PAD_IT = "pad it, torch.nested.to_padded_tensor does, and say with key_padding_mask which tokens to keep"
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a tensor is an array in memory, neither nested nor sparse."""
+    """Whether a tensor is strided and not nested."""
     return not x.is_nested and x.layout is torch.strided
 
 
 def dense_reasons(tensors: dict[str, Tensor], remedy: str) -> list[str]:
-    """Why tensors are not arrays in memory, each with what to do about it."""
+    """One reason, with the remedy, for each tensor that is nested or not strided."""
     strange = {name: x for name, x in tensors.items() if not is_dense(x)}
     kinds = {name: "nested tensor" if x.is_nested else f"tensor of layout {x.layout}" for name, x in strange.items()}
     return [f"{name}: expected a dense tensor ({remedy}), got a {kind}" for name, kind in kinds.items()]
 
 
 def reject(error: type[Exception], function: str, reasons: Sequence[str]) -> NoReturn:
-    """Raise one error that tells every reason, each written ``<argument>: expected <what>, got <what>``."""
+    """Raise one error with all reasons, each formatted ``<argument>: expected <what>, got <what>``."""
     if len(reasons) == 1:
         raise error(f"{function}: {reasons[0]}")
     raise error("\n  - ".join([f"{function}: {len(reasons)} problems:", *reasons]))
 
 
 def as_int(value: Any) -> Any:
-    """An int (or a symbolic one) from an int, also of numpy or in a 0-dim tensor; None if it is none."""
+    """Convert an int, SymInt, numpy integer or 0-dim integer tensor to int (or SymInt); None for anything else."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
     if isinstance(value, Tensor):
@@ -60,10 +60,10 @@ def as_int(value: Any) -> Any:
 
 
 def integers(function: str, **values: Any) -> list[int]:
-    """The values, each an int or a numpy integer, as ints.
+    """Convert int arguments (also numpy integers or 0-dim tensors) to ints.
 
     Raises:
-        TypeError: some are not; all of them are named.
+            TypeError: an argument is not an integer; the error names all of them.
     """
     converted = {name: as_int(value) for name, value in values.items()}
     wrong = [name for name, value in converted.items() if value is None]
@@ -73,7 +73,7 @@ def integers(function: str, **values: Any) -> list[int]:
 
 
 def _as_item(value: Any) -> Any:
-    """The number in a 0-dim tensor or numpy array; anything else as it is, tensors that require grad included."""
+    """The number in a 0-dim tensor or numpy array; other values, and tensors that require grad, are returned as is."""
     if isinstance(value, Tensor):
         return value.item() if value.dim() == 0 and not value.requires_grad else value
     is_array = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
@@ -81,7 +81,7 @@ def _as_item(value: Any) -> Any:
 
 
 def as_float(value: Any) -> Any:
-    """A float (or a symbolic one) from a real number, else None. A tensor with a gradient would lose it: None."""
+    """Convert a real number to float (or SymFloat); None for anything else, such as a tensor that requires grad."""
     value = _as_item(value)
     if isinstance(value, (bool, torch.SymFloat)):
         return None if isinstance(value, bool) else value
@@ -89,7 +89,7 @@ def as_float(value: Any) -> Any:
 
 
 def as_bool(value: Any) -> Any:
-    """A bool from a bool, 0 or 1, also of numpy or in a 0-dim tensor; None if it is none."""
+    """Convert a bool, 0 or 1 (also numpy or a 0-dim tensor) to bool; None for anything else."""
     value = _as_item(value)
     if isinstance(value, bool):
         return value
@@ -97,7 +97,7 @@ def as_bool(value: Any) -> Any:
 
 
 class Scalars(NamedTuple):
-    """The arguments of an attention call that are not tensors."""
+    """The non-tensor arguments of an attention call."""
 
     max_seqlen_q: int
     max_seqlen_k: int
@@ -109,7 +109,7 @@ class Scalars(NamedTuple):
 
 
 def convert_window(window_size: Any) -> tuple[int, int] | None:
-    """A pair of ints from any sequence of two integers; None otherwise."""
+    """Convert a sequence of two integers to a tuple of ints; None for anything else."""
     try:
         left, right = as_int(window_size[0]), as_int(window_size[1])
         is_pair = len(window_size) == 2
@@ -125,10 +125,10 @@ def convert_arguments(
     scalars: Scalars,
     max_seqlen_names: Sequence[str],
 ) -> Scalars:
-    """The scalars as plain Python numbers.
+    """Convert the scalars to plain Python numbers.
 
     Raises:
-        TypeError: some arguments are of the wrong type; all of them are named.
+            TypeError: an argument has the wrong type; the error names all of them.
     """
     reasons = []
     for name, value in tensors.items():
@@ -165,11 +165,11 @@ def convert_arguments(
 def check_padding_mask(
     function: str, mask: Any, batch_size: int, seqlen: int, argument: str = "key_padding_mask"
 ) -> Tensor:
-    """A (batch_size, seqlen) padding mask as bool, True for the tokens to keep.
+    """Convert a padding mask (batch_size, seqlen), bool or integer, to bool: True for the tokens to keep.
 
     Raises:
-        TypeError: not a tensor, or neither bool nor integer (an additive float mask is something else).
-        ValueError: of another shape.
+        TypeError: not a tensor, or of a floating dtype (such as an additive mask).
+        ValueError: wrong shape.
     """
     if not isinstance(mask, Tensor):
         reject(TypeError, function, [f"{argument}: expected a bool torch.Tensor, got {describe(mask)}"])
@@ -182,5 +182,5 @@ def check_padding_mask(
 
 
 def dropout_reasons(argument: str, value: float) -> list[str]:
-    """Why a dropout probability is not one, for modules, which learn of it before there is anything to drop."""
+    """The reason to reject a dropout probability. For modules: the operators would only check it in training."""
     return [] if 0 <= value < 1 else [f"{argument}: expected a probability in [0, 1), got {value}"]

@@ -1,7 +1,7 @@
-"""Tensors that follow from plain numbers: where they may be kept, and ALiBi's slopes.
+"""Constant tensors derived from Python numbers: when they may be cached, and the ALiBi slopes.
 
-They are no buffers. Whoever builds a model without memory and fills it later (transformers' from_pretrained, to_empty)
-fills buffers that are not in the checkpoint with anything, and whoever casts a model casts them. Numbers survive both.
+They are not buffers. Non-persistent buffers are left uninitialised when a model is built on the meta device and
+materialised later (transformers' from_pretrained, to_empty), and casting a model casts them. Python numbers survive.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from flash_attn._checks import describe, reject
 
 
-def may_keep() -> bool:
-    """Whether a tensor that is made now is a plain one, to be used again in later calls.
+def may_cache() -> bool:
+    """Whether a tensor created now is a plain one that may be cached for later calls.
 
-    Compilers, transforms of torch.func, FakeTensorMode and other modes make tensors that mean nothing outside of them;
-    and what selective checkpointing sees in the forward pass it wants to see again when it recomputes.
+    Under compilers, torch.func transforms, FakeTensorMode and other dispatch modes, tensors are valid only inside; and
+    selective activation checkpointing must see the same ops in the forward pass and in the recomputation.
     """
     if torch.compiler.is_compiling():
         return False
@@ -31,47 +31,47 @@ def may_keep() -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor that was kept serves any call: it belongs to no tracer, and autograd may save it."""
+    """Whether a cached tensor is valid in any call: no tracer's tensor, and autograd can save it."""
     return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) and not x.is_inference()
 
 
 class Slopes:
-    """Slopes of ALiBi, float32, by their numbers.
+    """ALiBi slopes, float32, stored as Python numbers.
 
     Args:
-        owner: the class that has been given them, for messages.
+        owner: name of the class that holds them, for error messages.
         value: (num_heads,) or (batch_size, num_heads), a tensor or a sequence of numbers; copied.
 
     Raises:
-        ValueError: a tensor that requires grad.
+        ValueError: value is a tensor that requires grad.
     """
 
     def __init__(self, owner: str, value: Tensor | Sequence[Any]) -> None:
         self.owner = owner
-        self.numbers: Any = None  # of a tensor on the meta device there are none
+        self.numbers: Any = None  # None for a tensor on the meta device
         if isinstance(value, Tensor) and value.requires_grad:
             expected = "slopes that do not require grad, for they get no gradient (pass alibi_slopes.detach())"
             reject(ValueError, owner, [f"alibi_slopes: expected {expected}, got requires_grad=True"])
         self.shape = tuple(value.shape) if isinstance(value, Tensor) else (len(value),)
         if not (isinstance(value, Tensor) and value.is_meta):
             self.numbers = value.tolist() if isinstance(value, Tensor) else [float(x) for x in value]
-        self._kept: Tensor | None = None
+        self._cached: Tensor | None = None
 
     def copy(self) -> Tensor:
-        """The slopes on the device where they were last used, else the CPU; without values if they have none."""
-        device = "meta" if self.numbers is None else "cpu" if self._kept is None else self._kept.device
+        """A copy of the slopes, on the device of the cached tensor or the CPU; a meta tensor if they have no values."""
+        device = "meta" if self.numbers is None else "cpu" if self._cached is None else self._cached.device
         return self._make(device)
 
     def on(self, device: torch.device | str) -> Tensor:
-        """The slopes as a tensor on the device."""
-        if not may_keep():
+        """The slopes as a tensor on the device, cached where possible."""
+        if not may_cache():
             return self._make(device)
-        kept = self._kept
-        if kept is None or kept.device != torch.device(device):
+        cached = self._cached
+        if cached is None or cached.device != torch.device(device):
             with torch.inference_mode(False):
-                kept = self._make(device)
-            self._kept = kept
-        return kept
+                cached = self._make(device)
+            self._cached = cached
+        return cached
 
     def _make(self, device: torch.device | str) -> Tensor:
         if self.numbers is not None:

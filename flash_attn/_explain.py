@@ -1,4 +1,4 @@
-"""Which backend runs a call of attention, and why no better one does."""
+"""explain(): which backend runs an attention call, and why no better one does."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _explain = _library.op("_explain")
 
 @dataclass(frozen=True)
 class Explanation:
-    """What explain() returns. Its text has a line for every backend that it names.
+    """The result of explain(). str() gives one line per backend.
 
     Attributes:
-        backend: the name of the one that runs the forward pass: "sm90", "sm80" or "cpu"; "" if none can.
-        better: (name, reason) of each that would be better, the best first, and why it does not run it.
+        backend: name of the backend of the forward pass: "sm90", "sm80" or "cpu"; "" if none can run it.
+        better: (name, reason) for each better backend, best first: why it cannot run the call.
     """
 
     backend: str
@@ -52,16 +52,18 @@ def explain(
     max_seqlen_k: int | Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Explanation:
-    """Say on which kernels the forward pass of a call would run, without running it.
+    """Find the backend that would run the forward pass of a call, without running it.
 
     Args:
-        q, k, v and the others up to attention_chunk: those of flash_attn_func. deterministic and return_attn_probs make
-            no difference.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table: with the first two, the call is one of
-            flash_attn_varlen_func. max_seqlen_q and max_seqlen_k may be left out; they are then read from the others.
+        q, k, v, ..., attention_chunk: as in flash_attn_func. deterministic and return_attn_probs have no effect.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table: as in flash_attn_varlen_func, for a packed
+            call. max_seqlen_q and max_seqlen_k may be omitted: they are then computed from cu_seqlens.
+
+    Returns:
+        An Explanation.
 
     Raises:
-        TypeError, ValueError, RuntimeError: what the call itself would raise before anything is computed.
+        TypeError, ValueError, RuntimeError: what the call itself would raise for these arguments.
     """
     sequences = None
     if cu_seqlens_q is not None or cu_seqlens_k is not None:

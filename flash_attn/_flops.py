@@ -1,6 +1,6 @@
-"""Floating point operations of the operators, as torch.utils.flop_counter counts its own: no discount for masks.
+"""FLOP formulas of the operators for torch.utils.flop_counter. As for torch's own ops, masks are not discounted.
 
-Two for every multiplication and addition in the products: q @ k^T and P @ v forward; five products backward.
+A multiply-add counts as two. Forward: the products q @ k^T and P @ v. Backward: five products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from flash_attn import _library  # noqa: F401  registers the operators
 
-# The products over head_dim and those over head_dim_v.
+# Number of products over head_dim and over head_dim_v.
 _FORWARD, _BACKWARD = (1, 1), (3, 2)
 
 _PRODUCTS = {
@@ -27,7 +27,7 @@ _PRODUCTS = {
 
 
 def _lengths(a: dict[str, Any], side: str) -> list[int]:
-    """The lengths of packed sequences. Where a tracer hides them, all are taken for the longest."""
+    """Lengths of packed sequences; max_seqlen for each of them if a tracer hides the values."""
     cu_seqlens, used = a[f"cu_seqlens_{side}"], a.get(f"seqused_{side}")
     if cu_seqlens.is_meta or type(cu_seqlens) is not Tensor:
         return [a[f"max_seqlen_{side}"]] * (cu_seqlens.shape[0] - 1)
@@ -35,7 +35,7 @@ def _lengths(a: dict[str, Any], side: str) -> list[int]:
 
 
 def _pairs(a: dict[str, Any]) -> int:
-    """Pairs of a query and a key, of all heads."""
+    """Number of (query, key) pairs, summed over heads."""
     q, k = a["q"], a["k"]
     if a.get("cu_seqlens_q") is None:
         return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]

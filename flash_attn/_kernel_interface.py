@@ -1,8 +1,8 @@
-"""The functions below the public ones that other projects call: one forward or backward pass, without autograd.
+"""One forward or backward pass without autograd: the private functions of flash_attn 2.8 that other projects call.
 
-Context parallelism, for one, runs attention block by block and merges results by their softmax_lse. Shapes and meanings
-are those of flash_attn_func and flash_attn_varlen_func; see there. Names and argument order: those of flash_attn 2.8,
-as are those of the ops that they call, torch.ops.flash_attn._flash_attn_forward and so on.
+For example, context parallelism computes attention block by block and merges the results with softmax_lse. Shapes and
+semantics are those of flash_attn_func and flash_attn_varlen_func. Names and argument order are those of flash_attn 2.8,
+as are those of the ops that these functions call (torch.ops.flash_attn._flash_attn_forward, ...).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _flash_attn_forward(
 
     Returns:
         (out, softmax_lse, S_dmask, rng_state). S_dmask is empty unless return_softmax is set and dropout_p > 0.
-        rng_state, int64[2], names the dropout mask for the backward pass; zeros when dropout_p is 0.
+        rng_state, (2,) int64, reproduces the dropout mask in the backward pass; zeros if dropout_p is 0.
     """
     scale = default_scale(q) if softmax_scale is None else softmax_scale
     return _dense_forward(
@@ -82,11 +82,11 @@ def _flash_attn_varlen_forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward pass of flash_attn_varlen_func; returns what _flash_attn_forward returns.
+    """Forward pass of flash_attn_varlen_func; returns the same as _flash_attn_forward.
 
     Args:
-        leftpad_k, seqused_k: (batch_size,) int32; of sequence b, keys leftpad_k[b] up to seqused_k[b] take part.
-        zero_tensors: without effect; nothing is ever left unwritten.
+        leftpad_k, seqused_k: (batch_size,) int32; sequence b uses its keys from leftpad_k[b] to seqused_k[b] - 1.
+        zero_tensors: ignored; all results are always written.
     """
     max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn_varlen_func", max_seqlen_q, max_seqlen_k)
     scale = default_scale(q) if softmax_scale is None else softmax_scale
@@ -134,11 +134,11 @@ def _flash_attn_backward(
     """Backward pass of flash_attn_func: fills dq, dk and dv.
 
     Args:
-        dq, dk, dv: written; may be views of a larger buffer. None for a gradient that nobody wants.
-        rng_state: the one that _flash_attn_forward returned; needed when dropout_p > 0.
+        dq, dk, dv: output buffers in the shapes of q, k and v, possibly views; None: the gradient is discarded.
+        rng_state: (2,) int64 from _flash_attn_forward; required if dropout_p > 0.
 
     Returns:
-        softmax_d, rowsum(dout * out), in the shape of softmax_lse.
+        softmax_d: rowsum(dout * out), float32 (float64 for float64), in the shape of softmax_lse.
     """
     scale = default_scale(q) if softmax_scale is None else softmax_scale
     return _dense_backward(
@@ -180,7 +180,7 @@ def _flash_attn_varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
-    """Backward pass of flash_attn_varlen_func; see _flash_attn_backward. zero_tensors is without effect."""
+    """Backward pass of flash_attn_varlen_func; see _flash_attn_backward. zero_tensors is ignored."""
     max_seqlen_q, max_seqlen_k = _as_max_seqlens("flash_attn varlen backward", max_seqlen_q, max_seqlen_k)
     scale = default_scale(q) if softmax_scale is None else softmax_scale
     return _varlen_backward(

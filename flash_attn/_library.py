@@ -1,7 +1,7 @@
 """Loads the compiled extension, which registers ``torch.ops.flash_attn``.
 
-Importing flash_attn never fails for want of the extension: without it there is one line of warning, and the first use
-of an operator raises that line.
+Importing flash_attn works without the extension: it warns in one line, and the first use of an operator raises that
+line.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _REMEDY = "rebuild it with `pip install --no-build-isolation .` in the source tr
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension module, if there is one, and the line that says what is wrong and what to do, if anything is."""
+    """(extension module or None, one-line problem with its remedy or "")."""
     try:
         module = importlib.import_module("flash_attn._C")
         if Path(str(module.__file__)).parent != Path(__file__).parent:
-            # The path of this package may hold other copies of it; theirs may be of another version.
+            # The package path may contain other copies of flash_attn, with extensions of other versions.
             raise ModuleNotFoundError(name="flash_attn._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn._C":
@@ -46,14 +46,14 @@ MAX_HEAD_DIM: int = _extension.build_info().get("max_head_dim", 0) if _extension
 
 
 def op(name: str) -> Callable[..., Any]:
-    """The operator ``torch.ops.flash_attn.<name>``, or a stand-in that raises when it is called."""
+    """The operator ``torch.ops.flash_attn.<name>``, or a function that raises if the extension is missing."""
     if _extension is not None and hasattr(torch.ops.flash_attn, name):
         return getattr(torch.ops.flash_attn, name).default
     return _unavailable
 
 
 def function(name: str) -> Callable[..., Any]:
-    """A function of the extension module, or a stand-in that raises when it is called."""
+    """A function of the extension module, or a function that raises if the extension is missing."""
     return getattr(_extension, name, _unavailable)
 
 
@@ -65,14 +65,14 @@ def build_info() -> dict[str, Any]:
     """What the extension was built for.
 
     Returns:
-        torch_version, cuda_version (None: no CUDA kernels), cpu_instruction_set, max_head_dim; cuda_archs, the code
-        that there is for GPUs; backends, best first, each a dict with its name and what it was built_for, an empty
-        list where it is not in this build; hopper_kernels, whether sm90 is.
+        A dict with torch_version, cuda_version (None: no CUDA kernels), cpu_instruction_set, max_head_dim, cuda_archs
+        (targets of the kernels), backends (best first, each a dict with name and built_for, a list of targets, empty if
+        not in this build) and hopper_kernels (whether sm90 is in this build).
 
-        A call runs on the best backend that can, or, with the environment variable FLASH_ATTN_BACKEND, on the one of
-        that name. sm90 takes GPUs of compute capability 9.0, but no pages of keys (block_table), nor tensors that TMA
-        cannot read or write: their rows must be apart, and start at multiples of 16 bytes, which they do not where they
-        are contiguous and head_dim is no multiple of 8. sm80 takes all of them, on 8.0 and later.
+        A call runs on the best backend that supports it, or on the one named by the environment variable
+        FLASH_ATTN_BACKEND. sm90 runs on GPUs of compute capability 9.0; it supports neither paged KV (block_table) nor
+        tensors that TMA cannot access: rows must not overlap and must be 16-byte aligned, which contiguous rows are not
+        if head_dim is not a multiple of 8. sm80 supports all calls, on compute capability 8.0 and later.
 
     Raises:
         RuntimeError: the extension is not available.

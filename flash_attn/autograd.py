@@ -1,6 +1,6 @@
-"""The one path from the public functions to the attention operators, shared by all layouts, dense and packed.
+"""The path from the public functions to the attention operators, for all layouts, dense and packed.
 
-The operators are differentiable themselves.
+The operators themselves are differentiable (csrc/ops/autograd.cpp).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _eager_call = _library.function("attention")
 _fwd = _library.op("fwd")
 _attn_probs = _library.op("attn_probs")
 _attention = _library.op("_attention")
-# What flash_attn 2.8.3 has goes through the ops of its names, which other programs look for.
+# Calls that flash_attn 2.8.3 supports use the ops with its names: other programs look for them.
 _dense_forward = _library.op("_flash_attn_forward")
 _dense_backward = _library.op("_flash_attn_backward")
 _varlen_forward = _library.op("_flash_attn_varlen_forward")
 _varlen_backward = _library.op("_flash_attn_varlen_backward")
 
-# How the inputs of a call hold q, k and v: the names of its tensor arguments.
+# Layouts of the inputs: the names of the tensor arguments.
 SEPARATE = "q, k, v"
 KV_PACKED = "q, kv"
 QKV_PACKED = "qkv"
@@ -32,7 +32,7 @@ _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a packed call lie, by the names that the operators have for it."""
+    """The sequences of a packed call. The fields are arguments of the operators."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -55,7 +55,7 @@ def split_layout(layout: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor
 
 
 def default_scale(q: Tensor) -> float:
-    """head_dim ** -0.5. Of a tensor that has no such thing, which the ops refuse, some number."""
+    """head_dim ** -0.5; 1.0 for tensors without a head_dim, which the ops reject."""
     try:
         return q.shape[-1] ** -0.5
     except (IndexError, ZeroDivisionError):
@@ -63,7 +63,7 @@ def default_scale(q: Tensor) -> float:
 
 
 def cast_for_autocast(inputs: Sequence[Tensor], device_type: str) -> tuple[Tensor, ...]:
-    """The inputs in the dtype of the autocast region around the call; float64 and others stay as they are."""
+    """Cast the inputs to the dtype of the autocast region; float64 and integers are not cast."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in inputs)
 
@@ -86,7 +86,7 @@ def convert_arguments(
     alibi_slopes: Any,
     *numbers: Any,
 ) -> tuple[Any, ...]:
-    """sequences and numbers as the plainest types, or a TypeError."""
+    """Convert sequences and numbers to plain Python types; raises TypeError."""
     max_seqlens: tuple[Any, Any] = (0, 0) if sequences is None else (sequences.max_seqlen_q, sequences.max_seqlen_k)
     tensors = dict(zip(layout.split(", "), inputs, strict=True))
     optional_tensors = {"alibi_slopes": alibi_slopes}
@@ -117,16 +117,16 @@ def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor 
 
 
 def _gather_pages(inputs: tuple[Tensor, ...], sequences: Sequences) -> tuple[tuple[Tensor, ...], Sequences]:
-    """Paged keys and values as packed ones, by differentiable indexing: the inputs, and where their sequences lie.
+    """Gather paged keys and values into packed ones, by differentiable indexing; returns (inputs, sequences).
 
-    Every sequence gets the rows of all of its pages, of which seqused_k are in use.
+    Every sequence gets all rows of its pages; seqused_k says how many of them are valid.
     """
     cu_seqlens_q, cu_seqlens_k, block_table = sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.block_table
     if block_table is None:
         return inputs, sequences
     q, k, v = inputs
     with torch.no_grad():
-        # Checks the arguments, the entries of the table included, and computes nothing: all sequences of q are empty.
+        # Validates the arguments, including the block table, without any computation: all sequences of q are empty.
         empty = sequences._replace(cu_seqlens_q=torch.zeros_like(cu_seqlens_q), max_seqlen_q=0)
         _fwd(q, k, v, **empty._asdict())
     batch_size, max_pages = block_table.shape
@@ -143,9 +143,9 @@ def _gather_pages(inputs: tuple[Tensor, ...], sequences: Sequences) -> tuple[tup
 def _run(
     layout: str, inputs: tuple[Tensor, ...], where: dict[str, Any], options: dict[str, Any], deterministic: bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, softmax_lse and rng_state. deterministic: of the gradients, None where none are needed."""
-    # Compiled, packed inputs are split here: with dynamic shapes, inductor (torch 2.13) forgets where in the buffer of
-    # a gradient those views begin through which it is written.
+    """Returns out, softmax_lse and rng_state. deterministic: for the gradients; None if none are needed."""
+    # Under torch.compile packed inputs are split here: with dynamic shapes, inductor (torch 2.13) loses the storage
+    # offsets of the views through which the gradient buffer would be written.
     in_one_piece = layout != SEPARATE and not torch.compiler.is_compiling()
     if deterministic or (deterministic is not None and in_one_piece) or "attention_chunk" in options:
         return _attention(inputs, **where, **options, deterministic=bool(deterministic))
@@ -170,11 +170,13 @@ def attention(
     return_attn_probs: bool,
     attention_chunk: int = 0,
 ) -> Any:
-    """What every public function calls, with its own name and its arguments.
+    """The implementation of every public function.
 
     Args:
-        layout: SEPARATE, KV_PACKED or QKV_PACKED: what inputs are.
+        function: name of the public function, for error messages.
+        layout: SEPARATE, KV_PACKED or QKV_PACKED: the layout of inputs.
         sequences: None for a dense call.
+        The other arguments: as in flash_attn_func.
     """
     if not torch.compiler.is_compiling():
         numbers = (dropout_p, softmax_scale, causal, window_size, attention_chunk, softcap)

@@ -1,4 +1,4 @@
-"""Between batches with padding and packed sequences, as the models that use flash_attn_varlen_func do it."""
+"""Conversion between padded batches and packed sequences, for models that call flash_attn_varlen_func."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from flash_attn._checks import describe, reject
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """The rows of input, (first_axis_dim, ...), that indices names: (num_selected, ...).
+    """Select rows of input: returns (num_selected, ...). Differentiable in input.
 
     Args:
-        input: (first_axis_dim, ...).
-        indices: (num_selected,), int32 or int64, from 0 to first_axis_dim - 1; or (first_axis_dim,), bool.
+        input: (first_axis_dim, ...), any dtype.
+        indices: (num_selected,), int32 or int64, in [0, first_axis_dim); or a mask (first_axis_dim,), bool.
+
+    Raises:
+        TypeError, ValueError, IndexError: indices has another dtype or shape, or is out of bounds.
     """
     rows = _row_numbers("index_first_axis", indices, input.shape[0])
     try:
@@ -27,12 +30,15 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """The reverse of index_first_axis: (first_axis_dim, ...) with values at indices, else 0.
+    """The inverse of index_first_axis: returns (first_axis_dim, ...) with values at indices, zeros elsewhere.
 
     Args:
-        values: (num_selected, ...).
-        indices: (num_selected,), int32 or int64, from 0 to first_axis_dim - 1; or (first_axis_dim,), bool.
-        first_axis_dim: the number of rows of the result.
+        values: (num_selected, ...), any dtype.
+        indices: (num_selected,), int32 or int64, in [0, first_axis_dim); or a mask (first_axis_dim,), bool.
+        first_axis_dim: number of rows of the result.
+
+    Raises:
+        TypeError, ValueError, IndexError: indices has another dtype or shape, or is out of bounds.
     """
     rows = _row_numbers("index_put_first_axis", indices, first_axis_dim)
     padded = values.new_zeros(first_axis_dim, *values.shape[1:])
@@ -43,12 +49,12 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of input that indices names, and input itself. The gradients of both add up."""
+    """index_first_axis and input itself, (num_selected, ...) and (first_axis_dim, ...). Their gradients are summed."""
     return index_first_axis(input, indices), input
 
 
 class IndexFirstAxis:
-    """index_first_axis by the name that 2.8.3 gives it. No autograd.Function: torch differentiates the function."""
+    """index_first_axis under its 2.8.3 class name. Not an autograd.Function: torch differentiates the function."""
 
     @staticmethod
     def apply(input: Tensor, indices: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class IndexFirstAxis:
 
 
 class IndexPutFirstAxis:
-    """index_put_first_axis by the name that 2.8.3 gives it. No autograd.Function, as IndexFirstAxis."""
+    """index_put_first_axis under its 2.8.3 class name. Not an autograd.Function, like IndexFirstAxis."""
 
     @staticmethod
     def apply(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
@@ -66,7 +72,7 @@ class IndexPutFirstAxis:
 
 
 class IndexFirstAxisResidual:
-    """index_first_axis_residual by the name that 2.8.3 gives it. No autograd.Function, as IndexFirstAxis."""
+    """index_first_axis_residual under its 2.8.3 class name. Not an autograd.Function, like IndexFirstAxis."""
 
     @staticmethod
     def apply(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +81,7 @@ class IndexFirstAxisResidual:
 
 
 def _row_numbers(function: str, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """The indices as int64, those of a bool mask counted out."""
+    """Convert indices, or a bool mask, to int64 row numbers."""
     if indices.dtype is torch.int64:
         return indices
     if indices.dtype is torch.int32:
@@ -114,7 +120,7 @@ def _check_shapes(masks: dict[str, Tensor], rows: tuple[int, ...]) -> None:
 
 
 def _check_floats(name: str, mask: Tensor, needs_one: bool) -> None:
-    """That a floating mask holds 0 and 1. With needs_one some 1, for an additive mask without padding is all 0."""
+    """Check that a floating mask holds only 0 and 1. needs_one: at least one 1, to detect additive masks of zeros."""
     ones = mask == 1
     is_mask = (ones | (mask == 0)).all()
     if needs_one:
@@ -131,25 +137,25 @@ def _check_floats(name: str, mask: Tensor, needs_one: bool) -> None:
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """Pack the tokens that a mask keeps.
+    """Remove padding: pack the tokens that a mask keeps.
 
     Args:
-        hidden_states: (batch_size, seqlen, ...).
-        attention_mask: (batch_size, seqlen), 1 for the tokens to keep, 0 for the others. An additive mask, 0 for the
-            tokens to keep, is refused: attention_mask == 0 makes one of this kind of it.
-        unused_mask: (batch_size, seqlen), 1 for tokens that are allocated but not used: they are packed too, and count
-            in all of the results but seqused.
+        hidden_states: (batch_size, seqlen, ...), any dtype.
+        attention_mask: (batch_size, seqlen), bool, integer or float: 1 for tokens to keep, 0 for padding. Additive
+            masks (0 = keep) are rejected; convert them with attention_mask == 0.
+        unused_mask: (batch_size, seqlen), 1 for tokens that are allocated but unused: they are packed too, and count
+            in all results except seqused.
 
     Returns:
-        hidden_states: (total, ...), the tokens that are kept, in order.
-        indices: (total,), their places in the flattened batch, for pad_input.
-        cu_seqlens: (batch_size + 1,), int32, where each sequence starts.
-        max_seqlen: the length of the longest sequence, an int.
-        seqused: (batch_size,), int32, the number of tokens per sequence that attention_mask keeps.
+        hidden_states: (total, ...), the kept tokens, in order.
+        indices: (total,), int64, their indices in the flattened batch, for pad_input.
+        cu_seqlens: (batch_size + 1,), int32, cumulative lengths, starting at 0.
+        max_seqlen: int, length of the longest sequence.
+        seqused: (batch_size,), int32, number of tokens per sequence that attention_mask keeps.
 
     Raises:
-        ValueError: a mask is of another shape, or of floats that are not 0 and 1; or attention_mask is of floats, but
-            has no 1.
+        ValueError: a mask has the wrong shape; a float mask has values other than 0 and 1; or attention_mask is float
+            and has no 1.
     """
     masks = {"attention_mask": attention_mask} | ({} if unused_mask is None else {"unused_mask": unused_mask})
     _check_shapes(masks, tuple(hidden_states.shape[:2]))
@@ -168,7 +174,7 @@ def unpad_input(
 
 
 def _whole_lengths(lengths: Tensor, batch_size: int, seqlen: int) -> Tensor:
-    """The lengths as int64, if a row of seqlen tokens can hold those of its row."""
+    """Check that lengths, (batch_size, seqlen), fit in rows of seqlen tokens; returns them as int64."""
     function, name = "unpad_input_for_concatenated_sequences", "attention_mask_in_length"
     if lengths.dtype is torch.bool:
         advice = "for a mask of the tokens there is unpad_input"
@@ -188,20 +194,19 @@ def _whole_lengths(lengths: Tensor, batch_size: int, seqlen: int) -> Tensor:
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Pack rows that each hold several sequences one after the other.
+    """Remove padding from rows that each hold several concatenated sequences.
 
     Args:
-        hidden_states: (batch_size, seqlen, ...).
-        attention_mask_in_length: (batch_size, seqlen), whole numbers: the lengths of the sequences of each row and
-            then zeros. [[2, 3, 0, 0, 0, 0]] is a row of six tokens: a sequence of two, one of three, one token of
-            padding.
+        hidden_states: (batch_size, seqlen, ...), any dtype.
+        attention_mask_in_length: (batch_size, seqlen), integer-valued: the lengths of the sequences of each row, then
+            zeros. [[2, 3, 0, 0, 0, 0]] is a row of six tokens: a sequence of 2, a sequence of 3, 1 padding token.
 
     Returns:
-        hidden_states (total, ...), indices (total,), cu_seqlens (num_sequences + 1,) and max_seqlen, as unpad_input.
+        hidden_states (total, ...), indices (total,), cu_seqlens (num_sequences + 1,), max_seqlen: as unpad_input.
 
     Raises:
-        TypeError: attention_mask_in_length is bool, a mask of the tokens.
-        ValueError: it has not a row for each of the batch; or holds what is no length, or more than seqlen in a row.
+        TypeError: attention_mask_in_length is a bool mask of tokens.
+        ValueError: wrong shape, negative or fractional lengths, or lengths that add up to more than seqlen in a row.
     """
     lengths = _whole_lengths(attention_mask_in_length, hidden_states.shape[0], hidden_states.shape[1])
     columns = torch.arange(hidden_states.shape[1], device=lengths.device)
@@ -213,6 +218,12 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """The reverse of unpad_input: (batch, seqlen, ...) with the packed rows, (total, ...), at indices, else 0."""
+    """The inverse of unpad_input: (total, ...) to (batch, seqlen, ...), with zeros at the padding.
+
+    Args:
+        hidden_states: (total, ...), the packed tokens.
+        indices: (total,), from unpad_input.
+        batch, seqlen: sizes of the padded batch.
+    """
     padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return rearrange(padded, "(b s) ... -> b s ...", b=batch, s=seqlen)

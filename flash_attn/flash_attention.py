@@ -1,4 +1,4 @@
-"""The modules of FlashAttention's first version, FlashAttention and FlashMHA, over today's functions."""
+"""FlashAttention and FlashMHA, the modules of flash_attn 0.x and 1.x, on top of the current functions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ def _refuse_weights(function: str, need_weights: Any) -> None:
 
 
 class FlashAttention(nn.Module):
-    """Attention of packed queries, keys and values, without parameters.
+    """Attention of packed qkv, without parameters.
 
     Args:
         softmax_scale: factor of the scores; None: head_dim ** -0.5.
-        attention_dropout: probability of dropping an attention weight while training.
-        device, dtype: accepted for the sake of existing code; there is nothing to allocate.
+        attention_dropout: probability of dropping an attention weight in training.
+        device, dtype: ignored; accepted for compatibility.
+
+    Raises:
+        ValueError: attention_dropout is not in [0, 1).
     """
 
     def __init__(
@@ -50,20 +53,23 @@ class FlashAttention(nn.Module):
         max_s: Any = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, None]:
-        """Attend.
+        """Compute attention.
 
         Args:
-            qkv: (batch_size, seqlen, 3, num_heads, head_dim); with cu_seqlens (total, 3, num_heads, head_dim). Any
-                dtype, device and head_dim that flash_attn_func takes.
-            key_padding_mask: (batch_size, seqlen), bool, True for the tokens to keep. The result is that of each
-                sequence without its padding, and 0 at the padding.
-            causal: tokens do not see later ones.
-            cu_seqlens: (batch_size + 1,), int32, where each packed sequence starts.
-            max_s: with cu_seqlens: at least the length of the longest sequence.
+            qkv: (batch_size, seqlen, 3, num_heads, head_dim), or (total, 3, num_heads, head_dim) with cu_seqlens.
+                Dtypes, devices and head_dim as in flash_attn_func.
+            key_padding_mask: (batch_size, seqlen), bool, True for tokens to keep. The result is that of each sequence
+                without its padding, and 0 at the padding.
+            causal: apply a causal mask.
+            cu_seqlens: (batch_size + 1,), int32, cumulative lengths of packed sequences.
+            max_s: with cu_seqlens: upper bound of the sequence lengths.
             need_weights: must be False.
 
         Returns:
-            The output, of the shape of qkv without the 3, and None in place of the weights.
+            out, (batch_size, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), and None for the weights.
+
+        Raises:
+            TypeError, ValueError: key_padding_mask and cu_seqlens are both given, or as in flash_attn_qkvpacked_func.
         """
         _refuse_weights("FlashAttention", need_weights)
         options: dict[str, Any] = {
@@ -92,27 +98,27 @@ class FlashAttention(nn.Module):
 
 
 class FlashMHA(nn.Module):
-    """Multi-head self-attention with its projections: ``out, _ = FlashMHA(embed_dim, num_heads)(x)``.
+    """Multi-head self-attention with projections: ``out, _ = FlashMHA(embed_dim, num_heads)(x)``.
 
-    The parameters are Wqkv, (3 * embed_dim, embed_dim), and out_proj. On any device, in any dtype and for any head_dim
-    that flash_attn_func takes.
+    Parameters: Wqkv, (3 * embed_dim, embed_dim), and out_proj, (embed_dim, embed_dim). Dtypes, devices and head_dim are
+    those of flash_attn_func.
 
     Args:
-        embed_dim: width of the input and the output, a multiple of num_heads.
+        embed_dim: width of input and output, a multiple of num_heads.
         num_heads: number of heads.
-        bias: both projections have a bias.
+        bias: whether both projections have a bias.
         batch_first: must be True.
-        attention_dropout: probability of dropping an attention weight while training.
-        causal: tokens do not see later ones.
+        attention_dropout: probability of dropping an attention weight in training.
+        causal: apply a causal mask.
         device, dtype: of the parameters.
-        dropout: the only further keyword: another name of attention_dropout. If both are given they must agree.
+        dropout: alias of attention_dropout; if both are given they must be equal.
 
     Raises:
-        TypeError: another keyword than these.
-        ValueError: embed_dim is no multiple of num_heads; batch_first is False; dropout contradicts attention_dropout.
+        TypeError: unknown keyword argument.
+        ValueError: embed_dim is not a multiple of num_heads; batch_first is False; the dropout arguments differ.
     """
 
-    # torch.nn.TransformerEncoderLayer asks for these before it calls, which is then refused with a reason.
+    # torch.nn.TransformerEncoderLayer reads these attributes before its call, which __call__ then rejects.
     batch_first = True
     in_proj_bias = None
 
@@ -151,7 +157,7 @@ class FlashMHA(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call forward, or say that the call is one of torch.nn.MultiheadAttention."""
+        """Call forward; raises TypeError for calls in the style of torch.nn.MultiheadAttention."""
         unknown = [name for name in kwargs if name not in ("x", "key_padding_mask", "need_weights")]
         is_given_twice = len(args) > 1 and "key_padding_mask" in kwargs
         if unknown or is_given_twice or any(isinstance(x, Tensor) and x.dim() > 2 for x in args[1:]):
@@ -165,17 +171,17 @@ class FlashMHA(nn.Module):
     def forward(
         self, x: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, None]:
-        """Attend.
+        """Compute attention, with projections.
 
         Args:
             x: (batch_size, seqlen, embed_dim).
-            key_padding_mask: (batch_size, seqlen), bool, True for the tokens to keep (torch.nn.MultiheadAttention
-                has it the other way round). The result is that of each sequence without its padding. At the padding,
-                whose content never matters, attention gives 0 and out_proj adds its bias.
+            key_padding_mask: (batch_size, seqlen), bool, True for tokens to keep (the opposite of
+                torch.nn.MultiheadAttention). The result is that of each sequence without its padding. At the padding,
+                whose content is ignored, attention is 0 and out_proj adds its bias.
             need_weights: must be False.
 
         Returns:
-            The output, (batch_size, seqlen, embed_dim), and None in place of the weights.
+            out, (batch_size, seqlen, embed_dim), and None for the weights.
         """
         _refuse_weights("FlashMHA", need_weights)
         if not isinstance(x, Tensor):

@@ -1,6 +1,6 @@
 """The public functions, with the names, argument order and defaults of flash_attn 2.8.
 
-flash_attn_func is documented in full; the others say in what they differ from it.
+flash_attn_func is documented in full; the docstrings of the others say how they differ from it.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ def flash_attn_func(
     *,
     attention_chunk: int = 0,
 ) -> Any:
-    """Attention, softmax(softmax_scale * q @ k^T) @ v, of a batch of sequences of one length.
+    """Attention, softmax(softmax_scale * q @ k^T) @ v, for a batch of sequences of equal length.
 
-    Exact, in memory linear in the sequence length: Dao et al., "FlashAttention" (2022), algorithm 1; Dao,
+    Exact, with memory linear in the sequence length: Dao et al., "FlashAttention" (2022), algorithm 1; Dao,
     "FlashAttention-2" (2023), section 3.1. Differentiable once in q, k and v, through out and through softmax_lse.
 
     k and v may have fewer heads than q (grouped-query and multi-query attention): query head h uses key head
     h // (num_heads // num_heads_k).
 
-    Masks are aligned to the bottom right corner: the last query faces the last key. Query i sees key j iff
+    Masks are bottom-right aligned: the last query is at the position of the last key. Query i sees key j iff
 
         i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right,
 
-    which for causal=True looks like this (1 = seen):
+    for causal=True (1 = visible):
 
         seqlen_q = 2, seqlen_k = 5:    seqlen_q = 5, seqlen_k = 2:
             1 1 1 1 0                      0 0
@@ -91,40 +91,39 @@ def flash_attn_func(
                                            1 0
                                            1 1
 
-    A query that sees no key gets out = 0, softmax_lse = -inf and no gradient.
+    A query without visible keys has out = 0, softmax_lse = -inf and zero gradients.
 
     Args:
         q: (batch_size, seqlen_q, num_heads, head_dim), float32, float64, bfloat16 or float16. head_dim from 1 to 512.
-        k: (batch_size, seqlen_k, num_heads_k, head_dim), of the dtype of q; num_heads_k divides num_heads.
-        v: (batch_size, seqlen_k, num_heads_k, head_dim_v), of the dtype of q.
-            Any strides are read in place as long as the last dimension is contiguous. In an autocast region all three
-            are cast to its dtype, float64 excepted.
-        dropout_p: probability, in [0, 1), of dropping an attention weight; 0 for evaluation. The mask comes from
+        k: (batch_size, seqlen_k, num_heads_k, head_dim), dtype of q; num_heads_k divides num_heads.
+        v: (batch_size, seqlen_k, num_heads_k, head_dim_v), dtype of q.
+            q, k and v are read in place if their last dimension is contiguous (on CUDA: and rows are 16-byte aligned),
+            otherwise copied. Under autocast they are cast to its dtype, except float64.
+        dropout_p: probability in [0, 1) of dropping an attention weight; use 0 for evaluation. The mask is drawn from
             torch's default generator.
-        softmax_scale: factor of the scores, > 0, a float or a 0-dim tensor that needs no gradient. None:
-            head_dim ** -0.5.
-        causal: queries do not see later keys: right is 0, whatever window_size says.
-        window_size: (left, right) numbers of keys seen beside the diagonal, both included; negative: no bound.
-        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2 (2024), section 2; 0 or less: off.
+        softmax_scale: factor of the scores, > 0; a float or a 0-dim tensor without grad. None: head_dim ** -0.5.
+        causal: mask the keys after each query: sets right to 0, whatever window_size says.
+        window_size: (left, right), numbers of visible keys before and after the query's position; negative: unbounded.
+        softcap: scores become softcap * tanh(score / softcap), as in Gemma 2 (2024), section 2; <= 0: off.
         alibi_slopes: (num_heads,) or (batch_size, num_heads), float32. -slope * |i + seqlen_k - seqlen_q - j| is added
             to the scores: Press et al., "Train Short, Test Long" (2022), section 3. Slopes get no gradient.
-        deterministic: the backward pass gives the same bits every time. Always so on the CPU, and where
-            torch.use_deterministic_algorithms is on.
+        deterministic: bitwise reproducible gradients. Always so on the CPU, and under
+            torch.use_deterministic_algorithms.
         return_attn_probs: also return softmax_lse and S_dmask.
-        attention_chunk: query i also sees only the keys of its chunk, as in Llama 4 (2025): with p = i + seqlen_k -
-            seqlen_q, those with j // attention_chunk == p // attention_chunk, rounded down; 0: off.
+        attention_chunk: chunked attention, as in Llama 4 (2025): query i, at position p = i + seqlen_k - seqlen_q, sees
+            only keys j with j // attention_chunk == p // attention_chunk (floor division); 0: off.
 
     Returns:
-        out, (batch_size, seqlen_q, num_heads, head_dim_v); or, with return_attn_probs, (out, softmax_lse, S_dmask):
-        softmax_lse (batch_size, num_heads, seqlen_q), float32 (float64 for float64 input), is the natural logarithm of
-        the sum of the exponentials of each query's scores. S_dmask is for tests and takes O(N^2) memory:
-        (batch_size, num_heads, seqlen_q, seqlen_k), the attention weights with the sign bit set where dropped. It is
-        empty when dropout_p is 0.
+        out: (batch_size, seqlen_q, num_heads, head_dim_v), dtype of q. With return_attn_probs: (out, softmax_lse,
+        S_dmask). softmax_lse: (batch_size, num_heads, seqlen_q), float32 (float64 for float64 input), the natural
+        logarithm of the sum of exp(score) over the visible keys. S_dmask, for tests, with O(N^2) memory: (batch_size,
+        num_heads, seqlen_q, seqlen_k), the attention weights with the sign bit set where dropped; empty if dropout_p
+        is 0.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: a dtype, device, shape or value is not as said above. All reasons are listed, nothing is computed.
-        RuntimeError: the compiled extension is missing; gradients of gradients are asked for.
+        TypeError: an argument has the wrong type.
+        ValueError: a dtype, device, shape or value violates the above; lists all reasons. Nothing is computed.
+        RuntimeError: the compiled extension is missing; or, in backward, second derivatives are requested.
     """
     return attention(
         "flash_attn_func",
@@ -154,13 +153,13 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """flash_attn_func with keys and values in one tensor, whose gradient is written in one piece.
+    """flash_attn_func with keys and values in one tensor. Their gradient is one tensor too, without concatenation.
 
     Args:
         q: (batch_size, seqlen_q, num_heads, head_dim).
         kv: (batch_size, seqlen_k, 2, num_heads_k, head_dim).
 
-    Everything else is as in flash_attn_func.
+    The other arguments, results and errors are those of flash_attn_func.
     """
     return attention(
         "flash_attn_kvpacked_func",
@@ -188,12 +187,12 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """flash_attn_func with queries, keys and values in one tensor, whose gradient is written in one piece.
+    """flash_attn_func with queries, keys and values in one tensor. So is their gradient, without concatenation.
 
     Args:
         qkv: (batch_size, seqlen, 3, num_heads, head_dim).
 
-    Everything else is as in flash_attn_func.
+    The other arguments, results and errors are those of flash_attn_func.
     """
     return attention(
         "flash_attn_qkvpacked_func",
@@ -230,23 +229,23 @@ def flash_attn_varlen_func(
     *,
     attention_chunk: int = 0,
 ) -> Any:
-    """flash_attn_func for sequences of different lengths, packed one after the other without padding.
+    """flash_attn_func for sequences of different lengths, packed without padding.
 
-    Sequence b has the rows cu_seqlens[b] up to, not including, cu_seqlens[b + 1]. Rows past the last sequence are
-    allowed: their out is 0, their softmax_lse -inf and their gradients 0.
+    Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] - 1. Rows after the last sequence are allowed: they get
+    out = 0, softmax_lse = -inf and zero gradients.
 
     Args:
         q: (total_q, num_heads, head_dim).
         k: (total_k, num_heads_k, head_dim), or (num_pages, page_size, num_heads_k, head_dim) with block_table.
         v: as k, with head_dim_v.
-        cu_seqlens_q, cu_seqlens_k: (batch_size + 1,), int32, from 0, never decreasing, at most total_q and total_k.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; int or 0-dim integer tensor.
+        cu_seqlens_q, cu_seqlens_k: (batch_size + 1,), int32: cumulative lengths from 0, at most total_q, total_k.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sequence lengths; int or 0-dim integer tensor.
         block_table: (batch_size, max_pages), int32: row j of the keys and values of sequence b is row j % page_size of
-            page block_table[b, j // page_size]. cu_seqlens_k then gives the lengths only. Any page_size >= 1. Where
-            gradients are needed the pages are gathered first.
+            page block_table[b, j // page_size]. cu_seqlens_k then gives only the lengths. Any page_size >= 1. If
+            gradients are needed, the pages are gathered first.
 
-    Everything else is as in flash_attn_func, with out (total_q, num_heads, head_dim_v), softmax_lse
-    (num_heads, total_q) and S_dmask (batch_size, num_heads, max_seqlen_q, max_seqlen_k).
+    The other arguments and errors are those of flash_attn_func; results: out (total_q, num_heads, head_dim_v),
+    softmax_lse (num_heads, total_q), S_dmask (batch_size, num_heads, max_seqlen_q, max_seqlen_k).
     """
     return attention(
         "flash_attn_varlen_func",
@@ -281,13 +280,13 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """flash_attn_varlen_func with keys and values in one tensor, whose gradient is written in one piece.
+    """flash_attn_varlen_func with keys and values in one tensor. Their gradient is one tensor too.
 
     Args:
         q: (total_q, num_heads, head_dim).
         kv: (total_k, 2, num_heads_k, head_dim).
 
-    Everything else is as in flash_attn_varlen_func.
+    The other arguments, results and errors are those of flash_attn_varlen_func.
     """
     return attention(
         "flash_attn_varlen_kvpacked_func",
@@ -318,13 +317,13 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """flash_attn_varlen_func with queries, keys and values in one tensor, whose gradient is written in one piece.
+    """flash_attn_varlen_func with queries, keys and values in one tensor. So is their gradient.
 
     Args:
         qkv: (total, 3, num_heads, head_dim).
-        cu_seqlens, max_seqlen: those of queries and keys alike.
+        cu_seqlens, max_seqlen: for queries and keys; (batch_size + 1,) int32, and int or 0-dim integer tensor.
 
-    Everything else is as in flash_attn_varlen_func.
+    The other arguments, results and errors are those of flash_attn_varlen_func.
     """
     return attention(
         "flash_attn_varlen_qkvpacked_func",
@@ -363,7 +362,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> NoReturn:
-    """Attention over a key-value cache. The name is there for programs that import it; the work is not done yet.
+    """Attention with a KV cache: not implemented yet. The name exists for programs that import it.
 
     Raises:
         NotImplementedError: always.
@@ -382,15 +381,15 @@ FlashAttnVarlenQKVPackedFunc = autograd_name("FlashAttnVarlenQKVPackedFunc", fla
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
-    """The tensor with a contiguous last dimension, as a copy if it has none; None for None."""
+    """The tensor, copied if its last dimension is not contiguous; None for None."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
 def round_multiple(x: int, m: int) -> int:
-    """The least multiple of m that is at least x."""
+    """The smallest multiple of m that is at least x."""
     return (x + m - 1) // m * m
 
 
 def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, causal: bool) -> int:
-    """How many keys a block of S_dmask has: here always a dropout block's, for S_dmask is not stored by tiles."""
+    """Keys per block of S_dmask: always one dropout block, since S_dmask is not stored in tiles."""
     return 32

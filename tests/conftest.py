@@ -1,4 +1,4 @@
-"""Options and settings that all tests share."""
+"""Command line options and fixtures shared by all tests."""
 
 import os
 import time
@@ -8,7 +8,7 @@ import torch
 
 pytest_plugins = ("resume",)
 
-# Before anything runs on the CPU: its memory is full of NaN wherever nothing has been written. See csrc/ops/cpu_host.h.
+# Set before anything runs on the CPU: uninitialised memory is filled with NaN. See csrc/ops/cpu_host.h.
 os.environ["FLASH_ATTN_CPU_POISON"] = "1"
 
 
@@ -27,7 +27,7 @@ def pytest_configure(config):
         return
     if reason := device.unavailable_reason():
         pytest.exit(f"pytest --device=cuda: {reason}", returncode=1)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for products under deterministic algorithms
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
@@ -43,12 +43,12 @@ def pytest_report_header(config):
 
 
 def rank(item) -> int:
-    """What is marked first comes first, and what is marked last, because it takes long or may do harm, last."""
+    """Sort key: tests marked first run first; tests marked last, which are slow or may crash the device, run last."""
     return bool(item.get_closest_marker("last")) - bool(item.get_closest_marker("first"))
 
 
-def concerns(item, is_gpu: bool) -> bool:
-    """Whether a test says something about the device: of a GPU, with types that its kernels have."""
+def runs_here(item, is_gpu: bool) -> bool:
+    """Whether a test runs: on a GPU, those with the fixture `device`, in dtypes that the kernels have."""
     if item.get_closest_marker("whole") and not item.config.getoption("--whole"):
         return False
     if not is_gpu:
@@ -60,21 +60,21 @@ def concerns(item, is_gpu: bool) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     is_gpu = config.getoption("--device") == "cuda"
-    left_out = [item for item in items if not concerns(item, is_gpu)]
+    left_out = [item for item in items if not runs_here(item, is_gpu)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = sorted((item for item in items if concerns(item, is_gpu)), key=rank)
+    items[:] = sorted((item for item in items if runs_here(item, is_gpu)), key=rank)
 
 
 @pytest.fixture(autouse=True)
-def same_start():
-    """Every test starts from one thread and one state of the generator, whichever ran before."""
+def reset_state():
+    """Reset the number of threads and the generator's seed before every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def device(request):
-    """The device's name. What a test makes is made there."""
+    """The name of the device under test; default device of new tensors."""
     name = request.config.getoption("--device")
     if name == "cpu":
         yield name
@@ -85,7 +85,7 @@ def device(request):
 
 @pytest.fixture
 def kernels(request, device, monkeypatch):
-    """Runs a test by every family of kernels that the device has."""
+    """Parametrizes a test over the kernel families of the device."""
     monkeypatch.setenv("FLASH_ATTN_BACKEND", request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-// Picks the instruction set, cuts a pass into tasks and hands them to the host.
+// Chooses the instruction set, splits a pass into tasks and runs them on the host's threads.
 #include "cpu/backend.h"
 #include <algorithm>
 #include <cstdlib>
@@ -31,7 +31,7 @@ InstructionSet pick_instruction_set() {
 #endif
         {"base", base::kernels, true},
     };
-    // Sets are ordered from best to least; an asked-for one that this processor lacks gives the next that it has.
+    // Ordered from best to least; if the processor lacks the requested set, the next one that it supports is used.
     const char* asked = std::getenv("FLASH_ATTN_CPU_ISA");
     bool allowed = !asked || std::none_of(std::begin(sets), std::end(sets),
                                           [&](const auto& s) { return !std::strcmp(s.name, asked); });
@@ -61,7 +61,7 @@ template <class F> void for_each_head(Host& host, const Problem& p, size_t scrat
              [&](int64_t i, void* scratch) { function(int(i / p.num_heads), int(i % p.num_heads), scratch); });
 }
 
-// The longest first, so that no thread is left with a long one at the end.
+// Longest task first, so that no thread is left with a long one at the end.
 template <class Item> void longest_first(std::vector<Item>& items) {
     const auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };
     if (!std::is_sorted(items.begin(), items.end(), longer)) std::stable_sort(items.begin(), items.end(), longer);
@@ -69,7 +69,7 @@ template <class Item> void longest_first(std::vector<Item>& items) {
 
 struct QueryTile {
     int batch, tile;
-    int64_t cost;  // pairs of a query and a key
+    int64_t cost;  // number of (query, key) pairs
 };
 
 std::vector<QueryTile> query_tiles(const Problem& p) {
@@ -86,12 +86,12 @@ std::vector<QueryTile> query_tiles(const Problem& p) {
     return tiles;
 }
 
-// How many tasks share the keys of one sequence and head. Each has a dQ buffer, so there are only as many as it takes
-// to keep threads busy where heads are few. It depends on the shape of one sequence, never on the batch or the number
-// of threads, so that the order of summation, hence every bit of dQ, does not either.
+// Number of tasks that share the keys of one sequence and head. Each task has a dQ buffer of its own, so splits are
+// only used where there are too few heads to keep threads busy. Depends on the shape of one sequence, never on the
+// batch or the number of threads: so the summation order, and every bit of dQ, does not depend on them either.
 int num_splits(const Problem& p, int seqlen_k) { return clamp(min(16 / p.num_heads_k, ceil_div(seqlen_k, 256)), 1, 8); }
 
-// Consecutive sequences whose dQ buffers are alive at a time.
+// Consecutive sequences whose dQ buffers are allocated at the same time.
 struct Wave {
     int begin, end;
     int64_t dq_accum_bytes;
@@ -104,7 +104,7 @@ int64_t dq_accum_bytes(const Problem& p, const Kernels& k, int batch) {
 }
 
 std::vector<Wave> plan_waves(const Problem& p, const Kernels& k, int num_threads) {
-    constexpr int64_t kEnoughBytes = 32 << 20;  // as much is always allowed
+    constexpr int64_t kEnoughBytes = 32 << 20;  // this much may always be allocated
     const int64_t enough_tasks = 4 * int64_t(num_threads);
     std::vector<Wave> waves;
     int64_t tasks = 0;

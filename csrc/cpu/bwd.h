@@ -1,7 +1,7 @@
-// Backward pass (FlashAttention-2, algorithm 2). A task owns some key tiles of one key head; for each it visits the
-// query tiles that see it: S = Q K^T and dP = dO V^T with lanes over keys (K^T and V^T are packed once per key tile),
-// then P = exp(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and
-// dsoftmax_sum say all that a query must know of its other keys, so nothing is reduced within a vector.
+// Backward pass (FlashAttention-2, algorithm 2). A task owns some key tiles of one key head. For each it visits the
+// query tiles that see it: S = Q K^T and dP = dO V^T with vector lanes over keys (K^T and V^T are packed once per key
+// tile), then P = exp(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and
+// dsoftmax_sum hold all row statistics, so there are no reductions within a vector.
 #pragma once
 #include "cpu/long_sum.h"
 #include "cpu/tile.h"
@@ -20,12 +20,12 @@ template <class E, class Dot> class BwdSlice {
     struct Buffers {
         Operand *k_t, *v_t;                  // [head_dim / kDepth][kKeys], [head_dim_v / kDepth][kKeys]
         Operand* k_by_row;                   // [kKeys / kDepth][padded head_dim]
-        Operand *q, *dout;                   // [kQueries][padded head_dim(_v)], the latter / kDepth
-        Operand *q_by_row, *dout_by_row;     // [kQueries / kDepth][padded head_dim(_v)]; as q and dout unless pairs
-        T *s, *dp;                           // [kQueries][kKeys]: scores, then P; dP, then dS
+        Operand *q, *dout;                   // [kQueries][padded head_dim(_v) / kDepth]
+        Operand *q_by_row, *dout_by_row;     // [kQueries / kDepth][padded head_dim(_v)]; q, dout if kDepth = 1
+        T *s, *dp;                           // [kQueries][kKeys]: scores, overwritten by P; dP, overwritten by dS
         Operand *p_by_row, *ds_by_row, *ds;  // [kQueries / kDepth][kKeys] twice, [kQueries][kKeys / kDepth]
-        LongSum<T> dk, dv;                   // [kKeys][padded head_dim(_v)]; a term is a query tile of a head
-        T* derivative;                       // [kQueries][kKeys], of softcap
+        LongSum<T> dk, dv;                   // [kKeys][padded head_dim(_v)]; one term per query tile of each head
+        T* derivative;                       // [kQueries][kKeys]: derivative of softcap
         uint16_t* keep;                      // [kQueries][kKeys]
         const E** rows;                      // [kKeys]
 
@@ -56,7 +56,7 @@ template <class E, class Dot> class BwdSlice {
         }
     };
 
-    // Query tiles that may see one key tile.
+    // Number of query tiles that may see one key tile.
     static int64_t most_tiles(const Problem& p) {
         return int64_t(p.num_heads / p.num_heads_k) * ceil_div(p.seqlens.seqlen_q, kQueries);
     }
@@ -111,7 +111,7 @@ private:
         num_tiles_ = 0;
     }
 
-    // Before a query tile adds to dK and dV.
+    // Called before a query tile is added to dK and dV.
     void count_tile() {
         constexpr int kTerms = LongSum<T>::kTerms;
         if (num_tiles_ > 0 && num_tiles_ % kTerms == 0) {
@@ -142,7 +142,7 @@ private:
         const Range seen = mask_.kv_range(rows);
         const int first = max(seen.begin - keys_.begin, 0), last = min(seen.end, keys_.end) - keys_.begin;
         if (last <= first) return;
-        // Columns of the products: whole vectors, with the neighbours masked.
+        // Columns of the products: whole vectors; keys that no row sees are masked.
         const Range part{round_down(first, L), round_up(last, L)};
         const int count = rows.end - rows.begin, padded = round_up(count, kDepth), columns = part.end - part.begin;
         load_queries(head, rows);
@@ -182,7 +182,7 @@ private:
             }
     }
 
-    // For dV only: dS needs the weights before dropout. Their rescaling waits for the end.
+    // Drops weights for dV only: dS needs the weights before dropout. The rescale factor is applied at the end.
     void drop_p(int padded, Range part) {
         for (int r = 0; r < padded; r += kDepth)
             for (int c = part.begin; c < part.end; c += L) {
@@ -196,8 +196,8 @@ private:
             }
     }
 
-    // P and dS in the forms that the products want them. A row past the last query gives 0: it is masked wherever there
-    // is one, since not all that its numbers come from has been written.
+    // P and dS in the layouts of the products. Rows past the last query give 0; they are always masked, since some of
+    // their inputs are uninitialised.
     void weights_and_gradients(int head, Range rows, int padded, Range part, bool is_full,
                                const HeadVariant<T>& variant) {
         const int64_t row0 = seq_.first_row_q + rows.begin;
@@ -210,7 +210,7 @@ private:
             for (int i = 0; i < kDepth; ++i) {
                 const int row = rows.begin + r + i;
                 const bool valid = row < rows.end;
-                // A query that saw no key has -infinity (here) or +infinity (elsewhere).
+                // A query without visible keys: -infinity (this package) or +infinity (flash_attn 2.8.3).
                 row_lse[i] = valid && lse[r + i] != T(-INFINITY) ? lse[r + i] : T(INFINITY);
                 sum[i] = valid ? dsoftmax_sum[r + i] : T(0);
                 dlse[i] =
@@ -249,7 +249,7 @@ private:
         }
     }
 
-    // seen: the keys that at least one row sees, within the tile; part: the same in whole vectors.
+    // seen: the keys of the tile that at least one row sees; part: the same range rounded to whole vectors.
     void accumulate(int head, Range rows, int padded, Range seen, Range part, bool is_full) {
         count_tile();
         const int keys = seen.end - seen.begin, depth = padded / kDepth, count = rows.end - rows.begin;
@@ -269,7 +269,7 @@ private:
                holds_nonfinite<Operand>({b_.k_by_row, row_}, ceil_div(keys_.end - keys_.begin, kDepth), row_);
     }
 
-    // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied, in the order of gemm.
+    // A masked weight is 0, and 0 * NaN is NaN: multiplies only visible pairs, in the summation order of gemm.
     void accumulate_selected(int head, Range rows, Range seen) {
         const Range queries{0, rows.end - rows.begin};
         for (int key = seen.begin; key < seen.end; ++key) {
@@ -288,7 +288,7 @@ private:
     static T number(const Operand* by_row, int stride, int i, int column) {
         return unpack_operand(by_row[i / kDepth * stride + column], i % kDepth);
     }
-    // sum += the rows of an operand that keep(row) says, times weight(row).
+    // sum += weight(row) * row, over the rows of an operand with keep(row).
     template <class Keep, class Weight>
     static void add_selected(Range rows, Keep keep, Weight weight, Matrix<const Operand> by_row, T* sum) {
         for (int d = 0; d < by_row.stride; d += L) {
@@ -323,16 +323,16 @@ private:
     const Sequence seq_;
     const WindowMask mask_;
     const int heads_per_key_head_, row_, row_v_;  // row_: padded head_dim
-    const int row_q_, row_dout_;                  // row lengths of b_.q and b_.dout
-    const T rescale_;                             // of dropout
+    const int row_q_, row_dout_;                  // row strides of b_.q and b_.dout
+    const T rescale_;                             // of the weights that dropout keeps
     Range keys_{0, 0};                            // the key tile
-    int64_t num_tiles_ = 0;                       // query tiles added to its dK and dV
+    int64_t num_tiles_ = 0;                       // query tiles added so far to dK and dV of this key tile
 };
 
 constexpr int kPreprocessRows = 64;
 
-// dsoftmax_sum = rowsum(dout * out), for one head of one sequence, added up in the order of dP = dO V^T: where a query
-// sees one key only, out is v, and dP - dsoftmax_sum is exactly 0 as it should be.
+// dsoftmax_sum = rowsum(dout * out), for one head of one sequence, summed in the order of dP = dO V^T: for a query that
+// sees a single key, out is v, and dP - dsoftmax_sum is exactly 0, as it must be.
 template <class E, class Dot> static void bwd_preprocess(const BwdParams& params, int batch, int head, void* scratch) {
     using T = Compute<E>;
     using Operand = typename Dot::Operand;
@@ -369,8 +369,8 @@ static size_t bwd_preprocess_scratch(const BwdParams& params) {
     return size_t(2 * kPreprocessRows) * params.problem.head_dim_v * sizeof(double);
 }
 
-// dQ of one head of one sequence: the sum over splits, in their order, scaled. dlse joins dsoftmax_sum only now: dS
-// adds it to the difference dP - rowsum(dout * out), which may be far smaller than either.
+// dQ of one head of one sequence: the sum over splits in a fixed order, times softmax_scale. dlse is subtracted from
+// dsoftmax_sum only here: the main pass adds it to dP - rowsum(dout * out), which may be much smaller than either term.
 template <class E> static void bwd_postprocess(const BwdParams& params, const BwdTask& task, int head) {
     using T = Compute<E>;
     const Problem& p = params.problem;
@@ -388,7 +388,7 @@ template <class E> static void bwd_postprocess(const BwdParams& params, const Bw
         });
         T* const dsoftmax_sum = row_ptr<T>(params.dsoftmax_sum, task.batch, row, head);
         if (std::isinf(*row_ptr<T>(params.softmax_lse, task.batch, row, head)))
-            *dsoftmax_sum = T(0);  // it sees no key, and has no gradients
+            *dsoftmax_sum = T(0);  // no visible keys: no gradients
         else if (params.dlse.data)
             *dsoftmax_sum -= *row_ptr<T>(params.dlse, task.batch, row, head);
     }

@@ -1,4 +1,4 @@
-// Element types of tensors, and how a vector of them becomes a vector of the type that is computed with.
+// Element types of tensors, and conversions from vectors of them to vectors of the compute type.
 #pragma once
 #include "cpu/vec.h"
 
@@ -8,7 +8,7 @@ struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
 #if defined(__aarch64__)
-typedef __fp16 NativeHalf;  // GCC 12 has no _Float16 in C++ there
+typedef __fp16 NativeHalf;  // GCC 12 has no _Float16 in C++ on this target
 #else
 typedef _Float16 NativeHalf;
 #endif
@@ -34,7 +34,7 @@ FA_INLINE float to_compute(Float16 x) {
 #endif
 }
 
-// Rounds to nearest, ties to even, in the upper half of each word; NaN stays NaN.
+// Rounds to bf16 (nearest, ties to even), in the upper half of each word; NaN stays NaN.
 FA_INLINE Vec<uint32_t> round_to_bf16(Vec<float> x) {
     const Vec<uint32_t> u = (Vec<uint32_t>)x, rounded = u + (0x7fffu + ((u >> 16) & 1u));
     return (Vec<uint32_t>)((u & 0x7fffffffu) > 0x7f800000u ? (u | 0x400000u) : rounded);
@@ -77,7 +77,7 @@ FA_INLINE void store_elements(Float16* p, Vec<float> x) {
 #endif
 }
 
-// The first count < lanes elements; the other lanes are 0, and nothing past the elements is read or written.
+// Loads count < lanes elements; the other lanes are 0, and memory past the elements is not accessed.
 template <class E> FA_INLINE Vec<Compute<E>> load_elements(const E* p, int count) {
     E padded[kLanes<Compute<E>>] = {};
     memcpy(padded, p, sizeof(E) * count);
@@ -89,7 +89,7 @@ template <class E> FA_INLINE void store_elements(E* p, Vec<Compute<E>> x, int co
     memcpy(p, padded, sizeof(E) * count);
 }
 
-// Calls f(index, count) for the vectors of a row: count is kLanes but for the last.
+// Calls f(index, count) for each vector of a row; count is kLanes except for the last one.
 template <class T, class F> FA_INLINE void for_each_vector(int length, F f) {
     int i = 0;
     for (; i + kLanes<T> <= length; i += kLanes<T>) f(i, kLanes<T>);

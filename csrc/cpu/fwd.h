@@ -1,6 +1,6 @@
-// Forward pass of one query tile of one head (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and
-// O^T += V^T P^T. Lanes run over queries, so maxima, sums and rescaling need no reduction within a vector, a last
-// partial key tile needs no padding, and rows of K and V are read number by number. Only Q is transposed, and O back.
+// Forward pass of one query tile of one head (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and O^T += V^T
+// P^T. Vector lanes run over queries, so row max, row sum and rescaling need no reduction within a vector, a partial
+// last key tile needs no padding, and K and V are read as broadcast scalars. Only Q and O are transposed.
 #pragma once
 #include "cpu/tile.h"
 
@@ -11,15 +11,14 @@ template <class E, class Dot> class FwdTile {
     using Operand = typename Dot::Operand;
     using PackE = Pack<E, Dot>;
     static constexpr int L = kLanes<T>, kDepth = Dot::kDepth;
-    static constexpr int kPanel = 64;  // queries whose scores are alive at a time
+    static constexpr int kPanel = 64;  // queries whose scores are held at a time
     static constexpr int kPanels = kQueryTile / kPanel;
-    static constexpr int kMaxGroup =
-        kPanel / L < 4 ? kPanel / L : 4;  // vectors of queries that softmax handles together
+    static constexpr int kMaxGroup = kPanel / L < 4 ? kPanel / L : 4;  // vectors of queries per softmax_group
 
     struct Buffers {
         Operand* q_t;                   // [panel][head_dim / kDepth][kPanel]
         Operand *k, *v;                 // [key][head_dim / kDepth], [key / kDepth][head_dim_v]
-        Operand* p;                     // [key / kDepth][kPanel]; the same memory as s unless operands are pairs
+        Operand* p;                     // [key / kDepth][kPanel]; kDepth = 1: same memory as s
         T *s, *o_t;                     // [key][kPanel], [panel][head_dim_v][kPanel]
         T *row_max, *row_sum, *factor;  // [kQueryTile] twice, [kPanel]
         uint16_t* keep;                 // [key][kPanel]
@@ -61,7 +60,7 @@ public:
     void run() {
         load_queries();
         const Range keys = mask_.kv_range({row0_, row0_ + num_rows_});
-        // Tiles start at multiples of a dropout block.
+        // Key tiles start at multiples of a dropout block.
         for (int key0 = round_down(keys.begin, kDropoutBlockKeys); key0 < keys.end; key0 += kKeyTile) {
             tile_ = {key0, min(key0 + kKeyTile, keys.end)};
             load_keys();
@@ -86,7 +85,7 @@ private:
         memset(b_.o_t, 0, sizeof(T) * num_panels_ * kPanel * p_.head_dim_v);
     }
 
-    // A contiguous copy: rows of [batch, seqlen, heads, head_dim] are a power of two apart and would share cache sets.
+    // Copies K and V to contiguous memory: in place, rows are often a power of two apart and would share cache sets.
     void load_keys() {
         const int count = tile_.end - tile_.begin;
         const int64_t first = seq_.first_row_k + tile_.begin;
@@ -96,10 +95,10 @@ private:
         PackE::by_row(b_.rows, count, round_up(count, kDepth), p_.head_dim_v, p_.head_dim_v, {b_.v, p_.head_dim_v});
     }
 
-    // One step of the online softmax: the tile's keys for the queries of one panel.
+    // One step of online softmax: the key tile for the queries of one panel.
     void add_tile(int panel) {
         const Range rows = panel_rows(panel), seen = mask_.kv_range(rows);
-        // The part of the tile that this panel sees, in whole pairs; a partner that is not seen gets masked.
+        // The part of the tile that this panel sees, in whole pairs; a hidden partner of a visible key is masked.
         const Range part{round_down(max(seen.begin - tile_.begin, 0), kDepth),
                          min(round_up(max(seen.end - tile_.begin, 0), kDepth), tile_.end - tile_.begin)};
         if (part.empty()) return;
@@ -141,8 +140,8 @@ private:
         for (; g < vectors; ++g) softmax_group<1>(panel, g, part);
     }
 
-    // Scores become weights exp2(score - max); factor is what earlier sums and outputs are multiplied with. Weights are
-    // summed up within the tile first, for the sake of rounding errors.
+    // Scores become weights exp2(score - max); factor rescales the previous row sums and O. The tile's weights are
+    // summed before they are added to the row sum, for accuracy.
     template <int G> void softmax_group(int panel, int group, Range part) {
         T* s = b_.s + group * L;
         Vec<T> top[G], offset[G], sum[G];
@@ -157,14 +156,14 @@ private:
               *row_sum = b_.row_sum + panel * kPanel + (group + x) * L;
             const Vec<T> old = load(row_max), now = vmax(old, top[x]);
             store(row_max, now);
-            // A row that has seen no key yet must not give inf - inf.
+            // A row that has seen no key yet must not compute inf - inf.
             offset[x] = now == splat<T>(-INFINITY) ? Vec<T>{} : now;
             const Vec<T> factor = exp2((old - offset[x]) * variant_.scale_log2);
             store(b_.factor + (group + x) * L, factor);
             store(row_sum, load(row_sum) * factor);
             sum[x] = Vec<T>{};
         }
-        // The maximum is subtracted first: the greatest weight is exactly 1, and a lone key gives exactly its value.
+        // The max is subtracted before scaling: the largest weight is exactly 1, and a lone key gives exactly v.
         const auto weight = [&](int key, int x) {
             const Vec<T> e = exp2((load(s + key * kPanel + x * L) - offset[x]) * variant_.scale_log2);
             sum[x] += e;
@@ -189,7 +188,7 @@ private:
         }
     }
 
-    // Dropped weights become 0; the sums keep them.
+    // Dropped weights become 0; row sums include them.
     void drop(int row0, Range part, int vectors) {
         const int first = round_down(part.begin, kDropoutBlockKeys);
         dropout_keep<true>(dropout_, row0, vectors * L, tile_.begin + first, part.end - first, b_.keep + first * kPanel,
@@ -218,7 +217,7 @@ private:
                                              {b_.p + first * kPanel, kPanel}, {o_t, kPanel}, b_.factor);
     }
 
-    // A masked weight is 0, and 0 times NaN is NaN: here only pairs that attend are multiplied.
+    // A masked weight is 0, and 0 * NaN is NaN: multiplies only visible pairs.
     void accumulate_selected(int panel, Range part, int vectors, T* o_t) {
         for (int i = 0; i < vectors * L; ++i) {
             const int row = row0_ + panel * kPanel + i;
@@ -233,7 +232,7 @@ private:
         }
     }
 
-    // out = O / sum and softmax_lse = max + log(sum); 0 and -infinity for a query that saw no key.
+    // out = O / sum and softmax_lse = max + log(sum); 0 and -infinity for a query without visible keys.
     void write_out(int panel) {
         constexpr int kBlock = 16;
         const Range rows = panel_rows(panel);
@@ -268,7 +267,7 @@ private:
     const WindowMask& mask_;
     const DropoutMask& dropout_;
     const int head_k_, row0_, num_rows_, num_panels_;
-    Range tile_{0, 0};  // keys loaded
+    Range tile_{0, 0};  // the key tile in b_.k and b_.v
 };
 
 }  // namespace flash_attn::cpu::FA_ISA

@@ -1,13 +1,13 @@
-// Small matrix products on packed tiles: C (rows x columns) from A (rows x depth) and B (depth x columns), where
-// columns is a multiple of the vector length. A is read one number at a time and broadcast, so it needs no packing and
-// may be transposed; B and C are read by whole vectors. The accumulators of a micro tile stay in registers.
+// Small matrix products on packed tiles: C (rows x columns) from A (rows x depth) and B (depth x columns); columns is a
+// multiple of the vector length. A is read as broadcast scalars, so it needs no packing and may be transposed; B and C
+// are read as whole vectors. The accumulators of a micro tile stay in registers.
 #pragma once
 #include "cpu/vec.h"
 
 namespace flash_attn::cpu::FA_ISA {
 
-// What one multiply-add does: T with T, or two bfloat16 products at once. An operand then holds a pair of neighbours
-// along the depth, which counts pairs.
+// One multiply-add step: T times T, or a dot product of two bfloat16 pairs. Pair operands hold two neighbours along the
+// depth, and depth counts pairs.
 template <class T> struct PlainDot {
     using Accum = T;
     using Operand = T;
@@ -25,7 +25,7 @@ struct Bf16Dot {
 };
 #endif
 
-// The products of A B are summed up before the sum meets C, which may be the sum of many such sums.
+// How A B is combined with C. A B is summed completely before it is added to C, for accuracy.
 enum class Update {
     kStore,       // C = A B
     kAdd,         // C = C + A B
@@ -68,7 +68,7 @@ static __attribute__((noinline)) void micro_gemm(int depth, const typename Dot::
         }
 }
 
-// The last rows of a column block, one micro tile of exactly that height.
+// The remaining rows of a column block: one micro tile of exactly that height.
 template <class Dot, Update kUpdate, bool kTransposedA, int kRows, int kVectors, class... Args>
 FA_INLINE void gemm_last_rows(int rows, Args... args) {
     if constexpr (kRows > 0) {
@@ -108,11 +108,10 @@ static __attribute__((noinline)) void gemm(int rows, int columns, int depth, Mat
     advance(std::integral_constant<int, 1>{});
 }
 
-// The longest sum over head_dim that is added up number by number. Longer ones are sums of such sums, with smaller
-// rounding errors.
+// Longest sum over head_dim that is accumulated term by term. Longer ones are split into such sums, for accuracy.
 constexpr int kLongestSum = 128;
 
-// C = A B over head_dim, in sums of at most kLongestSum.
+// C = A B over head_dim, in partial sums of at most kLongestSum terms.
 template <class Dot>
 static void gemm_over_head_dim(int rows, int columns, int depth, Matrix<const typename Dot::Operand> a,
                                Matrix<const typename Dot::Operand> b, Matrix<typename Dot::Accum> c) {

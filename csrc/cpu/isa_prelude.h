@@ -1,7 +1,7 @@
-// Everything that the kernels include from elsewhere, to be compiled for the processor's baseline: it must come before
-// the target pragma of an isa_*.cpp file, so that no inline function of the standard library or of policy/ is compiled
-// for a newer instruction set under a name that older processors' code is linked against.
-// Masks and scores are not among it: they are always inlined, and GCC splits vectors in functions of the baseline.
+// All headers that the kernels include from elsewhere. An isa_*.cpp file includes this before its target pragma, so
+// that inline functions of the standard library and of policy/ are compiled for the baseline: otherwise the linker
+// could pick a copy compiled for a newer instruction set for all callers. Masks and scores are not included here: they
+// are always inlined, and GCC splits vectors in functions of the baseline.
 #pragma once
 #include <cmath>
 #include <cstdint>

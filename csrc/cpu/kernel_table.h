@@ -1,4 +1,4 @@
-// What each instruction set provides to backend.cpp: one table of functions per element type.
+// The interface of each instruction set to backend.cpp: one table of functions per element type.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,21 +7,21 @@
 
 namespace flash_attn::cpu {
 
-// Queries and keys of one forward task and of one step of it. Speed is flat between 64 and 256.
+// Queries of one forward task, and keys of one step of it. Speed is flat between 64 and 256.
 constexpr int kQueryTile = 128, kKeyTile = 128;
 
 // One forward task: a query tile of one head.
 struct FwdTask { int batch, head, query_tile; };
 
-// Backward tasks of one sequence and key head are split by keys: split s of num_splits has the key tiles
-// s, s + num_splits, ...; each adds into a dQ of its own, and these are summed in a fixed order.
+// Backward tasks of one sequence and key head are split over keys: split s of num_splits owns key tiles s, s +
+// num_splits, ...; each split accumulates a dQ of its own, and these are summed in a fixed order.
 struct BwdTask {
     int batch, head_k, split, num_splits;
     void* dq_accum;  // [num_splits, num_heads, seqlen_q, head_dim_padded], fp32 or fp64
 };
 
 struct Kernels {
-    int compute_bytes;                        // of the type of scores and accumulators
+    int compute_bytes;                        // size of the type of scores and accumulators
     int (*head_dim_padded)(int head_dim);     // row length of dq_accum
     size_t (*fwd_scratch)(const FwdParams&);  // bytes per thread
     void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);

@@ -1,4 +1,4 @@
-// All kernels of one instruction set. Included by the isa_*.cpp files within their target pragma.
+// All kernels of one instruction set. isa_*.cpp files include this after their target pragma.
 #include "cpu/bwd.h"
 #include "cpu/fwd.h"
 #include "cpu/probs.h"
@@ -22,7 +22,7 @@ template <class E, class Dot> static Kernels make_kernels() {
     };
 }
 
-// bfloat16 without dot products and float16 are widened to fp32 when a tile is loaded.
+// float16, and bfloat16 without dot product instructions, are widened to fp32 when a tile is loaded.
 Kernels kernels(ElementType type) {
     switch (type) {
         case ElementType::kFloat64:

@@ -1,6 +1,5 @@
-// Copies tiles of tensors into operands of products. Rows come as pointers, so that it does not matter where they lie,
-// and a null pointer is a row of zeros. In an operand for pairs (Bf16Dot) what is called depth below counts pairs, and
-// an odd last number is paired with 0.
+// Packs tiles of tensors into operands of products. Rows are given as pointers, so they may be anywhere; a null pointer
+// is a row of zeros. For pair operands (Bf16Dot), depth counts pairs, and an odd last element is paired with 0.
 #pragma once
 #include "cpu/element.h"
 #include "cpu/gemm.h"
@@ -14,7 +13,7 @@ template <class E, class Dot> struct Pack {
 
     static constexpr int depth_of(int length) { return ceil_div(length, kDepth); }
 
-    // Number k of a row as an operand of a product over the row.
+    // Operand k along a row: one element or one pair.
     FA_INLINE Operand operand(const E* row, int k, int length) {
         if constexpr (kDepth == 1) {
             return to_compute(row[k]);
@@ -24,7 +23,7 @@ template <class E, class Dot> struct Pack {
         }
     }
 
-    // out[row][depth]: the operand A of a product over the row.
+    // out[row][depth]: operand A of a product that sums along the rows.
     static void rows(const E* const* src, int num_rows, int length, Matrix<Operand> out) {
         const int depth = depth_of(length);
         for (int r = 0; r < num_rows; ++r) {
@@ -43,7 +42,7 @@ template <class E, class Dot> struct Pack {
         }
     }
 
-    // out[depth][row]: the operand B of a product over the rows, with zeros up to padded_rows.
+    // out[depth][row]: operand B of a product that sums along the rows, zero-padded to padded_rows.
     static __attribute__((noinline)) void transposed(const E* const* src, int num_rows, int padded_rows, int length,
                                                      Matrix<Operand> out) {
         const int depth = depth_of(length);
@@ -55,8 +54,8 @@ template <class E, class Dot> struct Pack {
             for (int r = num_rows; r < padded_rows; ++r) out.data[k * out.stride + r] = Operand(0);
     }
 
-    // out[row / kDepth][column]: either operand of a product over the row index (a sum over rows), with zeros up to
-    // padded_rows and padded_length.
+    // out[row / kDepth][column]: either operand of a product that sums over the row index, zero-padded to padded_rows
+    // and padded_length.
     static void by_row(const E* const* src, int num_rows, int padded_rows, int length, int padded_length,
                        Matrix<Operand> out) {
         for (int r = 0; r < padded_rows; r += kDepth) {
@@ -108,12 +107,12 @@ private:
     }
 };
 
-// Two rows of numbers as one row of pairs.
+// Two rows of fp32 as one row of bf16 pairs.
 FA_INLINE Vec<uint32_t> pack_pair(Vec<float> low, Vec<float> high) {
     return (round_to_bf16(low) >> 16) | (round_to_bf16(high) & 0xffff0000u);
 }
 
-// Number i along the depth of a pair, or the operand itself; also of vectors of them.
+// Element i of a pair, or the operand itself; also for vectors.
 FA_INLINE float unpack_operand(uint32_t pair, int i) { return bits_to_float(i ? pair & 0xffff0000u : pair << 16); }
 FA_INLINE Vec<float> unpack_operand(Vec<uint32_t> pair, int i) {
     return (Vec<float>)(i ? pair & 0xffff0000u : pair << 16);
@@ -135,7 +134,7 @@ template <class Operand> static bool holds_nonfinite(Matrix<const Operand> m, in
     return found;
 }
 
-// Memory for one task, handed out in 64-byte steps. With a null start it only counts.
+// Bump allocator for the memory of one task, in 64-byte steps. With a null base it only computes the size.
 class Arena {
 public:
     explicit Arena(void* start) : start_(static_cast<char*>(start)) {}

@@ -1,4 +1,4 @@
-// Softmax weights as a matrix: one number at a time, for tests and return_attn_probs only.
+// Softmax weights as a matrix, one element at a time: only for tests and return_attn_probs.
 #pragma once
 #include "cpu/tile.h"
 

@@ -1,8 +1,8 @@
-// What the forward and the backward tiles of one head have in common: element access by row, and the score policies of
-// policy/ applied to vectors.
+// Shared by the forward and backward tiles of one head: element access by row, and the policies of policy/ applied to
+// vectors.
 #pragma once
 #include "cpu/pack.h"
-#include "policy/variant.h"  // here: what is always inlined may be compiled for an instruction set, and calls its tanh
+#include "policy/variant.h"  // not in the prelude: always inlined, and calls the tanh of this instruction set
 
 namespace flash_attn::cpu::FA_ISA {
 
@@ -12,12 +12,12 @@ template <class E> FA_INLINE E* row_ptr(const TensorView& t, int64_t batch, int6
 template <class T> FA_INLINE T* row_ptr(const RowView& t, int64_t batch, int64_t row, int64_t head) {
     return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + row;
 }
-// Pointers to count rows of q, out or dout, from row `first` of the tensor on.
+// Pointers to `count` rows of q, out or dout, starting at row `first` of the tensor.
 template <class E> FA_INLINE void collect_rows(const TensorView& t, int64_t batch, int64_t first, int64_t head,
                                                int count, const E** rows) {
     for (int r = 0; r < count; ++r) rows[r] = row_ptr<E>(t, batch, first + r, head);
 }
-// The same of k or v, perhaps paged.
+// Pointers to `count` rows of k or v, contiguous or paged; null for a page outside the pool.
 template <class E> FA_INLINE void collect_kv_rows(const TensorView& t, const PagedKv& paged, int batch, int64_t first,
                                                   int64_t head, int count, const E** rows) {
     for (int r = 0; r < count; ++r) {
@@ -32,18 +32,18 @@ struct VectorMath {
     }
 };
 
-// The variant of one head. Here the window may be without bounds, and scores may be plain: these stay products until
-// softmax multiplies them with `scale`; modified ones are finished by transform(), and their scale is 1.
+// The variant of one head. The CPU has one instance for all: the window may be unbounded. Plain scores remain products,
+// and softmax multiplies them by `scale`; modified scores come scaled from transform(), with scale = 1.
 template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedScore<T>> {
     bool modified;
-    T scale, scale_log2;  // the latter times log2(e)
+    T scale, scale_log2;  // scale_log2 = scale * log2(e)
 
     HeadVariant(const Problem& p, const Sequence& seq, int batch, int head)
         : AttentionVariant<WindowMask, ModifiedScore<T>>(p, seq, batch, head), modified(modifies_scores(p.score)),
           scale(modified ? T(1) : scalars_of<T>(p).scale),
           scale_log2(modified ? T(kLog2e) : scalars_of<T>(p).scale_log2) {}
 
-    // The score of products x whose keys are `distance` before their queries.
+    // Scores of products x whose keys are `distance` before their queries.
     template <int kStage = 0> __attribute__((always_inline)) Vec<T> transform(Vec<T> x, IntVec<T> distance) const {
         if constexpr (kStage == ModifiedScore<T>::kStages) {
             return x;
@@ -59,7 +59,7 @@ template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedSco
     }
 };
 
-// What each of the queries from row0 on sees, a query in every lane.
+// Visible keys of the queries from row0 on, one query per lane.
 template <class T> FA_INLINE VisibleKeys<IntVec<T>> visible_lanes(const WindowMask& mask, int row0) {
     IntLane<T> first[kLanes<T>], last[kLanes<T>];
     for (int i = 0; i < kLanes<T>; ++i) {
@@ -72,8 +72,8 @@ template <class T> FA_INLINE VisibleKeys<IntVec<T>> visible_lanes(const WindowMa
     return seen;
 }
 
-// 16 bits of ones for every pair that dropout keeps, computed for tiles that start at multiples of 16 rows and 32 keys.
-// kLanesAreRows: out[key][row], else out[row][key]; stride is the length of a line of out.
+// Dropout mask: 16 one bits for each kept pair, computed for tiles that start at multiples of 16 rows and 32 keys.
+// kLanesAreRows: out[key][row], else out[row][key]; stride is the row stride of out.
 template <bool kLanesAreRows> static __attribute__((noinline)) void dropout_keep(const DropoutMask& mask, int row0,
                                                                                  int num_rows, int key0, int num_keys,
                                                                                  uint16_t* out, int stride) {
@@ -104,11 +104,11 @@ template <bool kLanesAreRows> static __attribute__((noinline)) void dropout_keep
                     }
             }
 }
-// A mask of Vec<T> from halfwords of ones or zeros.
+// A mask of Vec<T> from 16-bit masks.
 template <class T> FA_INLINE IntVec<T> widen_mask(const uint16_t* keep) {
     return __builtin_convertvector(*reinterpret_cast<const typename HalfwordsOf<T>::Signed*>(keep), IntVec<T>);
 }
-// The same of two lines, for pairs of the one (low) and the other (high).
+// A mask of bf16 pairs from two rows of 16-bit masks: low and high halves.
 FA_INLINE Vec<uint32_t> pair_mask(const uint16_t* low, const uint16_t* high) {
     return ((Vec<uint32_t>)widen_mask<float>(low) & 0xffffu) | ((Vec<uint32_t>)widen_mask<float>(high) & 0xffff0000u);
 }

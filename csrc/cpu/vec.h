@@ -1,5 +1,5 @@
-// Vectors of the instruction set that the including file is compiled for, in GCC's vector extensions; intrinsics only
-// where the extensions have no word for an instruction. FA_X86_LEVEL: 0 none, 2 AVX2, 3 AVX-512.
+// Vectors of the target instruction set as GCC vector extensions, with intrinsics only for instructions that the
+// extensions cannot express. FA_X86_LEVEL: 0 none, 2 AVX2, 3 AVX-512.
 #pragma once
 
 #define FA_INLINE static inline __attribute__((always_inline))
@@ -27,7 +27,7 @@ template <class T> using Vec = typename VecOf<T>::Type;
 template <class T> using IntVec = typename VecOf<T>::Int;  // as wide as Vec<T>; also a mask
 template <class T> using IntLane = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
 template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
-// One 16-bit number for every lane of a Vec<T>.
+// One 16-bit integer per lane of a Vec<T>.
 template <class T> struct HalfwordsOf {
     typedef uint16_t Type __attribute__((vector_size(kVectorBytes / sizeof(T) * 2), aligned(2), may_alias));
     typedef int16_t Signed __attribute__((vector_size(kVectorBytes / sizeof(T) * 2), aligned(2), may_alias));
@@ -47,7 +47,7 @@ template <class T> FA_INLINE IntVec<T> lane_index() {
 }
 template <class T> FA_INLINE Vec<T> select(IntVec<T> mask, Vec<T> a, Vec<T> b) { return mask ? a : b; }
 
-// The greater; the second where either is NaN.
+// Elementwise max; the second operand if either is NaN.
 FA_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 #if FA_X86_LEVEL == 3
     return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
@@ -67,7 +67,7 @@ FA_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Adding this rounds to an integer, which is then in the low bits of the mantissa.
+// Adding this rounds to an integer, held in the low bits of the mantissa.
 template <class T> constexpr T kRoundingMagic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
 template <class T> constexpr int kMantissaBits = sizeof(T) == 4 ? 23 : 52;
 template <class T> constexpr int kExponentBias = sizeof(T) == 4 ? 127 : 1023;
@@ -104,10 +104,10 @@ FA_INLINE Vec<double> exp2_slope(Vec<double> f) {
     return p;
 }
 
-// 2^x for x up to the largest exponent. Results below the normal range become 0 (or, above 2^-126.5 without AVX-512,
-// denormal); NaN gives NaN.
+// 2^x for x up to the largest exponent. Results below the normal range become 0 (without AVX-512 they are denormal
+// above 2^-126.5); NaN gives NaN.
 template <class T> FA_INLINE Vec<T> exp2_by_bits(Vec<T> x) {
-    // The order of the operands lets NaN through; 2^-bias is assembled as 0.
+    // vmax returns its second operand for NaN, so NaN propagates; 2^-bias is assembled as 0.
     const SplitExponent<T> e = split_exponent<T>(vmax(splat<T>(-kExponentBias<T>), x));
     return (exp2_slope(e.fraction) * e.fraction + T(1)) * power_of_two<T>(e.integer);
 }
@@ -123,9 +123,9 @@ FA_INLINE Vec<float> exp2(Vec<float> x) {
 #endif
 }
 
-// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the relative accuracy near 0.
+// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1: keeps the relative accuracy near 0.
 template <class T> FA_INLINE Vec<T> tanh(Vec<T> x) {
-    const Vec<T> magnitude = x < T(0) ? -x : x, largest = splat<T>(20);  // tanh 20 rounds to 1 in either type
+    const Vec<T> magnitude = x < T(0) ? -x : x, largest = splat<T>(20);  // tanh 20 rounds to 1 in fp32 and fp64
     const SplitExponent<T> s = split_exponent<T>((magnitude > largest ? largest : magnitude) * T(2 * kLog2e));
     const Vec<T> scale = power_of_two<T>(s.integer);
     const Vec<T> e = exp2_slope(s.fraction) * s.fraction * scale + (scale - T(1));

@@ -1,7 +1,7 @@
-// The CUDA kernels as torch code and tests see them. Torch-free: memory and the stream come from the caller.
+// The interface of the CUDA kernels to the torch code and the tests. No torch: the caller provides memory and stream.
 //
-// Elements are bf16 or fp16. What kernels read (q, k, v, out and dout of the backward pass) must have rows that start
-// at multiples of 16 bytes; what they write may lie anywhere. Rows outside of sequences are not written.
+// Elements are bf16 or fp16. Tensors that kernels read (q, k, v, and out and dout in backward) need 16-byte aligned
+// rows; output tensors need no alignment. Rows outside sequences are not written.
 #pragma once
 #include <string>
 #include <vector>
@@ -13,15 +13,15 @@ constexpr int kMaxHeadDim = 256;
 
 struct Device {
     int compute_capability;  // 80 for 8.0
-    int smem_per_block;      // bytes of shared memory that one block may ask for
+    int smem_per_block;      // maximum shared memory per block, in bytes
     int multiprocessors;
-    int64_t l2_bytes;  // of its level-2 cache
+    int64_t l2_bytes;  // size of the L2 cache
     void* stream;
-    const char* backend = nullptr;  // the only one that may run, by FLASH_ATTN_BACKEND; null: the best that can
+    const char* backend = nullptr;  // FLASH_ATTN_BACKEND: the only backend allowed to run; null: the best one that can
 };
 
-// These return null, or what went wrong, which is valid until the thread's next call. workspace: 256-byte aligned, not
-// initialised, free for other use once the pass has run.
+// Return null, or an error text that is valid until the thread's next call. workspace: 256-byte aligned, uninitialised,
+// and free for other use in stream order after the pass.
 const char* run_fwd(const FwdParams& params, void* workspace, const Device& device);
 const char* run_bwd(const BwdParams& params, void* workspace, const Device& device);
 const char* run_attn_probs(const ProbsParams& params, const Device& device);
@@ -31,17 +31,17 @@ int64_t bwd_workspace_bytes(const BwdParams& params, const Device& device);
 
 struct BackendInfo {
     const char* name;
-    const char* code;  // what its kernels are compiled into, such as "sm_80 compute_80"; empty: not in this build
+    const char* code;  // targets of its kernels, such as "sm_80 compute_80"; empty: not in this build
 };
 std::vector<BackendInfo> backends();  // best first
 
-// Which backend runs a problem, and why no better one does.
+// The backend that runs a problem, and why no better one does.
 struct Refusal {
     const char* backend;
     std::string reason;
 };
 struct Explanation {
-    const char* backend;  // null: none can
+    const char* backend;  // null: no backend can run it
     std::vector<Refusal> better;
 };
 Explanation explain(const FwdParams& params, const Device& device);

@@ -1,9 +1,9 @@
-// A backend: the kernels of one architecture, which problems they can run, and what memory they need for that.
+// The interface of a backend, the kernels of one architecture: which problems it can run, its workspace and its passes.
 #pragma once
 #include <string>
 #include "cuda/api.h"
 
-// What the build compiles the kernels of a folder into; it leaves them out where it does not say.
+// The targets that the build compiles an architecture's kernels for; undefined if the build leaves them out.
 #ifndef FLASH_ATTN_BACKEND_CODE
 #define FLASH_ATTN_BACKEND_CODE ""
 #endif
@@ -11,20 +11,20 @@
 namespace flash_attn::cuda {
 
 template <class Params> struct Pass {
-    std::string (*why_not)(const Params& params, const Device& device);  // the reason, empty if it can
+    std::string (*why_not)(const Params& params, const Device& device);  // why it cannot run it; empty if it can
     int64_t (*workspace_bytes)(const Params& params, const Device& device);
-    const char* (*run)(const Params& params, void* workspace, const Device& device);  // null: it has no such kernels
+    const char* (*run)(const Params& params, void* workspace, const Device& device);  // null if it has no such kernels
 };
 
 struct Backend {
     const char* name;
-    const char* code;  // as in BackendInfo
+    const char* code;  // see BackendInfo
     Pass<FwdParams> fwd;
     Pass<BwdParams> bwd;
     Pass<ProbsParams> attn_probs;
 };
 
-// Of the folder of an architecture: backend<80>() is defined by cuda/sm80/backend.cpp.
+// One backend per architecture folder: backend<80>() is defined in cuda/sm80/backend.cpp.
 template <int kArch> const Backend& backend();
 
 template <class Params> int64_t no_workspace(const Params&, const Device&) { return 0; }

@@ -1,4 +1,4 @@
-// The backends, best first, and the choice among them: the entry points of cuda/api.h.
+// The table of backends, best first, and the choice among them: the entry points of cuda/api.h.
 #include <cstring>
 #include <utility>
 #include "cuda/backend.h"
@@ -15,7 +15,7 @@ const Pass<FwdParams>& pass_of(const Backend& backend, const FwdParams&) { retur
 const Pass<BwdParams>& pass_of(const Backend& backend, const BwdParams&) { return backend.bwd; }
 const Pass<ProbsParams>& pass_of(const Backend& backend, const ProbsParams&) { return backend.attn_probs; }
 
-// Empty if it can.
+// Why a backend cannot run a problem; empty if it can.
 template <class Params> std::string why_not(const Backend& backend, const Params& params, const Device& device) {
     if (device.backend && std::strcmp(device.backend, backend.name) != 0) return "FLASH_ATTN_BACKEND asks for another";
     if (!*backend.code) return "it is not in this build";
@@ -23,7 +23,7 @@ template <class Params> std::string why_not(const Backend& backend, const Params
     return pass.run ? pass.why_not(params, device) : "it has no kernels for this pass";
 }
 
-// Null if none can.
+// The best backend that can run a problem; null if none can.
 template <class Params> const Backend* choose(const Params& params, const Device& device) {
     for (const auto& get : kBackends)
         if (why_not(get(), params, device).empty()) return &get();
@@ -60,7 +60,7 @@ template <class Params> const char* run(const Params& params, void* workspace, c
     return chosen ? pass_of(*chosen, params).run(params, workspace, device) : refusal(params, device);
 }
 
-// What is refused needs none: running it says why.
+// A problem that no backend can run needs no workspace: run_fwd or run_bwd returns the error.
 template <class Params> int64_t workspace_bytes(const Params& params, const Device& device) {
     const Backend* const chosen = choose(params, device);
     return chosen ? pass_of(*chosen, params).workspace_bytes(params, device) : 0;

@@ -1,5 +1,5 @@
-// What the .cu files of an architecture's folder define, each compiled once for every element type and head_dim, and
-// how its backend finds them. Smaller head_dims run in the next one, with columns of zeros.
+// Kernel instances: the .cu files of an architecture are compiled once per element type and head_dim; this is how its
+// backend finds the right one. Other head_dims use the next larger instance, with zero-filled columns.
 #pragma once
 #include <cstdint>
 #include <iterator>
@@ -24,7 +24,7 @@ const char* bwd_instance(const BwdParams& params, void* workspace, const Device&
 template <int kArch, class Element, int kHeadDim>
 const char* attn_probs_instance(const ProbsParams& params, void* workspace, const Device& device);
 
-// The first head_dim of an ascending list that is large enough; 0: none is.
+// The smallest head_dim of an ascending list that is large enough; 0 if none is.
 template <size_t kCount> constexpr int instance_head_dim(const Problem& p, const int (&head_dims)[kCount]) {
     for (const int head_dim : head_dims)
         if (max(p.head_dim, p.head_dim_v) <= head_dim) return head_dim;
@@ -41,7 +41,7 @@ template <size_t kCount> std::string why_no_instance(const Problem& p, const int
     return "";
 }
 
-// f(Type<Element>, HeadDim<d>) for a problem that has an instance.
+// Calls f(Type<Element>, HeadDim<d>) for the instance of a problem.
 template <const auto& kHeadDims, class F> const char* with_instance(const Problem& p, F f) {
     const int needed = instance_head_dim(p, kHeadDims);
     const auto with_head_dim = [&](auto head_dim) {
@@ -54,7 +54,7 @@ template <const auto& kHeadDims, class F> const char* with_instance(const Proble
     }(std::make_index_sequence<std::size(kHeadDims)>());
 }
 
-// The passes of a backend, by its instances. Those that a build leaves out are not asked for.
+// The passes of a backend, dispatched to its instances. A build without the backend's kernels instantiates none.
 template <int kArch, const auto& kHeadDims, bool kIsBuilt> struct Instances {
     static const char* fwd(const FwdParams& params, void* workspace, const Device& device) {
         return run(params.problem, [&](auto type, auto head_dim) {

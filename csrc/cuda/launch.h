@@ -1,4 +1,4 @@
-// Launching a kernel: the only place that does. The simulator has a launch.h of its own.
+// Kernel launches: the only file that launches. The simulator has its own launch.h.
 #pragma once
 #include <cuda_runtime.h>
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace flash_attn::cuda {
 
-// The text of an error, which is cleared in the CUDA runtime: otherwise the next launch, of any library, would report
-// it.
+// The text of an error. Also clears the runtime's last error, which the next launch of any library would report
+// otherwise.
 inline const char* take_error(cudaError_t error) {
     cudaGetLastError();
     return cudaGetErrorString(error);
 }
 
-// FLASH_ATTN_PDL=0, read at the first launch, turns programmatic dependent launch off: every kernel then begins after
-// the end of the one before it in the stream. For debugging.
+// FLASH_ATTN_PDL=0, read at the first launch, disables programmatic dependent launch: every kernel then starts after
+// the previous kernel of the stream has ended. For debugging.
 inline bool pdl_is_allowed() {
     static const bool is_allowed = [] {
         const char* const value = std::getenv("FLASH_ATTN_PDL");
@@ -25,14 +25,14 @@ inline bool pdl_is_allowed() {
     return is_allowed;
 }
 
-// overlaps: launched with programmatic stream serialization, so that its blocks may start before the kernel before it
-// in the stream has ended; it must call ptx::grid_wait() before it reads what that wrote (cuda/ptx/grid.h).
+// overlaps: launch with programmatic stream serialization, so that blocks may start before the previous kernel of the
+// stream has ended; the kernel must call ptx::grid_wait() before it reads that kernel's results (cuda/ptx/grid.h).
 template <class... Params, class... Args> const char* launch_kernel(bool overlaps, void (*kernel)(Params...),
                                                                     int64_t blocks, int threads, int smem_bytes,
                                                                     const Device& device, const Args&... args) {
     if (blocks == 0) return nullptr;
     if (blocks > std::numeric_limits<int32_t>::max()) return "the problem has more than 2^31 - 1 tiles";
-    // More than 48 KB of dynamic shared memory is opt-in.
+    // More than 48 KB of dynamic shared memory requires opt-in.
     if (smem_bytes > 48 * 1024) {
         const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -51,7 +51,7 @@ template <class... Params, class... Args> const char* launch_kernel(bool overlap
     return launched == cudaSuccess ? nullptr : take_error(launched);
 }
 
-// Both return null or an error text; no blocks is no error. launch_pdl: programmatic dependent launch (PDL).
+// Both return null or an error text; blocks = 0 launches nothing. launch_pdl: programmatic dependent launch (PDL).
 template <class... Params, class... Args> const char* launch(void (*kernel)(Params...), int64_t blocks, int threads,
                                                              int smem_bytes, const Device& device, Args... args) {
     return launch_kernel(false, kernel, blocks, threads, smem_bytes, device, args...);
@@ -61,7 +61,7 @@ template <class... Params, class... Args> const char* launch_pdl(void (*kernel)(
     return launch_kernel(true, kernel, blocks, threads, smem_bytes, device, args...);
 }
 
-// Zeros, after what was launched before and before what is launched next.
+// Zeroes memory, in stream order.
 inline const char* clear(void* memory, size_t bytes, const Device& device) {
     const cudaError_t cleared = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(device.stream));
     return cleared == cudaSuccess ? nullptr : take_error(cleared);

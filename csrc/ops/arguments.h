@@ -1,5 +1,5 @@
-// What the ops are given, as records with names. A further argument of attention is a word in kTail of ops/schema.cpp,
-// a field of AttentionArgs, and that field's name in AttentionArgs::fields.
+// The arguments of the ops as named records. To add an argument of attention: extend kTail of ops/schema.cpp, add a
+// field to AttentionArgs and add that field to AttentionArgs::fields.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -15,7 +15,7 @@ namespace flash_attn {
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The arguments with which all of our ops end.
+// The trailing arguments that all of our ops share.
 struct AttentionArgs {
     OptionalTensor cu_seqlens_q = {}, cu_seqlens_k = {};
     c10::SymInt max_seqlen_q = 0, max_seqlen_k = 0;  // dense: unused
@@ -26,22 +26,22 @@ struct AttentionArgs {
     double softcap = 0, dropout_p = 0;
     OptionalTensor rng_state = {};
 
-    // References to all of them, in the order of the schema, which is also that of their declaration.
+    // References to all fields, in the order of declaration, which is the order of the schema.
     template <class Self> static auto fields(Self& a) {
         return std::tie(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.seqused_k, a.leftpad_k,
                         a.block_table, a.alibi_slopes, a.softmax_scale, a.causal, a.window_size_left,
                         a.window_size_right, a.attention_chunk, a.softcap, a.dropout_p, a.rng_state);
     }
     bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
-    // Whether the forward ops of flash_attn 2.8.3 have all the arguments that are given.
+    // Whether the forward ops of flash_attn 2.8.3 accept these arguments.
     bool fits_original() const { return !rng_state && softmax_scale && !attention_chunk && (packed() || !seqused_k); }
 };
 
 enum class Pass { kForward, kBackward, kProbs };
 
-// The part that all passes share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k,
-// num_heads_k, head_dim], v [batch_size, seqlen_k, num_heads_k, head_dim_v]. Packed, when cu_seqlens are given:
-// q [total_q, num_heads, head_dim], and so on. Paged: k [num_pages, page_size, num_heads_k, head_dim].
+// The arguments that all passes share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k,
+// num_heads_k, head_dim], v [batch_size, seqlen_k, num_heads_k, head_dim_v]. Packed, if cu_seqlens are given: q
+// [total_q, num_heads, head_dim], k [total_k, ...]. Paged: k [num_pages, page_size, num_heads_k, head_dim].
 struct ProblemArgs : AttentionArgs {
     Pass pass;
     const Tensor& q;
@@ -72,18 +72,18 @@ using FwdResult = std::tuple<Tensor, Tensor>;                  // out, softmax_l
 using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsoftmax_sum
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor>;    // out, softmax_lse, rng_state
 
-// Memory for the gradient of a tensor.
+// Uninitialised memory for the gradient of a tensor.
 inline Tensor gradient_buffer(const Tensor& of) { return at::empty_symint(of.sym_sizes(), of.options()); }
 
-// What implements the ops for one dispatch key. bwd fills dq, dk and dv, and returns dsoftmax_sum.
+// Implementation of the ops for one dispatch key. bwd fills dq, dk and dv, and returns dsoftmax_sum.
 using FwdImplementation = FwdResult (*)(const FwdArgs&);
 using BwdImplementation = Tensor (*)(const BwdArgs&);
 using ProbsImplementation = Tensor (*)(const ProbsArgs&);
-// The name of the backend that runs a forward pass, then the name of each better one and why it does not.
+// Name of the backend that runs a forward pass, then for each better backend its name and why it was not chosen.
 using Names = std::vector<std::string>;
 using ExplainImplementation = Names (*)(const FwdArgs&);
 
-// Our ops as the dispatcher calls them. Tail: the types of the fields of AttentionArgs, as it passes them.
+// Our ops with the signatures that the dispatcher calls. Tail: the types of the fields of AttentionArgs.
 template <class... Tail> struct OpsWithTail {
     template <FwdImplementation fwd>
     static FwdResult run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
@@ -116,7 +116,7 @@ template <class... Tail> struct OpsWithTail {
 template <class Field> using PassedAs =
     std::conditional_t<std::is_same_v<Field, OptionalTensor>, const OptionalTensor&, Field>;
 
-// A template over Tail, with the fields in its place.
+// Template<Tail...>, with the types of the fields of AttentionArgs as Tail.
 template <template <class...> class Template,
           class Fields = decltype(AttentionArgs::fields(std::declval<AttentionArgs&>()))>
 struct WithTail;

@@ -1,4 +1,4 @@
-// FLASH_ATTN_BACKEND asks for one backend by name, at every call: to compare them, or to be told why one does not run.
+// FLASH_ATTN_BACKEND, read at every call, forces a backend by name: to compare backends, or see why one cannot run.
 #pragma once
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
@@ -11,13 +11,13 @@ namespace flash_attn {
 
 constexpr const char* kCpuBackend = "cpu";
 
-// Null: the best that can run a problem is to do so.
+// Null: the best backend that can run the problem is chosen.
 inline const char* asked_backend() {
     const char* const name = std::getenv("FLASH_ATTN_BACKEND");
     return name && *name ? name : nullptr;
 }
 
-// Raises unless the backend that is asked for is one, and for tensors on such a device.
+// Raises if FLASH_ATTN_BACKEND names no backend, or one that does not run on this device.
 inline void check_asked_backend(c10::Device device) {
     const char* const name = asked_backend();
     if (!name) return;

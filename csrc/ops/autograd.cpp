@@ -1,4 +1,4 @@
-// The ops that compute attention are differentiable, once.
+// The Autograd kernels of the attention ops: they attach the backward node of backward_node.h.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
@@ -32,19 +32,19 @@ bool requires_grad(at::TensorList tensors) {
     return false;
 }
 
-// Pages of keys get no gradients.
+// Attaches a node that raises in backward: paged keys have no gradients.
 void record_refusal(const char* op, at::TensorList inputs, const Tensor& result) {
     torch::autograd::edge_list edges;
     for (const Tensor& t : inputs) append_edge(edges, t);
     torch::autograd::impl::set_gradient_edge(result, raising_edge(op, kUseFunctions, std::move(edges), result));
 }
 
-// The state of the dropout mask that an op has drawn.
+// The dropout state that an op drew, if it returns one.
 const Tensor* drawn_state(const FwdResult&) { return nullptr; }
 const Tensor* drawn_state(const AttentionResult& result) { return &std::get<2>(result); }
 const Tensor* drawn_state(const OriginalFwdResult& result) { return &std::get<3>(result); }
 
-// Calls an op below autograd, and makes its results differentiable in the inputs.
+// Calls an op below the Autograd key and attaches a backward node to its results.
 template <class Call> auto differentiate(const char* op, at::TensorList inputs, AttentionArgs args, BackwardOps ops,
                                          bool deterministic, Call call) {
     check_inputs(op, inputs, args);
@@ -67,7 +67,7 @@ template <class Call> auto differentiate(const char* op, at::TensorList inputs, 
 
 constexpr char kDense[] = "flash_attn::_flash_attn_forward", kVarlen[] = "flash_attn::_flash_attn_varlen_forward";
 
-// An op of 2.8.3. Its results do not tell whether gradients are to be deterministic.
+// An op of 2.8.3. Its schema has no `deterministic`, so the node does not know it.
 template <const char* name, auto unpack, class Unpack = decltype(unpack)> struct Original;
 template <const char* name, auto unpack, class... Args> struct Original<name, unpack, OriginalFwdArgs (*)(Args...)> {
     static OriginalFwdResult run(c10::DispatchKeySet keys, Args... args) {
@@ -79,7 +79,7 @@ template <const char* name, auto unpack, class... Args> struct Original<name, un
     }
 };
 
-// By an op of 2.8.3, which other programs look for, or else by ours.
+// Calls the op of 2.8.3 where possible, since other programs look for it by name; otherwise ours.
 AttentionResult run_attention(at::TensorList inputs, AttentionArgs args) {
     static const auto dense = find_op<DenseFwd>(kDense);
     static const auto varlen = find_op<VarlenFwd>(kVarlen);
@@ -90,7 +90,7 @@ AttentionResult run_attention(at::TensorList inputs, AttentionArgs args) {
         auto [out, softmax_lse] =
             std::apply([&, &q = q, &k = k, &v = v](const auto&... tail) { return fwd.call(q, k, v, tail...); },
                        AttentionArgs::fields(args));
-        // Not no_rng_state(), which writes to memory: tensors may be fake here.
+        // Not no_rng_state(), which writes to memory: the tensors may be fake here.
         Tensor rng_state = args.rng_state ? *args.rng_state : at::zeros({2}, q.options().dtype(at::kLong));
         return {std::move(out), std::move(softmax_lse), std::move(rng_state)};
     }

@@ -15,10 +15,10 @@ using torch::autograd::variable_list;
 
 namespace {
 
-using Three = std::array<Tensor, 3>;
+using Qkv = std::array<Tensor, 3>;
 
-// The reverse of split_inputs, by copying.
-variable_list join_inputs(const Three& parts, size_t num_inputs) {
+// The inverse of split_inputs: concatenates copies.
+variable_list join_inputs(const Qkv& parts, size_t num_inputs) {
     const auto& [q, k, v] = parts;
     if (num_inputs == 3) return {q, k, v};
     if (num_inputs == 2) return {q, at::stack({k, v}, -3)};
@@ -34,7 +34,7 @@ template <class F> void for_each_tensor(AttentionArgs& args, F&& f) {
 
 }  // namespace
 
-Three split_inputs(at::TensorList inputs) {
+Qkv split_inputs(at::TensorList inputs) {
     if (inputs.size() == 3) return {inputs[0], inputs[1], inputs[2]};
     const Tensor& packed = inputs.back();
     if (inputs.size() == 2) return {inputs[0], packed.select(-3, 0), packed.select(-3, 1)};
@@ -43,17 +43,17 @@ Three split_inputs(at::TensorList inputs) {
 
 namespace {
 
-// A call as it was, and what autograd asks of it.
+// One recorded forward call, and the gradients that autograd asks for.
 struct Call {
     variable_list inputs;
-    Three qkv;
+    Qkv qkv;
     Tensor out, softmax_lse, dout;
     OptionalTensor dlse;
     AttentionArgs args;
     BackwardOps ops;
     bool deterministic;
 
-    // tensors: what a node saves.
+    // tensors: those that the node saved.
     Call(const variable_list& tensors, size_t num_inputs, AttentionArgs args, BackwardOps ops, bool deterministic)
         : inputs(tensors.begin(), tensors.begin() + num_inputs), qkv(split_inputs(inputs)), out(tensors[num_inputs]),
           softmax_lse(tensors[num_inputs + 1]), args(std::move(args)), ops(ops), deterministic(deterministic) {
@@ -64,7 +64,7 @@ struct Call {
         });
     }
 
-    // The gradients of the inputs, of those of out and softmax_lse, each of which may be undefined.
+    // Gradients of the inputs from grads = those of out and softmax_lse, each possibly undefined.
     variable_list differentiate(const variable_list& grads) {
         dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
         if (grads[1].defined()) dlse = grads[1];
@@ -74,8 +74,8 @@ struct Call {
 
 private:
     variable_list gradients() const {
-        // The gradient of a packed input is written in one piece, through views of it. Not where autograd looks on
-        // (create_graph), which lets nobody write to views of no history.
+        // The gradient of a packed input (kv or qkv) is allocated once and written through views. Not under
+        // create_graph, where autograd forbids writes to views without history.
         if (inputs.size() < 3 && !at::GradMode::is_enabled()) {
             variable_list whole;
             for (const Tensor& x : inputs) whole.push_back(gradient_buffer(x));
@@ -83,11 +83,11 @@ private:
             return whole;
         }
         if (ops == BackwardOps::kOurs) return join_inputs(compute(), inputs.size());
-        const Three parts{gradient_buffer(qkv[0]), gradient_buffer(qkv[1]), gradient_buffer(qkv[2])};
+        const Qkv parts{gradient_buffer(qkv[0]), gradient_buffer(qkv[1]), gradient_buffer(qkv[2])};
         write(parts);
         return join_inputs(parts, inputs.size());
     }
-    Three compute() const {
+    Qkv compute() const {
         static const auto bwd = find_op<Signatures::Bwd>("flash_attn::bwd");
         const auto& [q, k, v] = qkv;
         auto [dq, dk, dv, dsoftmax_sum] = std::apply(
@@ -97,11 +97,11 @@ private:
             AttentionArgs::fields(args));
         return {std::move(dq), std::move(dk), std::move(dv)};
     }
-    void write(const Three& gradients) const {
+    void write(const Qkv& gradients) const {
         if (ops == BackwardOps::kOurs) return write_by_our_op(gradients);
         args.packed() ? write_by_original_varlen_op(gradients) : write_by_original_op(gradients);
     }
-    void write_by_our_op(const Three& gradients) const {
+    void write_by_our_op(const Qkv& gradients) const {
         static const auto bwd = find_op<Signatures::BwdOut>("flash_attn::bwd", "out");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
@@ -111,7 +111,7 @@ private:
             },
             AttentionArgs::fields(args));
     }
-    void write_by_original_op(const Three& gradients) const {
+    void write_by_original_op(const Qkv& gradients) const {
         static const auto bwd = find_op<DenseBwd>("flash_attn::_flash_attn_backward");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
@@ -119,7 +119,7 @@ private:
                  args.window_size_left, args.window_size_right, args.softcap, args.alibi_slopes, deterministic,
                  args.rng_state);
     }
-    void write_by_original_varlen_op(const Three& gradients) const {
+    void write_by_original_varlen_op(const Qkv& gradients) const {
         static const auto bwd = find_op<VarlenBwd>("flash_attn::_flash_attn_varlen_backward");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
@@ -141,7 +141,7 @@ void keep_needed(variable_list& gradients, const std::vector<bool>& needed) {
 void FlashAttentionBackward::record(at::TensorList inputs, const AttentionArgs& args, const Tensor& out,
                                     const Tensor& softmax_lse, BackwardOps ops, bool deterministic) {
     auto* const node = new FlashAttentionBackward(inputs.size(), args, ops, deterministic);
-    const auto pointer = held(node);
+    const auto pointer = node_pointer(node);
     node->set_next_edges(torch::autograd::collect_next_edges(inputs));
     torch::autograd::set_history(out, pointer);
     torch::autograd::set_history(softmax_lse, pointer);
@@ -184,7 +184,7 @@ void FlashAttentionBackward::release_variables() {
     for (SavedVariable& x : saved_) x.reset_data();
 }
 
-// Compiled autograd keeps a graph for each set of what is collected here.
+// The cache key of compiled autograd: it compiles one graph for each distinct set of values collected here.
 void FlashAttentionBackward::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
     args.collect(saved_, /*is_output=*/true);
     std::apply([&](const auto&... field) { (args.collect(field), ...); }, AttentionArgs::fields(args_));
@@ -192,7 +192,7 @@ void FlashAttentionBackward::compiled_args(torch::dynamo::autograd::CompiledNode
     args.collect(is_deterministic());
 }
 
-// It calls a function of the gradients and of packed arguments, those that vary: tensors and maximal lengths.
+// Traces a call of a function of the values that vary between calls: gradients, saved tensors and max_seqlens.
 variable_list FlashAttentionBackward::apply_with_saved(const variable_list& grads,
                                                        torch::dynamo::autograd::SwapSavedVariables& saved) {
     using torch::dynamo::autograd::PackedArgs;

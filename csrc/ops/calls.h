@@ -1,4 +1,4 @@
-// Our ops as C++ calls them, through the dispatcher.
+// Typed handles to our ops, called through the dispatcher.
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
 #include "ops/original_ops.h"
@@ -9,7 +9,7 @@ template <class Signature> c10::TypedOperatorHandle<Signature> find_op(const cha
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
-// The signature of an op of 2.8.3, of the function that unpacks its arguments.
+// The signature of an op of 2.8.3, deduced from the function that unpacks its arguments.
 template <class Result, class Unpack> struct SignatureOf;
 template <class Result, class Record, class... Args> struct SignatureOf<Result, Record (*)(Args...)> {
     using type = Result(Args...);

@@ -1,4 +1,4 @@
-// The ops on the CPU: check, allocate, fill what lies outside of sequences, run the kernels.
+// The ops on the CPU: validate, allocate, fill the rows outside sequences, run the kernels.
 #include <torch/library.h>
 #include "cpu/backend.h"
 #include "cuda/api.h"
@@ -11,7 +11,7 @@
 namespace flash_attn {
 namespace {
 
-// Fills the rows of a packed tensor that follow the last sequence.
+// Fills the rows of a packed tensor after the last sequence.
 void fill_tail(const Tensor& tensor, int64_t dim, const int32_t* cu_seqlens, int32_t batch_size, double value) {
     if (!cu_seqlens) return;
     const int64_t used = cu_seqlens[batch_size], total = tensor.size(dim);
@@ -39,7 +39,7 @@ FwdResult fwd_cpu(const FwdArgs& args) {
     return {std::move(out), std::move(softmax_lse)};
 }
 
-// Zeros for all rows that run_bwd does not write.
+// Zeroes all rows that run_bwd does not write.
 void clear_outside(const Problem& problem, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
     const Seqlens& s = problem.seqlens;
     fill_tail(dq, 0, s.cu_seqlens_q, problem.batch_size, 0);

@@ -1,4 +1,4 @@
-// Threads and memory of torch for the CPU backend.
+// torch's thread pool and allocator as the Host of the CPU backend.
 #pragma once
 #include <ATen/Parallel.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -17,8 +17,8 @@ struct FreeCpu {
 };
 using Buffer = std::unique_ptr<void, FreeCpu>;  // 64-byte aligned
 
-// For tests: with FLASH_ATTN_CPU_POISON=1, read once, memory is handed out full of NaN, and scratch to every task anew,
-// so that a number that is read and was never written shows, whatever ran before. All bits set are NaN in every type.
+// For tests: with FLASH_ATTN_CPU_POISON=1, read once, memory is filled with NaN when allocated, and scratch again for
+// every task, so reads of uninitialised memory show up as NaN. All bits set are NaN in every type.
 inline bool poisons_memory() {
     static const bool poisons = [] {
         const char* asked = std::getenv("FLASH_ATTN_CPU_POISON");
@@ -31,7 +31,7 @@ inline void* handed_out(void* data, size_t bytes) {
     return data;
 }
 
-// Scratch of one thread for one parallel loop. A thread keeps what it was given for its next loop, unless it was large.
+// Scratch of one thread for one parallel loop. A thread caches its allocation for the next loop unless it is large.
 class Scratch {
 public:
     explicit Scratch(size_t bytes) {

@@ -1,5 +1,5 @@
-// The ops on CUDA devices: check, allocate, fill what kernels leave unwritten, launch. Nothing here waits for the
-// device or reads its memory (but with FLASH_ATTN_CHECK=1), so that every call can be captured in a CUDA graph.
+// The ops on CUDA devices: validate, allocate, fill the rows that kernels leave unwritten, launch. Nothing here
+// synchronises with the device (except with FLASH_ATTN_CHECK=1), so every call can be captured in a CUDA graph.
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -19,9 +19,9 @@ namespace {
 
 using c10::MaybeOwned;
 
-constexpr int64_t kRowAlignment = 16;  // bytes; kernels read rows in pieces of this size
+constexpr int64_t kRowAlignment = 16;  // bytes; kernels load rows in 16-byte chunks
 
-// Raises ValueError for what the CPU takes and CUDA kernels do not.
+// Raises ValueError for arguments that the CPU supports and the CUDA kernels do not.
 void require_supported(const ProblemArgs& args) {
     Reasons reasons(args);
     const at::ScalarType type = args.q.scalar_type();
@@ -45,7 +45,7 @@ void require_supported(const ProblemArgs& args) {
 struct DeviceInfo {
     int compute_capability, smem_per_block, multiprocessors;
     int64_t l2_bytes;
-    std::string unavailable_reason;  // why kernels do not run there; empty if they do
+    std::string unavailable_reason;  // why this build's kernels cannot run on the device; empty if they can
 };
 
 DeviceInfo query_device(int index) {
@@ -71,14 +71,14 @@ bool is_set(const char* variable) {
     return value && *value && std::string_view(value) != "0";
 }
 
-// Makes the device of q the current one, for as long as this lives, and names its current stream.
+// Makes the device of q current for the lifetime of the object, and gets its current stream.
 class DeviceScope {
 public:
     explicit DeviceScope(const ProblemArgs& args) : guard_(args.q.device()) {
         const DeviceInfo& info = device_info(args.q.device().index());
         TORCH_CHECK(info.unavailable_reason.empty(), "flash_attn: ", info.unavailable_reason);
-        // The guard asks the runtime, which says 0 also in a thread that has no context yet, such as one of autograd's:
-        // the runtime makes one when it needs it, the driver, which makes tensor maps, does not. This does.
+        // CUDAGuard skips cudaSetDevice if the runtime reports this device as current, as it does for device 0 in a new
+        // thread without a context (such as autograd's). Encoding tensor maps is a driver call and needs the context.
         C10_CUDA_CHECK(cudaSetDevice(args.q.device().index()));
         device_ = {info.compute_capability,
                    info.smem_per_block,
@@ -105,7 +105,7 @@ bool has_aligned_rows(const Tensor& tensor) {
     return true;
 }
 
-// The tensor itself where kernels can read it, otherwise a copy with padded rows: one more pass over memory.
+// The tensor itself if its rows are 16-byte aligned; otherwise a copy with padded rows, one more pass over memory.
 MaybeOwned<Tensor> aligned_rows(const Tensor& tensor) {
     if (has_aligned_rows(tensor)) return MaybeOwned<Tensor>::borrowed(tensor);
     c10::DimVector sizes(tensor.sizes());
@@ -120,8 +120,8 @@ bool wants_value_checks() {
     return wanted;
 }
 
-// With FLASH_ATTN_CHECK=1, looks at lengths and tables as the CPU backend always does, which waits for the device.
-// Calls that are captured in a CUDA graph go unchecked: nothing can be read then.
+// With FLASH_ATTN_CHECK=1, validates lengths and tables like the CPU backend; this synchronises with the device.
+// Skipped under stream capture, where device memory cannot be read.
 void check_values(const ProblemArgs& args, const Problem& problem) {
     if (!wants_value_checks() || c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
         return;
@@ -156,7 +156,7 @@ FwdResult fwd_cuda(const FwdArgs& args) {
     Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, at::kFloat);
     const bool packed = args.problem.packed();
     if (packed || !has_pairs(problem)) {
-        // Where the last sequence ends is known to the device only.
+        // The end of the last sequence is known only on the device.
         out.zero_();
         softmax_lse.fill_(-kInfinity);
     }
@@ -168,7 +168,7 @@ FwdResult fwd_cuda(const FwdArgs& args) {
     return {std::move(out), std::move(softmax_lse)};
 }
 
-// Zeros for all rows that run_bwd may leave unwritten.
+// Zeroes all rows that run_bwd may leave unwritten.
 void clear_outside(const Problem& problem, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                    const Tensor& dsoftmax_sum) {
     const Seqlens& s = problem.seqlens;
@@ -234,7 +234,7 @@ Tensor attn_probs_cuda(const ProbsArgs& args) {
     return probs;
 }
 
-// Of the tensors that kernels would be given, copies where they cannot read those of the call.
+// Uses the same copies as fwd_cuda for tensors that kernels cannot read in place.
 Names explain_cuda(const FwdArgs& args) {
     validate(args);
     require_supported(args.problem);

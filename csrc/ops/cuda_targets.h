@@ -1,4 +1,4 @@
-// Which GPUs the code of a build runs on. Torch-free and CUDA-free, so that it is tested on any machine.
+// Which GPUs the code of a build runs on. No torch and no CUDA headers, so that it is tested on any machine.
 #pragma once
 #include <string>
 #include <string_view>
@@ -8,7 +8,7 @@ namespace flash_attn {
 
 constexpr int kOldestComputeCapability = 80;  // cp.async, bf16 and m16n8k16
 
-// "sm_80 sm_90a compute_80", as setup.py passes it, taken apart.
+// Splits the list of targets that setup.py passes, such as "sm_80 sm_90a compute_80".
 inline std::vector<std::string> split_targets(std::string_view text) {
     std::vector<std::string> targets;
     while (!text.empty()) {
@@ -19,8 +19,8 @@ inline std::vector<std::string> split_targets(std::string_view text) {
     return targets;
 }
 
-// Machine code runs on devices of its major version that are not older, with the suffix a on its own device only.
-// Intermediate code (compute_*) is compiled by the driver for every device that is not older.
+// sm_XY runs on devices of the same major version and at least that minor version, sm_XYa on exactly that device. The
+// driver compiles compute_XY (PTX) for every device of at least that version.
 inline bool runs_on(std::string_view target, int compute_capability) {
     const bool is_intermediate = target.starts_with("compute_"), is_specific = target.ends_with('a');
     int version = 0;
@@ -35,7 +35,7 @@ inline std::string version_text(int compute_capability) {
     return std::to_string(compute_capability / 10) + '.' + std::to_string(compute_capability % 10);
 }
 
-// Why a device cannot run this build's kernels, and what to do; empty if it can.
+// Why a device cannot run this build's kernels, with the remedy; empty if it can.
 inline std::string unavailable_reason(const std::string& device, int compute_capability, std::string_view targets) {
     const std::string is = device + " has compute capability " + version_text(compute_capability);
     if (compute_capability < kOldestComputeCapability) {

@@ -1,5 +1,5 @@
-// What the ops answer to whoever asks for a derivative that there is not. They must raise: torch's default is to go on
-// without, which ends in wrong gradients.
+// Errors for unsupported derivatives (second order, forward mode). They must raise: by default torch would treat the
+// result as a constant and return wrong gradients.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>
@@ -23,8 +23,8 @@ inline void refuse_tangent(const std::string& op, const at::Tensor& t) {
                 "reverse mode");
 }
 
-// Nodes are held by one smart pointer in some releases of torch and by another one in others.
-template <class Node, class Edge = torch::autograd::Edge> auto held(Node* node) {
+// A node in the smart pointer that torch::autograd::Edge holds, which differs between releases of torch.
+template <class Node, class Edge = torch::autograd::Edge> auto node_pointer(Node* node) {
     using Pointer = decltype(Edge::function);
     if constexpr (requires { Pointer::unsafe_steal_from_new(node); }) {
         return Pointer::unsafe_steal_from_new(node);
@@ -42,7 +42,7 @@ inline torch::autograd::Edge raising_edge(const std::string& op, const char* rea
                                           const at::Tensor& result) {
     auto* const error = new torch::autograd::Error(op + ": " + reason, std::move(inputs));
     error->add_input_metadata(result);
-    return {held(error), 0};
+    return {node_pointer(error), 0};
 }
 
 }  // namespace flash_attn

@@ -14,7 +14,7 @@ namespace {
 
 using Inputs = c10::SmallVector<Tensor, 3>;
 
-// Reads arguments in their order. Each function tells whether the next one is plain, and stores it.
+// Reads arguments in order. Each method stores the next one and returns whether it has the expected plain type.
 class Reader {
 public:
     Reader(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), end_(arguments + count) {}
@@ -45,7 +45,7 @@ public:
         value = number;
         return true;
     }
-    // An array in memory, of a class that does not override what functions do.
+    // A tensor with storage, of a class without __torch_function__.
     bool tensor(Tensor& value) {
         PyObject* x = take();
         if (!x || !THPVariable_CheckExact(x)) return false;
@@ -53,13 +53,13 @@ public:
         return value.layout() == at::kStrided && !value.is_nested();
     }
     bool tensor(OptionalTensor& value) { return none() || tensor(value.emplace()); }
-    // The elements of a tuple, or of a subclass of it.
+    // A reader of the elements of a tuple or of a subclass (namedtuple).
     std::optional<Reader> tuple() {
         PyObject* x = take();
         if (!x || !PyTuple_Check(x)) return std::nullopt;
         return Reader(reinterpret_cast<PyTupleObject*>(x)->ob_item, PyTuple_GET_SIZE(x));
     }
-    // Whether the next argument is None, which is then taken.
+    // Consumes the next argument if it is None.
     bool none() {
         if (next_ == end_ || *next_ != Py_None) return false;
         ++next_;
@@ -81,7 +81,7 @@ bool read_inputs(Reader& reader, Inputs& inputs) {
     return tuple && !inputs.empty() && inputs.size() <= 3;
 }
 
-// Where sequences lie; pages go the other way.
+// A Sequences tuple without paged KV; calls with a block table take the Python path.
 bool read_sequences(Reader& reader, AttentionArgs& args) {
     if (reader.none()) return true;
     std::optional<Reader> tuple = reader.tuple();
@@ -96,7 +96,7 @@ bool read_window(Reader& reader, AttentionArgs& args) {
            tuple->is_at_end();
 }
 
-// Whether q, kv or qkv can be split.
+// Whether the shapes of (q, kv) or (qkv) allow splitting.
 bool are_split(const Inputs& inputs, bool packed) {
     if (inputs.size() == 3) return true;
     const Tensor& last = inputs.back();
@@ -114,7 +114,7 @@ struct EagerCall {
                reader.integer(args.attention_chunk) && reader.real(args.softcap) && reader.tensor(args.alibi_slopes) &&
                reader.boolean(deterministic) && reader.boolean(return_attn_probs) && reader.is_at_end();
     }
-    // Whether nothing is left to be done for it in Python.
+    // Whether nothing is left for Python to check or convert.
     bool is_plain() const {
         const Tensor& first = inputs.front();
         if (at::impl::torch_function_mode_enabled() || !are_split(inputs, args.packed())) return false;

@@ -1,4 +1,4 @@
-// The extension module. Loading it registers the ops; what it offers itself is a quick call of them, and a
+// The extension module. Importing it registers the ops; the module itself has only the fast path of eager_call.h and a
 // description of the build.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
@@ -16,7 +16,7 @@ pybind11::list as_list(const std::vector<std::string>& texts) {
     return list;
 }
 
-// Best first, each with what it was built for: nothing if it is not in this build.
+// The backends, best first, each with the targets that it was built for (empty: not in this build).
 pybind11::list backends() {
     pybind11::list list;
     const auto add = [&](const char* name, const std::vector<std::string>& built_for) {
@@ -53,7 +53,7 @@ pybind11::dict build_info() {
     return info;
 }
 
-// By Python's own convention for arguments, which costs a tenth of what pybind11's does.
+// METH_FASTCALL costs a tenth of pybind11's argument handling.
 PyMethodDef functions[] = {
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_call)), METH_FASTCALL,
      "The public functions where every argument is plain; None where one is not."},

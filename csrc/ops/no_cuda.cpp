@@ -1,4 +1,4 @@
-// What tensors on a CUDA device get from a build without CUDA kernels.
+// The error of the ops for CUDA tensors in a build without CUDA kernels.
 #include <torch/library.h>
 #include "ops/original_ops.h"
 #include "ops/prepare.h"

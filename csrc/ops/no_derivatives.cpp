@@ -1,4 +1,4 @@
-// The ops that have no derivatives, and vmap, which no op has. Which arguments an op writes, its schema says.
+// Autograd kernels of the ops without derivatives, and vmap, which no op supports. Schemas mark written arguments.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -14,7 +14,7 @@ using Tensors = c10::SmallVector<at::Tensor, 4>;
 
 std::string name_of(const c10::OperatorHandle& op) { return op.schema().operator_name().name; }
 
-// The tensors among the arguments, for which the predicate holds.
+// The tensor arguments that satisfy the predicate.
 template <class Predicate> Tensors arguments(const c10::OperatorHandle& op, const Stack& stack, Predicate predicate) {
     Tensors tensors;
     const auto& names = op.schema().arguments();
@@ -31,7 +31,7 @@ Tensors written_arguments(const c10::OperatorHandle& op, const Stack& stack) {
     });
 }
 
-// Makes all that the op computes depend on what it was given, for a backward pass to find and refuse.
+// Connects all outputs to a node that raises in backward.
 template <const char* reason>
 void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     const Tensors sources = arguments(op, *stack, [&](const c10::Argument&, const at::Tensor& t) {
@@ -57,7 +57,7 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
     }
 }
 
-// Tells autograd what was written, for whoever saved it.
+// Bumps the version counters of the tensors that the op writes, so that autograd detects stale saved tensors.
 void count_writes(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     const Tensors written = written_arguments(op, *stack);
     {

@@ -1,5 +1,5 @@
-// The ops of flash_attn 2.8.3 by their own names and schemas, over the implementations of ours. Programs name them:
-// policies of activation checkpointing, FLOP counters, sequence parallel training.
+// The ops of flash_attn 2.8.3 under their own names and schemas, implemented by ours. Other programs refer to them by
+// name: activation checkpointing policies, FLOP counters, sequence-parallel training.
 #pragma once
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randint.h>
@@ -12,7 +12,7 @@ namespace flash_attn {
 
 using OriginalFwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // out, softmax_lse, S_dmask, rng_state
 
-// Their arguments in our records.
+// Their arguments, unpacked into our records.
 struct OriginalFwdArgs {
     ProblemArgs problem;
     bool return_softmax;
@@ -113,16 +113,16 @@ inline OriginalBwdArgs varlen_bwd_args(const Tensor& dout, const Tensor& q, cons
     return args;
 }
 
-// Seed and offset of a dropout mask, from torch's generator: rewinding that repeats the mask.
+// Seed and offset of a dropout mask, from torch's generator, so that restoring its state repeats the mask.
 inline Tensor draw_rng_state(const Tensor& q) {
     return at::randint(std::numeric_limits<int64_t>::max(), {2}, q.options().dtype(at::kLong));
 }
 
-// What stands for it where nothing is dropped: zeros.
+// The rng_state returned without dropout: zeros.
 inline Tensor no_rng_state(const Tensor& q) {
     Tensor state = at::empty({2}, q.options().dtype(at::kLong));
     if (!state.is_cpu()) return state.zero_();
-    std::fill_n(state.mutable_data_ptr<int64_t>(), 2, 0);  // a call of an op would cost more than all the rest here
+    std::fill_n(state.mutable_data_ptr<int64_t>(), 2, 0);  // an op call would cost more than everything else here
     return state;
 }
 
@@ -145,7 +145,7 @@ OriginalFwdResult run_original_fwd(OriginalFwdArgs args) {
 }
 
 template <BwdImplementation bwd> Tensor run_original_bwd(const OriginalBwdArgs& args) {
-    // A gradient that nobody asked for is computed all the same, into memory of its own.
+    // A gradient without an output argument is computed as well, into new memory.
     const auto target = [](const OptionalTensor& gradient, const Tensor& of) {
         return gradient ? *gradient : gradient_buffer(of);
     };
@@ -154,13 +154,13 @@ template <BwdImplementation bwd> Tensor run_original_bwd(const OriginalBwdArgs& 
     return bwd({problem, args.dout, std::nullopt, args.out, args.softmax_lse, dq, dk, dv, args.deterministic});
 }
 
-// An op that unpacks its arguments and runs.
+// An op: unpacks its arguments, then runs.
 template <auto unpack, auto run, class Unpack = decltype(unpack)> struct Unpacked;
 template <auto unpack, auto run, class Record, class... Args> struct Unpacked<unpack, run, Record (*)(Args...)> {
     static auto call(Args... args) { return run(unpack(std::forward<Args>(args)...)); }
 };
 
-// Under every name, for one dispatch key.
+// Registers all ops under every name, for one dispatch key.
 template <FwdImplementation fwd, BwdImplementation bwd, ProbsImplementation attn_probs>
 void implement_ops(torch::Library& m) {
     m.impl("fwd", Ops::run_fwd<fwd>);

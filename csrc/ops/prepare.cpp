@@ -1,4 +1,4 @@
-// Views of tensors, and the sizes of results.
+// Tensor views, result shapes and the Problem.
 #include "ops/prepare.h"
 #include <cmath>
 #include "ops/asked_backend.h"
@@ -56,7 +56,7 @@ const int32_t* PreparedProblem::metadata(const OptionalTensor& tensor, Held& hel
     return held->const_data_ptr<int32_t>();
 }
 
-// A state on another device stays there: reading it here would wait for that device.
+// A CUDA rng_state is passed by pointer: reading it here would synchronise with the device.
 DropoutParams PreparedProblem::dropout_of(const ProblemArgs& args) {
     if (!(args.dropout_p > 0)) return {};
     rng_state_ = last_dim_contiguous(*args.rng_state);
@@ -101,7 +101,7 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
     }
     p.window = window_of(args);
     p.chunks = make_chunks(int(min<int64_t>(args.attention_chunk, kMaxSeqlen - 1)));
-    // As Python computes it, to the bit.
+    // The same floating-point result as Python's head_dim ** -0.5.
     p.score.softmax_scale = args.softmax_scale.value_or(std::pow(double(p.head_dim), -0.5));
     p.score.softcap = max(args.softcap, 0.0);
     if (args.alibi_slopes) {

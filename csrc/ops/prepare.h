@@ -1,4 +1,4 @@
-// From tensors to a Problem: the one validator of every backend, and the views that kernels are given.
+// From tensors to a Problem: the validator of every backend, and the views that kernels get.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/MaybeOwned.h>
@@ -10,29 +10,29 @@ namespace flash_attn {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-// Types, devices, ranks, shapes and numbers, all that can be known without reading a tensor. Sizes may be symbolic.
-// Raises ValueError with all reasons.
+// Checks types, devices, ranks, shapes and scalars: everything that is known without reading tensor data. Sizes may be
+// symbolic. Raises one ValueError with all reasons.
 void validate(const FwdArgs& args);
 void validate(const BwdArgs& args);
 void validate(const ProbsArgs& args);
 
-// The shapes of what the ops return, of validated arguments.
+// Shapes of the results, for validated arguments.
 c10::SymDimVector out_sizes(const ProblemArgs& args);
 c10::SymDimVector lse_sizes(const ProblemArgs& args);
 c10::SymDimVector probs_sizes(const ProblemArgs& args);
 // float32, or float64 for float64 elements.
 at::ScalarType lse_type(const ProblemArgs& args);
 
-// The values of cu_seqlens, seqused_k, leftpad_k and block_table, which must lie in host memory. Raises ValueError with
-// all reasons.
+// Checks the values of cu_seqlens, seqused_k, leftpad_k and block_table, which must be in host memory. Raises one
+// ValueError with all reasons.
 void validate_values(const ProblemArgs& args, const Problem& problem);
 
-// The tensor itself where its last dimension is contiguous, a contiguous copy otherwise.
+// The tensor itself if its last dimension is contiguous, otherwise a contiguous copy.
 c10::MaybeOwned<Tensor> last_dim_contiguous(const Tensor& tensor);
 bool is_last_dim_contiguous(const Tensor& tensor);
 
-// A Problem over validated arguments. Where kernels cannot read a tensor as it lies, readable gives them a copy; copies
-// live as long as this.
+// The Problem of validated arguments. `readable` copies the tensors that kernels cannot read in place; this object owns
+// the copies.
 class PreparedProblem {
 public:
     using Held = c10::MaybeOwned<Tensor>;
@@ -47,7 +47,7 @@ private:
     Problem problem_{};
 };
 
-// Views of tensors whose last dimension is contiguous; packed: without a batch dimension.
+// Views of tensors with a contiguous last dimension; packed: no batch dimension.
 TensorView view_of(const Tensor& tensor, bool packed);
 RowView row_view_of(const Tensor& tensor, bool packed);
 

@@ -1,4 +1,4 @@
-// Everything that is wrong with a call, collected first and raised together.
+// Collects everything that is wrong with a call, to raise it as one error.
 #pragma once
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
@@ -17,7 +17,7 @@ public:
     void add(const Argument& argument, const Expected& expected, const Got& got) {
         reasons_.push_back(c10::str(argument, ": expected ", expected, ", got ", got));
     }
-    // Raises a Python ValueError if there is a reason.
+    // Raises a Python ValueError if there is any reason.
     void raise_if_any() const {
         if (!reasons_.empty()) raise();
     }

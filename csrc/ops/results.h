@@ -1,4 +1,4 @@
-// What the ops of every device allocate, and what they write where no query sees any key.
+// Result allocation shared by the devices, and the results of problems without any pair of query and key.
 #pragma once
 #include <ATen/ops/empty.h>
 #include <limits>
@@ -12,10 +12,10 @@ inline Tensor empty(const c10::SymDimVector& sizes, const Tensor& like, at::Scal
     return at::empty(C10_AS_INTARRAYREF_SLOW(sizes), like.options().dtype(type));
 }
 
-// Whether any query can see any key.
+// Whether there is any pair of query and key.
 inline bool has_pairs(const Problem& p) { return p.batch_size > 0 && p.seqlens.seqlen_q > 0 && p.seqlens.seqlen_k > 0; }
 
-// A gradient that is written where it belongs if kernels can write there, and copied there otherwise.
+// A gradient tensor: written in place if kernels can write there, otherwise through a temporary that is copied.
 class Gradient {
 public:
     explicit Gradient(const Tensor& target)
@@ -33,7 +33,7 @@ private:
     c10::MaybeOwned<Tensor> written_;
 };
 
-// The backward pass without pairs.
+// The backward pass of a problem without pairs: zeros.
 inline void clear_gradients(const BwdArgs& args, const Tensor& dsoftmax_sum) {
     for (const Tensor& gradient : {args.dq, args.dk, args.dv}) gradient.zero_();
     dsoftmax_sum.zero_();

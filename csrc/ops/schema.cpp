@@ -1,4 +1,4 @@
-// The ops' schemas, and what torch.compile and fake tensors run in place of them.
+// The schemas of the ops, and their Meta kernels for torch.compile and fake tensors.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 #include <string>
@@ -27,7 +27,7 @@ Tensor attn_probs_meta(const ProbsArgs& args) {
     return at::empty_symint(probs_sizes(p), p.q.options());
 }
 
-// The arguments of AttentionArgs.
+// The schema of AttentionArgs.
 const std::string kTail =
     "*, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
     "Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? block_table=None, Tensor? alibi_slopes=None, "
@@ -36,9 +36,9 @@ const std::string kTail =
 const std::string kBackward =
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse=None, ";
 
-// Names, arguments and defaults of flash_attn 2.8.3.
+// Names, arguments and defaults are those of flash_attn 2.8.3.
 void define_original_ops(torch::Library& m) {
-    // With dropout the forward ops draw from torch's generator.
+    // With dropout, the forward ops draw from torch's generator.
     const std::vector<at::Tag> draws = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
     m.def(
         "_flash_attn_forward(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, "
@@ -78,8 +78,8 @@ TORCH_LIBRARY(flash_attn, m) {
     define("bwd.out(" + bwd + ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor dsoftmax_sum");
     define("_explain(Tensor q, Tensor k, Tensor v, " + kTail + ") -> str[]");
     define("attn_probs(Tensor q, Tensor k, Tensor softmax_lse, " + kTail + ") -> Tensor");
-    // For gradients in one piece of packed inputs, (q, kv) or (qkv) in place of (q, k, v), for deterministic ones, and
-    // for arguments that the ops of 2.8.3 do not have.
+    // For what the ops of 2.8.3 cannot do: packed inputs (q, kv) or (qkv), whose gradient is one tensor, deterministic
+    // gradients, and further arguments.
     define("_attention(Tensor[] inputs, " + kTail + ", bool deterministic=False) -> (Tensor, Tensor, Tensor)");
     define_original_ops(m);
 }

@@ -1,5 +1,5 @@
-// The checks that need no tensor's values. They see sizes that may be symbols of torch.compile: an equation between two
-// of them becomes a guard, a limit is only applied to sizes that are known.
+// The checks that need no tensor data. Sizes may be symbolic under torch.compile: an equality of two sizes becomes a
+// guard; limits are checked only for known sizes.
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/SymBool.h>
@@ -13,7 +13,7 @@ namespace {
 
 using c10::SymInt;
 
-// One expected dimension of a tensor: any size, or the size that other arguments imply.
+// One expected dimension of a tensor: any size, or the size implied by other arguments.
 struct Dim {
     const char* name;
     std::optional<SymInt> size = std::nullopt;
@@ -80,7 +80,7 @@ private:
     void check_metadata();
     void check_block_table();
     void check_rng_state();
-    // What a tensor shaped like q (otherwise k), with v's head_dim (otherwise q's), must look like.
+    // Expected dimensions of a tensor shaped like q (is_q) or k, with the head_dim of v (is_v) or of q.
     c10::SmallVector<Dim, 4> dims_like(bool is_q, bool is_v) const;
 
     void check_device(const char* name, const Tensor& t) {
@@ -102,14 +102,14 @@ private:
         if (!good) reasons_.add(name, "shape " + shape_text(dims), shape_text(t));
         return good;
     }
-    // A tensor of int32, one number per sequence.
+    // An int32 tensor with one value per sequence.
     void check_per_sequence(const char* name, const OptionalTensor& t) {
         if (!t) return;
         check_device(name, *t);
         check_dtype(name, *t, at::kInt);
         check_shape(name, *t, {{"batch_size", batch_size_}});
     }
-    // All counts but those of packed rows are 32-bit numbers in kernels.
+    // Kernels hold every size but total_q and total_k in 32 bits.
     void check_count(const char* name, const char* what, const std::optional<SymInt>& count, int64_t least = 0) {
         if (count && (known(count->sym_lt(least)) || known(count->sym_ge(kMaxSeqlen)))) {
             reasons_.add(name, c10::str(what, " of at least ", least, " and below 2^30=", kMaxSeqlen), *count);
@@ -124,7 +124,7 @@ private:
     const ProblemArgs& args_;
     const bool packed_;
     Reasons reasons_;
-    // Sizes, as far as the ranks of the tensors let them be known. rows: seqlen, or total where packed.
+    // Sizes, where the ranks of the tensors are valid. rows: seqlen, or total if packed.
     std::optional<SymInt> batch_size_, rows_q_, rows_k_, num_heads_, num_heads_k_, head_dim_, head_dim_v_;
 };
 
@@ -194,7 +194,7 @@ void Validator::check_k_and_v() {
     const Tensor& k = args_.k;
     const bool paged = args_.block_table.has_value();
     const bool with_batch = !packed_ || paged;
-    // Of the first dimension of k and v.
+    // The first dimension of k and v.
     const Dim first = paged ? Dim{"num_pages"} : Dim{"batch_size", batch_size_};
     const char* rows = paged ? "page_size" : packed_ ? "total_k" : "seqlen_k";
     const bool good = with_batch ? check_shape("k", k, {first, {rows}, {"num_heads_k"}, {"head_dim", head_dim_}})
@@ -224,7 +224,7 @@ void Validator::check_heads() {
     }
 }
 
-// Whether x is a normal number, above 0, of the type T that scores are computed in.
+// Whether x is positive and normal (not subnormal) in T, the type that scores are computed in.
 template <class T> bool is_normal(double x) { return x > 0 && std::isnormal(T(x)); }
 
 template <class T> void Validator::check_score_numbers() {
@@ -234,7 +234,7 @@ template <class T> void Validator::check_score_numbers() {
         reasons_.add("softmax_scale", is_float32 ? "a finite number above 0 (in float32)" : "a finite number above 0",
                      scale);
     }
-    if (cap <= 0) return;  // off; NaN is not
+    if (cap <= 0) return;  // no softcap; NaN is rejected below
     if (!is_normal<T>(cap) || !is_normal<T>(1 / cap)) {
         reasons_.add("softcap", is_float32 ? "a finite number (in float32), or 0" : "a finite number, or 0", cap);
     } else if (is_normal<T>(scale) && !is_normal<T>(scale / cap)) {

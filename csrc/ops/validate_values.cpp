@@ -1,4 +1,4 @@
-// The checks of what metadata tensors hold, in host memory.
+// The checks of the values of metadata tensors, in host memory.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -36,7 +36,7 @@ public:
 private:
     static std::string at(const char* name, int64_t i) { return c10::str(name, '[', i, ']'); }
 
-    // Each kind of mistake is told once, where it occurs first.
+    // Each kind of mistake is reported once, at its first occurrence.
     void check_cu_seqlens(char side, const int32_t* cu_seqlens, const int64_t* total, int32_t max_seqlen) {
         const char* name = side == 'q' ? "cu_seqlens_q" : "cu_seqlens_k";
         const int batch_size = problem_.batch_size;
@@ -60,7 +60,7 @@ private:
                          max_seqlen);
         }
     }
-    // Of dense keys. Fewer than none are none.
+    // Dense keys. A negative number counts as 0 keys.
     void check_seqused() {
         for (int b = 0; b < problem_.batch_size; ++b) {
             if (seqlens_.seqused_k[b] <= seqlens_.seqlen_k) continue;
@@ -68,7 +68,7 @@ private:
                                 seqlens_.seqused_k[b]);
         }
     }
-    // Of packed or paged keys: sequences may leave gaps and lie in any order.
+    // Packed or paged keys: sequences may have gaps between them and be in any order.
     void check_starts_and_seqused() {
         const bool has_rows = !paged_.block_table;
         for (int b = 0; has_rows && b < problem_.batch_size; ++b) {
@@ -91,7 +91,7 @@ private:
             break;
         }
     }
-    // The backward pass writes a row of dk and dv for one sequence.
+    // Sequences must not overlap: the backward pass writes each row of dk and dv for one sequence.
     void check_rows_are_apart() {
         std::vector<std::pair<int64_t, int>> starts;
         for (int b = 0; b < problem_.batch_size; ++b) {
@@ -108,7 +108,7 @@ private:
                                 used_k(b));
         }
     }
-    // More padding than keys in use leaves none.
+    // leftpad_k may exceed the number of valid keys: no key is left then.
     void check_leftpad() {
         for (int b = 0; b < problem_.batch_size; ++b) {
             if (seqlens_.leftpad_k[b] >= 0) continue;

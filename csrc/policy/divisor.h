@@ -1,4 +1,4 @@
-// Division of many numbers by one: as a multiplication, where the machine has no instruction for division.
+// Division by a divisor that is fixed at launch, as multiply and shift: GPUs have no integer division instruction.
 // Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (1994), section 4.
 #pragma once
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace flash_attn {
 
-// Exact for 0 <= n < 2^31: the multiplier is 2^shift / divisor, less than 1 too large, and 2^shift >= 2^31 divisor, so
-// that the product is less than 1 / divisor too large.
+// Exact for 0 <= n < 2^31: multiplier - 2^shift / divisor is in [0, 1) and 2^shift >= 2^31 divisor, so the error of the
+// quotient is less than 1 / divisor.
 struct Divisor {
     uint32_t divisor, multiplier;
     int32_t shift;

@@ -1,9 +1,9 @@
-// Which weights dropout drops: Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with a
-// counter made of (batch, head, row, key), so that the answer does not depend on tiles, threads or the device.
+// The dropout mask: Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the counter
+// (batch, head, row, key), so the mask does not depend on tile shapes, threads or the device.
 //
-// One call yields eight 16-bit numbers. They belong to the pairs {row, row + 8} x {key, key + 8, key + 16, key + 24} of
-// a 16 x 32 block. A thread of mma.sync or wgmma holds both rows and all of those keys in its accumulators, so it uses
-// every number that it computes; with transposed scores it holds half of the keys and uses half of the numbers.
+// One Philox call yields eight 16-bit numbers, for the pairs {row, row + 8} x {key, key + 8, key + 16, key + 24} of a
+// 16 x 32 block. A thread's mma.sync or wgmma accumulators hold both rows and all four keys, so it uses all eight
+// numbers; with transposed scores they hold two of the keys, and half of the numbers are used.
 #pragma once
 #include "policy/host_device.h"
 #include "problem.h"
@@ -42,8 +42,8 @@ struct DropoutMask {
         offset = uint32_t(full_offset);
     }
 
-    // The eight numbers that (row, key) shares with its block: word i holds row (low half) and row + 8 (high half)
-    // of key + 8 i, for row and key in the first octet of the block.
+    // The eight numbers of the block that contains (row, key): word i holds (row, key + 8 i) in its low half and (row +
+    // 8, key + 8 i) in its high half, for row and key in the first octet of the block.
     FA_HOST_DEVICE PhiloxOutput block(uint32_t row, uint32_t key) const {
         return philox(row / 16 * 8 + row % 8, key / 32 * 8 + key % 8, batch_head, offset, seed_low, seed_high);
     }
@@ -53,7 +53,7 @@ struct DropoutMask {
     }
 };
 
-// What kept weights are multiplied with, by the probability really used, so that the expectation is exact.
+// Rescale factor of the kept weights: 1 / (1 - the probability really used), so that the expectation is exact.
 FA_HOST_DEVICE double dropout_rescale(const DropoutParams& p) { return 65536.0 / (65536.0 - double(p.threshold)); }
 
 }  // namespace flash_attn

@@ -1,8 +1,8 @@
-// One definition of an attention policy for g++, nvcc and the simulator; no CUDA headers.
+// Function attributes for policies, which g++, nvcc and the simulator compile from one source. No CUDA headers.
 #pragma once
 
-// Policies are always inlined: on the CPU they are compiled into files for several instruction sets, and an out-of-line
-// copy of one of them would be an ordinary symbol that any of the others could be linked against.
+// Policies are always inlined: the CPU backend compiles them once per instruction set, and the linker may merge
+// out-of-line copies, so that an older processor would run code of a newer instruction set.
 #if defined(__CUDACC__)
 #define FA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -18,7 +18,7 @@ template <class T> FA_HOST_DEVICE constexpr T ceil_div(T a, T b) { return (a + b
 template <class T> FA_HOST_DEVICE constexpr T round_down(T a, T multiple) { return a / multiple * multiple; }
 template <class T> FA_HOST_DEVICE constexpr T round_up(T a, T multiple) { return ceil_div(a, multiple) * multiple; }
 
-// A type as a value, for functions that choose one.
+// A type as a value: the argument of generic lambdas that select a type.
 template <class T> struct Type { using type = T; };
 
 }  // namespace flash_attn

@@ -1,9 +1,9 @@
-// Which keys a query sees. A mask answers for ranges what can be seen at all (kv_range, q_range) and whether a block
-// needs no masking (is_full_block), and for one pair whether it attends (keep). A block of scores is compared only with
-// those edges of the mask that cross it.
+// Attention masks. For ranges, a mask returns the visible keys or queries (kv_range, q_range) and whether a block needs
+// no masking (is_full_block); for one pair, whether the query sees the key (keep). A block of scores is compared only
+// with the mask edges that cross it.
 //
-// Aligned bottom-right: the last query and the last key are on the diagonal. Causal is a window with right = 0.
-// FlashAttention-2, section 3.1.1 (blocks wholly above the diagonal are skipped).
+// Masks are bottom-right aligned: the last query is at the position of the last key. Causal is a window with right = 0.
+// Blocks above the diagonal are skipped (FlashAttention-2, section 3.1.1).
 #pragma once
 #include "policy/host_device.h"
 #include "policy/seqlen.h"
@@ -16,7 +16,7 @@ struct Range {
     FA_HOST_DEVICE bool empty() const { return begin >= end; }
 };
 
-// What one query sees, for those who ask about many keys. Int: a number, or a vector with a query in every lane.
+// Visible keys of one query, computed once and used for many keys. Int: a number, or a vector with one query per lane.
 template <class Int> struct VisibleKeys {
     Int first, last;
 
@@ -28,30 +28,30 @@ template <class Int> struct VisibleKeys {
     template <class Key> FA_HOST_DEVICE auto keep(Key key) const { return (key >= first) & (key <= last); }
 };
 
-enum class Edge { kAfter, kBefore };  // the keys that it hides are after what a query sees, or before it
+enum class Edge { kAfter, kBefore };  // hides the keys after, or those before, the visible keys
 
 struct WindowMask {
-    static constexpr bool kMasked = true;  // hides keys from some queries and not from others
+    static constexpr bool kMasked = true;  // some pairs of a query and a key are hidden
     int seqlen_q, seqlen_k;
     int left, right;
     Chunks chunks;
 
-    // The mask of a head of a sequence.
+    // The mask of one head of one sequence.
     FA_HOST_DEVICE static WindowMask of(const Problem& p, const Sequence& seq, int /*batch*/, int /*head*/) {
         return {seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right, p.chunks};
     }
 
-    // The position of a query among the keys; negative if it is before all of them.
+    // Position of a query on the axis of keys; negative if it is before the first key.
     FA_HOST_DEVICE int position(int row) const { return row + (seqlen_k - seqlen_q); }
-    // Keys of the chunk of a query, and positions of the queries of the chunk of a key: without chunks these are all.
-    // Without branches: kernels compute them for every row of a block.
+    // First and last key of the chunk of a query, and position of the chunk of a key; without chunks, unbounded.
+    // Branchless: kernels compute these for every row of a block.
     FA_HOST_DEVICE int first_of_chunk(int position) const {
         return chunks.size.quotient(max(position, 0)) * int(chunks.size.divisor);
     }
     FA_HOST_DEVICE int last_of_chunk(int position) const {
         return position < chunks.lowest ? -1 : first_of_chunk(position) + int(chunks.size.divisor) - 1;
     }
-    // What one query sees, and by which queries one key is seen. Either is a range, and may be empty or end outside.
+    // First and last key that a query sees, and query that sees a key. These ranges may be empty or out of bounds.
     FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, first_of_chunk(position(row))); }
     FA_HOST_DEVICE int last_key(int row) const {
         return min(min(position(row) + right, last_of_chunk(position(row))), seqlen_k - 1);
@@ -70,19 +70,19 @@ struct WindowMask {
         return !hides<Edge::kAfter, kByKey>(row, key) && !hides<Edge::kBefore, kByKey>(row, key);
     }
 
-    // Keys that at least one of the rows may see. Rows past the last one change nothing: it sees the last key. An empty
-    // range ends at or before 0.
+    // Keys that at least one of the rows may see. Rows past the last query need no clamp: the last query sees the last
+    // key. An empty range has end <= 0.
     FA_HOST_DEVICE Range kv_range(Range rows) const { return {first_key(rows.begin), last_key(rows.end - 1) + 1}; }
-    // Rows that may see at least one of the keys. Keys past the last one change nothing: the last row sees it. An empty
-    // range ends at or before 0.
+    // Rows that may see at least one of the keys. Keys past the last one need no clamp: the last row sees the last key.
+    // An empty range has end <= 0.
     FA_HOST_DEVICE Range q_range(Range keys) const {
         const int last = min(keys.end, seqlen_k) - 1;
         return {max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)};
     }
 
-    // Whether an edge hides some key of a block from some row of it, and whether it hides one key from one row. There
-    // are two forms, which agree: kByKey computes bounds of keys, which is less where there are few keys and many
-    // queries, the other one bounds of queries.
+    // crosses: an edge hides some key of a block from some row. hides: it hides one key from one row. Two equivalent
+    // forms: kByKey compares queries with the bounds of a key, cheaper for few keys and many queries; the other form
+    // compares keys with the bounds of a query.
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
         return kEdge == Edge::kAfter ? hides<kEdge, kByKey>(rows.begin, keys.end - 1)
                                      : hides<kEdge, kByKey>(rows.end - 1, keys.begin);
@@ -93,13 +93,13 @@ struct WindowMask {
         else
             return kEdge == Edge::kAfter ? key > last_key(row) : key < first_key(row);
     }
-    // Every one of the rows sees every one of the keys.
+    // Whether every row sees every key of the block.
     template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
         return !crosses<Edge::kAfter, kByKey>(rows, keys) && !crosses<Edge::kBefore, kByKey>(rows, keys);
     }
 };
 
-// Every query sees every key: a window without bounds, with less to compute.
+// No mask: every query sees every key. Equal to a window without bounds, but costs nothing.
 struct FullMask {
     static constexpr bool kMasked = false;
     int seqlen_q, seqlen_k;
@@ -122,12 +122,12 @@ struct FullMask {
     }
 };
 
-// Whether a problem needs more than FullMask.
+// Whether a problem needs WindowMask rather than FullMask.
 FA_HOST_DEVICE bool masks_keys(const Problem& p) {
     return p.window.left < kMaxSeqlen || p.window.right < kMaxSeqlen || p.chunks.lowest == 0;
 }
 
-// size: of a chunk; 0: there are none.
+// size: keys per chunk; 0: no chunks.
 inline Chunks make_chunks(int size) { return {make_divisor(size > 0 ? size : kMaxSeqlen), size > 0 ? 0 : -kMaxSeqlen}; }
 
 }  // namespace flash_attn

@@ -1,12 +1,12 @@
-// The offset of a row of keys or values, contiguous or in pages.
+// Offset of a row of K or V, for contiguous or paged KV.
 #pragma once
 #include "policy/host_device.h"
 #include "problem.h"
 
 namespace flash_attn {
 
-// In elements, from the start of the tensor; row counts from the first row of the tensor (packed), of the batch entry
-// (dense) or of the first page. A page outside the pool gives -1: such a row is read as zeros and not attended to.
+// Returns elements from the start of the tensor. row is relative to the tensor (packed), the batch entry (dense) or the
+// first page (paged). A page index outside the pool gives -1: such a row is loaded as zeros and masked.
 FA_HOST_DEVICE int64_t kv_row_offset(const TensorView& t, const PagedKv& paged, int batch, int64_t row) {
     if (!paged.block_table) return batch * t.batch_stride + row * t.row_stride;
     const int32_t page = paged.block_table[batch * paged.batch_stride + row / paged.page_size];

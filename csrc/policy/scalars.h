@@ -1,4 +1,4 @@
-// The numbers of a problem as kernels compute with them: rounded once, on the host. Double precision is slow on GPUs.
+// The scalars of a problem in the precision of the kernels, rounded once on the host: double precision is slow on GPUs.
 #pragma once
 #include <type_traits>
 #include "policy/dropout.h"
@@ -16,7 +16,7 @@ template <class Real> FA_HOST_DEVICE Scalars<Real> make_scalars(const Problem& p
             Real(dropout_rescale(p.dropout))};
 }
 
-// The last thing that is done to a problem before kernels get it.
+// Fills p.scalars: the last step of preparing a problem for the GPU kernels.
 inline void round_scalars(Problem& p) { p.scalars = make_scalars<float>(p); }
 
 template <class Real> FA_HOST_DEVICE Scalars<Real> scalars_of(const Problem& p) {

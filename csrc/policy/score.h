@@ -1,7 +1,7 @@
-// From a product q . k to the score that softmax sees:
+// From a product q . k to the score, the input of softmax:
 //     score = cap(softmax_scale * product) - slope * |row + shift - key|,   cap(x) = softcap * tanh(x / softcap)
-// in this order (ALiBi is added to capped scores), the derivative of the score with respect to the scaled product, and
-// which weights dropout drops. Templates over the number type: float on a GPU, vectors of float or double on the CPU.
+// ALiBi is added after softcap. Also: the derivative of the score with respect to the scaled product, and the dropout
+// mask. Templates over the number type: float on a GPU, vectors of float or double on the CPU.
 #pragma once
 #include "policy/dropout.h"
 #include "policy/host_device.h"
@@ -11,7 +11,7 @@
 
 namespace flash_attn {
 
-// The bias of ALiBi (Press et al., "Train short, test long", section 3), symmetric so that it needs no causal mask.
+// ALiBi bias (Press et al., "Train short, test long", section 3), symmetric so that it needs no causal mask.
 template <class Real, class T> FA_HOST_DEVICE T alibi_bias(Real slope, T distance) {
     return -slope * (distance < T{} ? -distance : distance);
 }
@@ -22,11 +22,11 @@ template <class T> FA_HOST_DEVICE T softcap_derivative(T t) { return 1 - t * t; 
 FA_HOST_DEVICE float alibi_slope(const ScoreParams& p, int batch, int head) {
     return p.alibi_slopes ? p.alibi_slopes[batch * p.alibi_batch_stride + head] : 0.f;
 }
-// Whether scores are more than scaled products, and whether scores or weights are more than PlainScore has.
+// Of ScoreParams: whether softcap or ALiBi applies. Of a Problem: whether PlainScore is not enough.
 FA_HOST_DEVICE bool modifies_scores(const ScoreParams& p) { return p.softcap > 0 || p.alibi_slopes; }
 FA_HOST_DEVICE bool modifies_scores(const Problem& p) { return modifies_scores(p.score) || p.dropout.threshold != 0; }
 
-// Scaled products. They stay products until the softmax multiplies them with scale_log2.
+// Scores are scaled products. The scale is not applied here: softmax multiplies products by scale_log2.
 template <class Real> struct PlainScore {
     static constexpr bool kModified = false;
     Real scale_log2;
@@ -35,7 +35,7 @@ template <class Real> struct PlainScore {
         : scale_log2(scalars_of<Real>(p).scale_log2) {}
 };
 
-// Scores of one head that are more than that, or whose weights are dropped.
+// Scores of one head with softcap, ALiBi or dropout.
 template <class Real> struct ModifiedScore {
     static constexpr bool kModified = true;
     static constexpr Real scale_log2 = Real(kLog2e);  // scores are natural logarithms
@@ -50,11 +50,11 @@ template <class Real> struct ModifiedScore {
           shift(seq.seqlen_k - seq.seqlen_q), dropout(p.dropout, batch, head, p.num_heads),
           dropout_rescale(scalars_of<Real>(p).dropout_rescale) {}
 
-    // How far the key is before the query.
+    // Distance from the key to the query's position; positive if the key comes first.
     FA_HOST_DEVICE int distance(int row, int key) const { return row + shift - key; }
 
-    // A score is made in stages, and takes part in those that apply to the head: scale or cap, then the bias. Math: has
-    // the tanh of T.
+    // transform() has up to three stages: scale or softcap, then bias; a head skips the stages that do not apply to it.
+    // Math: provides tanh for T.
     static constexpr int kStages = 3;
     template <int kStage> FA_HOST_DEVICE bool applies() const {
         return kStage == 0 ? !has_derivative() : kStage == 1 ? has_derivative() : slope != 0;
@@ -65,7 +65,7 @@ template <class Real> struct ModifiedScore {
         if constexpr (kStage == 2) return x + alibi_bias(slope, distance);
     }
 
-    // d score / d (scale * product), of the product or, where that is gone, of the score. 1 if there is none.
+    // d score / d (scale * product) as a function of the product or, once the tile is transformed, of the score.
     FA_HOST_DEVICE bool has_derivative() const { return softcap > 0; }
     template <class Math, class T> FA_HOST_DEVICE T derivative(T product) const {
         return softcap_derivative(Math::tanh(product * scale_over_cap));

@@ -1,5 +1,5 @@
-// Where one sequence of the batch lies. Device metadata is clamped to the true sizes of the tensors: a wrong length
-// gives a wrong answer for that sequence, never an access outside.
+// Start and length of one sequence of the batch. Device metadata is clamped to the true sizes of the tensors: an
+// invalid length gives a wrong result for that sequence, never an out-of-bounds access.
 #pragma once
 #include "policy/host_device.h"
 #include "problem.h"
@@ -7,12 +7,12 @@
 namespace flash_attn {
 
 struct Sequence {
-    int64_t first_row_q, first_row_k;  // within the batch entry of a dense tensor, or within a packed tensor
+    int64_t first_row_q, first_row_k;  // relative to the batch entry of a dense tensor, or to the packed tensor
     int32_t seqlen_q, seqlen_k;
 };
 
-// Rows inside [0, total]: from cu_seqlens[batch] to its successor or, where the numbers of rows in use are given, as
-// many as those. Then sequences may leave gaps and lie in any order.
+// Rows of one packed sequence, clamped to [0, total]: from cu_seqlens[batch] to cu_seqlens[batch + 1] or, with `used`,
+// used[batch] rows; sequences may then have gaps between them and be in any order.
 FA_HOST_DEVICE Sequence packed_range(const int32_t* cu_seqlens, const int32_t* used, int batch, int64_t total,
                                      int32_t max_seqlen, Sequence s, bool is_q) {
     const int64_t begin = clamp<int64_t>(cu_seqlens[batch], 0, total);
@@ -26,7 +26,7 @@ FA_HOST_DEVICE Sequence sequence_at(const Seqlens& p, const PagedKv& paged, int 
     Sequence s{0, 0, p.seqlen_q, p.seqlen_k};
     if (p.cu_seqlens_q) s = packed_range(p.cu_seqlens_q, nullptr, batch, p.total_q, p.seqlen_q, s, true);
     if (p.cu_seqlens_k) {
-        // The rows of a paged sequence are counted from its first page, wherever cu_seqlens_k says it starts.
+        // Rows of a paged sequence are counted from its first page: cu_seqlens_k does not give its start.
         const int64_t capacity = int64_t(paged.max_pages) * paged.page_size;
         const int64_t total = paged.block_table ? int64_t(kMaxSeqlen) * 2 : p.total_k;
         s = packed_range(p.cu_seqlens_k, p.seqused_k, batch, total, p.seqlen_k, s, false);

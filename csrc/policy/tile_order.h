@@ -1,4 +1,4 @@
-// The tile scheduler's arithmetic: which tile of which head and sequence a thread block works on, and in which order.
+// Tile scheduling: which tile of which head and sequence a thread block processes, and in which order.
 #pragma once
 #include "policy/divisor.h"
 #include "policy/host_device.h"
@@ -9,7 +9,7 @@ namespace flash_attn {
 
 struct WorkTile { int tile, head, batch; };
 
-// Blocks count tiles first, then heads, then sequences: those at work at one time share the keys and values of a head.
+// Block index = (batch * num_heads + head) * num_tiles + tile: concurrent blocks share the K and V of a head.
 struct TileGrid {
     int num_tiles, num_heads, batch_size;
 
@@ -20,7 +20,7 @@ struct TileGrid {
     }
 };
 
-// Tiles of queries, in every sequence as many as the longest may have; those past the end have nothing to do.
+// Query tiles; every sequence gets as many as the longest one may need, and tiles past its end exit at once.
 FA_HOST_DEVICE TileGrid query_grid(const Problem& p, int block_m) {
     return {ceil_div(p.seqlens.seqlen_q, block_m), p.num_heads, p.batch_size};
 }
@@ -28,9 +28,9 @@ FA_HOST_DEVICE TileGrid key_grid(const Problem& p, int block_n) {
     return {ceil_div(p.seqlens.seqlen_k, block_n), p.num_heads_k, p.batch_size};
 }
 
-// The order in which tiles are begun. The heads of all sequences are cut into groups whose operands fit the L2 cache
-// together, and groups follow one another. Within a group the longest tiles come first: under a causal mask these are
-// the last tiles of all its heads (longest-processing-time-first scheduling).
+// The order in which tiles are started. The heads of all sequences are split into groups whose operands fit the L2
+// cache together; groups run one after another. Within a group the longest tiles come first: under a causal mask, the
+// last tiles of all its heads (longest-processing-time-first scheduling).
 struct TileOrder {
     TileGrid grid;
     int num_groups;
@@ -44,7 +44,7 @@ struct TileOrder {
     }
 };
 
-// l2_head_group: heads per group, at least 1, at most all. No more than 2^31 - 1 tiles.
+// l2_head_group: heads per group, between 1 and the number of heads. At most 2^31 - 1 tiles.
 inline TileOrder make_tile_order(const TileGrid& grid, int l2_head_group) {
     const int heads = grid.num_heads * grid.batch_size, groups = ceil_div(heads, l2_head_group);
     return {grid,
@@ -55,12 +55,12 @@ inline TileOrder make_tile_order(const TileGrid& grid, int l2_head_group) {
             make_divisor(grid.num_heads)};
 }
 
-// Queries or keys as tiles of `size`, tile i being [size * i, size * (i + 1)). Where a mask leaves nothing, its ranges
-// end at or before 0, and so do these.
+// Rows as tiles of `size` rows: tile i is [size * i, size * (i + 1)). An empty range of a mask has end <= 0, and so has
+// the range of its tiles.
 FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }
 
-// Tiles of block_m queries in a workspace: of all sequences, for one head. Sequences of packed tensors start at tile
-// row / block_m + batch, which leaves room for the last, partial tile of each, whatever the lengths are.
+// Number of query tiles of one head in a workspace, over all sequences. Packed sequences start at tile row / block_m +
+// batch, which leaves room for the partial last tile of each, whatever the lengths are.
 FA_HOST_DEVICE int64_t num_query_tiles(const Problem& p, int block_m) {
     if (p.seqlens.cu_seqlens_q) return p.seqlens.total_q / block_m + p.batch_size + 1;
     return int64_t(ceil_div(p.seqlens.seqlen_q, block_m)) * p.batch_size;

@@ -1,5 +1,5 @@
-// A variant of attention: which keys a query sees (policy/mask.h) and what its scores are (policy/score.h), made once
-// per head of a sequence. All that CPU, GPU and simulator know of either they ask of this.
+// A variant of attention: a mask (policy/mask.h) and a score (policy/score.h), made once per head of a sequence. CPU,
+// GPU and simulator get masking and scoring only from here.
 #pragma once
 #include "policy/host_device.h"
 #include "policy/mask.h"
@@ -20,7 +20,7 @@ template <class Mask_, class Score_> struct AttentionVariant {
         : mask(Mask::of(p, seq, batch, head)), score(p, seq, batch, head) {}
 };
 
-// The list of variants that GPU kernels are compiled for: f(Type<Variant>) for the least that serves a problem.
+// The variants that GPU kernels are compiled for: calls f(Type<Variant>) with the cheapest one that covers the problem.
 template <class F> auto with_variant(const Problem& p, F f) {
     const auto with_score = [&](auto mask) {
         using Mask = typename decltype(mask)::type;

@@ -1,6 +1,6 @@
-"""Attention alone, without a model: time and peak memory of forward + backward against sequence length.
+"""Attention alone: time and peak memory of forward + backward against sequence length.
 
-Every point runs in a fresh process, so that no point profits from memory that an earlier one left behind.
+Every point runs in a fresh process, so that memory allocated for an earlier point cannot affect it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH_SIZE, NUM_HEADS, HEAD_DIM = 1, 4, 64
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement; time and memory are None when it was not run, and `note` says why."""
+    """One measurement; time and memory are None if it was not run, and `note` gives the reason."""
 
     attention: str
     seqlen: int
@@ -35,13 +35,13 @@ class Point:
 
 
 def estimated_plain_bytes(seqlen: int, device: str) -> int:
-    """Plain attention holds, at its backward's peak, a little over three [seqlen, seqlen] matrices per head."""
+    """Peak memory of plain attention, in backward: a little over three [seqlen, seqlen] matrices per head."""
     element_size = 2 if device == "cuda" else 4
     return int(3.25 * BATCH_SIZE * NUM_HEADS * seqlen**2 * element_size)
 
 
 def _step(attention: str, seqlen: int, device: str) -> Callable[[], None]:
-    """A forward and a backward on fresh random data, as a function without arguments."""
+    """A function that runs forward and backward on fixed random data."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = (BATCH_SIZE, seqlen, NUM_HEADS, HEAD_DIM)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
@@ -57,9 +57,9 @@ def _step(attention: str, seqlen: int, device: str) -> Callable[[], None]:
 
 
 def measure(attention: str, seqlen: int, device: str, seconds: float) -> Point:
-    """Runs in its own process: peak memory of one step, then the median time of steps for about `seconds`."""
+    """Run in its own process: peak memory of one step, then the median time of steps for about `seconds`."""
     torch.manual_seed(0)
-    _step(attention, 64, device)()  # thread pools and libraries allocate before the baseline is taken
+    _step(attention, 64, device)()  # allocations of thread pools and libraries before the baseline is taken
     step = _step(attention, seqlen, device)
     peak = peak_memory(step, device)
     times: list[float] = []
@@ -71,7 +71,7 @@ def measure(attention: str, seqlen: int, device: str, seconds: float) -> Point:
 
 
 def sweep(seqlens: Sequence[int], device: str, seconds: float) -> list[Point]:
-    """Both implementations at every length; plain attention only while it fits in half of the free memory."""
+    """Both implementations at every length; plain attention only if it fits in half of the free memory."""
     points = []
     with progress_bar(2 * len(seqlens), "attention alone", "point") as bar:
         for seqlen in seqlens:
@@ -95,7 +95,7 @@ def _measure_if_it_fits(attention: str, seqlen: int, device: str, seconds: float
 
 
 def markdown_table(points: Sequence[Point]) -> str:
-    """One row per sequence length; what was not run says so."""
+    """One row per sequence length, including points that were not run."""
     by_key = {(point.attention, point.seqlen): point for point in points}
     lines = [
         "| seqlen | plain, ms | ours, ms | speed-up | plain, MB | ours, MB | memory saved |",

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source code of Python's own standard library, as bytes."""
+"""Text that every machine has: the source code of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Left out: installed packages (they differ between machines) and test suites (some systems ship Python without them).
+# Skipped: installed packages (they differ between machines) and test suites (some systems ship Python without them).
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
-VALIDATION_EVERY = 20  # one file in twenty is held out
+VALIDATION_EVERY = 20  # one file in 20 is for validation
 SMALLEST_CORPUS = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text, each one long uint8 tensor; no file is in both."""
+    """Training and validation text, each a 1-D uint8 tensor; no file is in both."""
 
     train: Tensor  # [train_bytes]
     validation: Tensor  # [validation_bytes]
@@ -26,7 +26,7 @@ class Corpus:
 
     @classmethod
     def from_standard_library(cls) -> Corpus:
-        """All .py files of the running Python's standard library, in the order of their names."""
+        """All .py files of the running Python's standard library, sorted by name."""
         root = Path(sysconfig.get_paths()["stdlib"])
         files = sorted(
             (path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)),
@@ -68,6 +68,6 @@ class TrainingBatches:
 
 
 def validation_batches(text: Tensor, num_windows: int, batch_size: int, context: int) -> list[tuple[Tensor, Tensor]]:
-    """`num_windows` evenly spaced windows: always the same ones, whatever the seed."""
+    """`num_windows` evenly spaced windows: the same for every seed."""
     starts = torch.linspace(0, text.numel() - context - 1, num_windows, dtype=torch.float64).long()
     return [windows(text, part, context) for part in starts.split(batch_size)]

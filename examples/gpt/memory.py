@@ -1,4 +1,4 @@
-"""Peak memory of one function call, and how much memory is free."""
+"""Peak memory of a function call, and free memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_memory(function: Callable[[], None], device: str) -> int:
-    """Bytes that `function` needs above what the process holds when it is called."""
+    """Peak bytes that `function` allocates on top of what the process holds before the call."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -29,16 +29,16 @@ def peak_memory(function: Callable[[], None], device: str) -> int:
 
 
 def _resident_bytes() -> int:
-    """What the process holds now; on Linux this also restarts the recording of the peak."""
+    """Current resident memory of the process; on Linux this also resets the recorded peak."""
     if not STATUS.exists():
         return _peak_resident_bytes()
-    with contextlib.suppress(OSError):  # read-only /proc: an earlier, higher peak may then hide a small one
+    with contextlib.suppress(OSError):  # read-only /proc: an earlier, higher peak may hide a small one
         Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 
 
 def _peak_resident_bytes() -> int:
-    """On Linux from /proc: getrusage would count the parent process as well, which is larger."""
+    """On Linux from /proc: getrusage would include the parent process, which is larger."""
     if STATUS.exists():
         return _status_bytes("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -51,7 +51,7 @@ def _status_bytes(name: str) -> int:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a new allocation could use without swapping, limits of a container included."""
+    """Bytes that can be allocated without swapping, within the limits of a container."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return min(_host_available_bytes(), _container_available_bytes())
@@ -66,7 +66,7 @@ def _host_available_bytes() -> int:
 
 
 def _container_available_bytes() -> int:
-    """What is left under a cgroup (v2) memory limit; a very large number where there is none."""
+    """Memory left under a cgroup (v2) limit; a very large number without one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()

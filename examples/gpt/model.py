@@ -1,4 +1,4 @@
-"""A small GPT over bytes. The attention module is a parameter, so that two models differ in nothing else."""
+"""A small byte-level GPT. The attention module is a parameter, so that two models differ in nothing else."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NUM_BYTES = 256
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The size of the model."""
+    """Model size."""
 
-    context: int = 256  # bytes that the model sees at once
+    context: int = 256  # context length, in bytes
     width: int = 128
     num_layers: int = 4
     num_heads: int = 2
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with a causal mask, written out: it stores [seqlen, seqlen] matrices.
+    """Causal softmax(q k^T / sqrt(d)) v in plain operations: it stores [seqlen, seqlen] matrices.
 
-    q, k, v and the result are [batch_size, seqlen, num_heads, head_dim], as for flash_attn_func.
+    q, k, v and the result are [batch_size, seqlen, num_heads, head_dim], as in flash_attn_func.
     """
     seqlen, head_dim = q.shape[1], q.shape[3]
     scores = torch.einsum("bihd,bjhd->bhij", q * head_dim**-0.5, k)
@@ -39,7 +39,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class PlainMHA(nn.Module):
-    """FlashMHA's parameters, names and return value, over plain attention."""
+    """Plain attention with the parameters, names and return values of FlashMHA."""
 
     def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, causal: bool = True):
         super().__init__()
@@ -50,7 +50,7 @@ class PlainMHA(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[batch_size, seqlen, embed_dim] to the same, and None where other implementations return weights."""
+        """[batch_size, seqlen, embed_dim] to the same shape, and None for the weights."""
         q, k, v = rearrange(self.Wqkv(x), "b s (three h d) -> three b s h d", three=3, h=self.num_heads)
         return self.out_proj(rearrange(plain_attention(q, k, v), "b s h d -> b s (h d)")), None
 
@@ -59,7 +59,7 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {"flash": FlashMHA, "plain": Pl
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: causal self-attention, then a two-layer perceptron."""
+    """One pre-norm transformer layer: causal self-attention, then a two-layer MLP."""
 
     def __init__(self, config: GPTConfig, attention: str):
         super().__init__()
@@ -70,14 +70,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch_size, seqlen, width] to the same."""
+        """[batch_size, seqlen, width] to the same shape."""
         attended, _ = self.attention(self.norm1(x))
         x = x + attended
         return x + self.mlp(self.norm2(x))
 
 
 def sinusoids(context: int, width: int) -> Tensor:
-    """Fixed position vectors [context, width]: sines and cosines of wavelengths from 2 pi to 2000 pi."""
+    """Fixed position embeddings [context, width]: sines and cosines of wavelengths from 2 pi to 2000 pi."""
     frequencies = torch.exp(-math.log(1000.0) * torch.arange(width // 2) / (width // 2))
     angles = torch.arange(context)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -106,14 +106,14 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.5, generator=generator)
             elif parameter.dim() == 2:
                 std = parameter.shape[1] ** -0.5
-                if name.endswith(("out_proj.weight", "mlp.2.weight")):  # what a layer adds to its input
+                if name.endswith(("out_proj.weight", "mlp.2.weight")):  # projections into the residual stream
                     std /= math.sqrt(2 * self.config.num_layers)
                 nn.init.normal_(parameter, std=0.02 if name == "head.weight" else std, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the byte that follows each byte."""
+        """tokens [batch_size, seqlen] to logits of the next byte, [batch_size, seqlen, 256]."""
         x = self.embedding(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)

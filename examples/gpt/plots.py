@@ -25,7 +25,7 @@ def _style(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def plot_losses(flash: History, plain: History, tolerance: float, path: Path) -> None:
-    """Validation loss of both runs (ours a wide band, plain a thin dashed line on it), and below it their gap."""
+    """Validation loss of both runs (ours a wide band, plain a thin dashed line on it); below, their difference."""
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7, 6.2), sharex=True, height_ratios=(3, 1.2), layout="constrained"
     )
@@ -48,7 +48,7 @@ def plot_losses(flash: History, plain: History, tolerance: float, path: Path) ->
 
 
 def plot_scaling(points: Sequence[Point], device: str, path: Path) -> None:
-    """Time and memory against sequence length, both axes logarithmic; what was not run is marked."""
+    """Time and memory against sequence length, both axes logarithmic; points that were not run are marked."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
     _series(left, points, lambda point: point.milliseconds)
     _series(right, points, lambda point: point.megabytes)
@@ -73,7 +73,7 @@ def _series(axes: Axes, points: Sequence[Point], value: Callable[[Point], float 
 
 
 def _mark_not_run(left: Axes, right: Axes, points: Sequence[Point], device: str) -> None:
-    """A cross at the memory that plain attention would have needed; on the time panel, at the top of the panel."""
+    """Mark a point with a cross: at its estimated memory, and at the top of the time panel."""
     missing = [point for point in points if point.attention == "plain" and point.megabytes is None]
     if not missing:
         return

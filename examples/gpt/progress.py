@@ -1,4 +1,4 @@
-"""One progress bar for the whole demo: lively on a terminal, a few lines in a log file."""
+"""One progress bar for the whole demo: animated on a terminal, a few lines in a log file."""
 
 from __future__ import annotations
 

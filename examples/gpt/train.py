@@ -1,4 +1,4 @@
-"""The training loop, and the comparison of two runs that should tell the same story."""
+"""The training loop, and the comparison of two runs that should agree."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gpt.progress import progress_bar
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, on what and how fast the model learns.
+    """Training settings.
 
-    At this learning rate training is stable: rounding errors stay as small as they are. At twice this rate, with a
-    shorter memory of squared gradients, they grew until runs that differ in a rounding had visibly different losses.
+    At this learning rate training is stable: rounding differences do not grow. At twice the rate, with a smaller beta2,
+    they grew until runs that differed only in rounding had visibly different losses.
     """
 
     steps: int = 1000
@@ -32,7 +32,7 @@ class TrainConfig:
     seed: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a tenth."""
+        """Linear warm-up, then cosine decay to a tenth."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -41,13 +41,13 @@ class TrainConfig:
 
 @dataclass
 class History:
-    """What one training run produced. Losses are in nats per byte."""
+    """Results of one training run. Losses are in nats per byte."""
 
     attention: str
     train_loss: list[float] = field(default_factory=list)  # one per step
     eval_steps: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)  # one per entry of eval_steps
-    training_seconds: float = 0.0  # evaluations excluded
+    training_seconds: float = 0.0  # without evaluations
     tokens: int = 0
 
     @property
@@ -57,13 +57,13 @@ class History:
 
 
 def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Float32 on a CPU; on a GPU matrix products and attention run in bfloat16."""
+    """float32 on a CPU; on a GPU bfloat16 autocast."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Mean loss over all validation windows."""
+    """Mean loss over the validation windows."""
     model.eval()
     with mixed_precision(device):
         losses = [model.loss(tokens.to(device), targets.to(device)).item() for tokens, targets in batches]
@@ -75,7 +75,7 @@ def evaluate(model: GPT, batches: list[tuple[Tensor, Tensor]], device: torch.dev
 def train(
     corpus: Corpus, model_config: GPTConfig, config: TrainConfig, attention: str, device: torch.device
 ) -> tuple[GPT, History]:
-    """Train one model. Two calls that differ only in `attention` see the same weights and the same batches."""
+    """Train one model. Runs that differ only in `attention` use the same initial weights and batches."""
     model = GPT(model_config, attention, config.seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     batches = TrainingBatches(corpus.train, config.batch_size, model_config.context, config.seed)
@@ -111,12 +111,12 @@ def _train_step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    history.train_loss.append(loss.item())  # waits for a GPU to finish, so the clock below is honest
+    history.train_loss.append(loss.item())  # synchronises with a GPU, so that the time below is right
     history.training_seconds += time.perf_counter() - started
     history.tokens += tokens.numel()
 
 
 def largest_difference(a: History, b: History) -> float:
-    """The largest gap between two runs' validation losses over all evaluations; NaN when any loss is NaN."""
+    """Largest difference of two runs' validation losses over all evaluations; NaN if any loss is NaN."""
     gaps = [abs(x - y) for x, y in zip(a.validation_loss, b.validation_loss, strict=True)]
     return math.nan if any(map(math.isnan, gaps)) else max(gaps)

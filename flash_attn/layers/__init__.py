@@ -1,1 +1,1 @@
-"""Layers that go with attention."""
+"""Layers used together with attention."""

@@ -1,4 +1,4 @@
-"""The rotation of pairs of numbers by the angles of their positions, into new memory or in place."""
+"""Rotation of pairs of elements by position-dependent angles, out of place or in place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_shapes(function: str, x: Tensor, cos: Tensor, sin: Tensor, is_varlen: 
 
 
 def _select_rows(function: str, tables: tuple[Tensor, Tensor], positions: Tensor) -> list[Tensor]:
-    """The rows of cos and sin at positions. Beyond the tables: an error on the CPU; elsewhere the last row."""
+    """Rows of cos and sin at the positions. Out of range: ValueError on the CPU, clamped on other devices."""
     seqlen_rotary = tables[0].shape[0]
     if positions.device.type != "cpu":
         positions = positions.clamp(0, max(seqlen_rotary - 1, 0))
@@ -49,7 +49,7 @@ def rows_of(
     seqlen_offsets: int | Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    """cos and sin for every row of x: (seqlen, d), (batch_size, seqlen, d) or, packed, (total, d)."""
+    """cos, sin for every row of x: (seqlen, d), (batch_size, seqlen, d) or, packed, (total, d); d = rotary_dim / 2."""
     seqlen_rotary = tables[0].shape[0]
     rows = torch.arange(x.shape[-3], device=x.device)
     if cu_seqlens is not None:
@@ -73,7 +73,7 @@ def rows_of(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (..., heads, rotary_dim) rotated by angles whose cos and sin are (..., rotary_dim / 2)."""
+    """Rotate x (..., heads, rotary_dim) by the angles with the given cos and sin, (..., rotary_dim / 2)."""
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     pairs = x.to(compute_dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
     first, second = pairs.unbind(-1 if interleaved else -2)
@@ -82,7 +82,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(rotated, dim=-1 if interleaved else -2).flatten(-2).to(x.dtype)
 
 
-# A part of a tensor, as an index, and cos and sin for its rows.
+# Index of a part of a tensor, and cos and sin for the rows of that part.
 Rotation = tuple[tuple[Any, ...], Tensor, Tensor]
 
 
@@ -93,9 +93,9 @@ def _write_rotated(x: Tensor, rotations: Sequence[Rotation], interleaved: bool) 
 
 
 class _GuardedRotation(torch.autograd.Function):
-    """Rotates in place what autograd lets nobody write to. The result is the tensor again, with the right gradient.
+    """In-place rotation of tensors that autograd protects against writes; the returned tensor has the right gradient.
 
-    That of the tensor itself is as if nothing had happened, as in flash_attn 2.8.3.
+    The gradient of the input tensor itself ignores the rotation, as in flash_attn 2.8.3.
     """
 
     @staticmethod
@@ -110,7 +110,7 @@ class _GuardedRotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Rotate back."""
+        """Rotate the gradient by the opposite angles."""
         dx, tables = dout.clone(), ctx.saved_tensors
         rotations = [(i, cos, -sin) for i, cos, sin in zip(ctx.indices, tables[::2], tables[1::2], strict=True)]
         _write_rotated(dx, rotations, ctx.interleaved)
@@ -118,13 +118,13 @@ class _GuardedRotation(torch.autograd.Function):
 
 
 def rotate_in_place(x: Tensor, rotations: Sequence[Rotation], interleaved: bool) -> Tensor:
-    """x, whose parts are rotated where they lie."""
+    """Rotate parts of x in place; returns x."""
     try:
         _write_rotated(x, rotations, interleaved)
     except RuntimeError:
         if not (torch.is_grad_enabled() and x.requires_grad):
             raise
-        # A leaf, a view of one, or one of several views: autograd has refused before anything was written.
+        # A leaf, a view of a leaf, or one of several views: autograd raised before anything was written.
         tables = [table for _, cos, sin in rotations for table in (cos, sin)]
         return _GuardedRotation.apply(x, interleaved, [index for index, _, _ in rotations], *tables)
     return x
@@ -133,7 +133,7 @@ def rotate_in_place(x: Tensor, rotations: Sequence[Rotation], interleaved: bool)
 def rotate_parts(
     function: str, x: Tensor, parts: Sequence[Rotation], seqlen_offsets: int | Tensor, interleaved: bool
 ) -> Tensor:
-    """x, with parts (batch_size, seqlen, heads, head_dim) of it rotated in place."""
+    """Rotate parts of x, each (batch_size, seqlen, heads, head_dim), in place; returns x."""
     rotations = []
     for index, cos, sin in parts:
         check_shapes(function, x[index], cos, sin, is_varlen=False, max_seqlen=None)

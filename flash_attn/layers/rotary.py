@@ -1,8 +1,8 @@
 """Rotary position embeddings: Su et al., "RoFormer" (2021), section 3.2.
 
-Each pair of numbers of a query or key is rotated by an angle proportional to its position, so that scores depend on
-distances only. A pair is (i, i + rotary_dim / 2), or (2 i, 2 i + 1) when interleaved. Everything is computed in float32
-(float64 for float64 input), rounded once, and differentiable.
+Each pair of elements of a query or key is rotated by an angle proportional to its position, so that scores depend only
+on relative positions. A pair is (i, i + rotary_dim / 2), or (2 i, 2 i + 1) if interleaved. Computed in float32 (float64
+for float64 input), rounded once, differentiable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._checks import describe, reject
-from flash_attn._constants import is_plain, may_keep
+from flash_attn._constants import is_plain, may_cache
 from flash_attn.layers._rotate import check_shapes, rotate, rotate_in_place, rotate_parts, rows_of
 
 
@@ -28,9 +28,9 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Rotate the first rotary_dim numbers of every head of x; with conjugate, rotate them back.
+    """Rotate the first rotary_dim elements of every head of x; conjugate: by the opposite angles.
 
-    Everything else is as in apply_rotary_emb.
+    The other arguments, results and errors are those of apply_rotary_emb.
     """
     check_shapes("apply_rotary", x, cos, sin, cu_seqlens is not None, max_seqlen)
     cos, sin = rows_of("apply_rotary", x, (cos, -sin if conjugate else sin), seqlen_offsets, cu_seqlens)
@@ -51,23 +51,23 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Rotate the first rotary_dim numbers of every head of x by the angles of their positions.
+    """Rotate the first rotary_dim elements of every head of x by the angles of their positions.
 
     Args:
-        x: (batch_size, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) with cu_seqlens.
-        cos, sin: (seqlen_rotary, rotary_dim / 2), one row for each position; rotary_dim <= head_dim.
-        interleaved: pairs are (2 i, 2 i + 1) and not (i, i + rotary_dim / 2).
-        inplace: write the result into x and return x. Where autograd guards x (a leaf that requires grad, a view of
-            one, one of the views of unbind), only what is returned has the gradient of the rotated x.
-        seqlen_offsets: the position of the first row: an int, or (batch_size,) for each sequence its own.
-        cu_seqlens: (batch_size + 1,), int32, where each packed sequence, and its positions, start.
-        max_seqlen: with cu_seqlens: at least the length of the longest sequence.
+        x: (batch_size, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) with cu_seqlens; floating point.
+        cos, sin: (seqlen_rotary, rotary_dim / 2), one row per position; rotary_dim <= head_dim.
+        interleaved: pairs are (2 i, 2 i + 1) instead of (i, i + rotary_dim / 2).
+        inplace: write the result to x and return x. If autograd does not allow writing to x (a leaf that requires grad,
+            a view of one, a view from unbind), only the returned tensor has the gradient of the rotated x.
+        seqlen_offsets: position of the first row: an int, or (batch_size,), int32 or int64, one per sequence.
+        cu_seqlens: (batch_size + 1,), int32, cumulative lengths of packed sequences; positions restart at each.
+        max_seqlen: with cu_seqlens: upper bound of the sequence lengths.
 
     Returns:
         A tensor of the shape and dtype of x.
 
     Raises:
-        ValueError: a shape is not as said above; positions go beyond the tables (on the CPU).
+        ValueError: a shape violates the above, or (on the CPU) a position is outside the tables.
     """
     return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
 
@@ -76,7 +76,7 @@ apply_rotary_emb_func = apply_rotary_emb
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
-    """Every pair (a, b) of the last dimension as (-b, a)."""
+    """Map every pair (a, b) of the last dimension of x, (..., rotary_dim), to (-b, a)."""
     if interleaved:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([-second, first], dim=-1).flatten(-2)
@@ -85,9 +85,9 @@ def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """apply_rotary_emb of x, (batch_size, seqlen, num_heads, head_dim), by its original's plain form.
+    """The upstream reference for apply_rotary_emb, without offsets: x (batch_size, seqlen, num_heads, head_dim).
 
-    cos and sin have a row for every row of x: (seqlen, rotary_dim / 2), or (batch_size, seqlen, rotary_dim / 2).
+    cos and sin have one row per row of x: (seqlen, rotary_dim / 2) or (batch_size, seqlen, rotary_dim / 2).
     """
     rotary_dim = 2 * cos.shape[-1]
     return torch.cat([rotate(x[..., :rotary_dim], cos, sin, interleaved), x[..., rotary_dim:]], dim=-1)
@@ -103,13 +103,17 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """apply_rotary_emb, in place, of the queries and keys in qkv; returns qkv.
+    """apply_rotary_emb of the queries and keys in qkv, in place; returns qkv.
 
     Args:
         qkv: (batch_size, seqlen, 3, num_heads, head_dim), or (batch_size, seqlen, num_heads + 2 * num_heads_k,
             head_dim) with num_heads_q.
-        cos_k, sin_k: tables of the keys, if they have their own.
-        num_heads_q: the number of query heads.
+        cos, sin, interleaved, seqlen_offsets: as in apply_rotary_emb.
+        cos_k, sin_k: tables for the keys; None: cos and sin.
+        num_heads_q: number of query heads, for qkv of rank 4.
+
+    Raises:
+        ValueError: as apply_rotary_emb.
     """
     q: Any
     k: Any
@@ -130,7 +134,7 @@ def apply_rotary_emb_qkv_(
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
-    """apply_rotary_emb, in place, of the keys in kv, (batch_size, seqlen, 2, num_heads_k, head_dim); returns kv."""
+    """apply_rotary_emb of the keys in kv, (batch_size, seqlen, 2, num_heads_k, head_dim), in place; returns kv."""
     if kv.dim() != 5 or kv.shape[2] != 2:
         expected = "shape (batch_size, seqlen, 2, num_heads_k, head_dim)"
         reject(ValueError, "apply_rotary_emb_kv_", [f"kv: expected {expected}, got {tuple(kv.shape)}"])
@@ -139,7 +143,7 @@ def apply_rotary_emb_kv_(
 
 
 class _Tables(NamedTuple):
-    """cos and sin of the positions from 0 to seqlen - 1, each (seqlen, dim / 2) or None, for queries and for keys."""
+    """cos and sin of positions 0 to seqlen - 1, each (seqlen, dim / 2) or None, for queries and for keys (_k)."""
 
     seqlen: int
     cos: Any
@@ -152,30 +156,33 @@ _NO_TABLES = _Tables(0, None, None, None, None)
 
 
 def _of_tables(name: str) -> property:
-    """An attribute of RotaryEmbedding that is a part of what it keeps."""
+    """A property of RotaryEmbedding that reads and writes a field of its cached tables."""
 
     def get(self: RotaryEmbedding) -> Any:
-        return getattr(self._kept, name)
+        return getattr(self._cached_tables, name)
 
     def put(self: RotaryEmbedding, value: Any) -> None:
-        self._kept = self._kept._replace(**{name: value})
+        self._cached_tables = self._cached_tables._replace(**{name: value})
 
     return property(get, put)
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary embeddings. All that they need follows from the numbers given here: nothing is in the state_dict.
+    """Rotary embeddings of queries and keys. The state_dict is empty: all tables derive from the arguments.
 
-    Tables are kept for the next call and made anew where they are too short. Under torch.compile, torch.export,
-    FakeTensorMode and the transforms of torch.func every call makes its own.
+    Tables are cached between calls and recomputed if they are too short. Under torch.compile, torch.export,
+    FakeTensorMode and torch.func transforms every call computes its own.
 
     Args:
-        dim: rotary_dim, even: how many numbers of every head are rotated.
-        base: pair i is rotated by position * base ** (-2 i / dim).
-        interleaved: pairs are (2 i, 2 i + 1) and not (i, i + dim / 2).
-        scale_base: xPos, Sun et al., "A Length-Extrapolatable Transformer" (2022): queries also grow, and keys shrink,
+        dim: rotary_dim, even: number of elements of every head to rotate.
+        base: pair i is rotated by position * base ** (-2 i / dim), in radians.
+        interleaved: pairs are (2 i, 2 i + 1) instead of (i, i + dim / 2).
+        scale_base: xPos, Sun et al., "A Length-Extrapolatable Transformer" (2022): also scales queries up and keys down
             with the position, by a factor that depends on position / scale_base. None: off.
-        device: accepted for the sake of existing code; tables are where the tensors are that they rotate.
+        device: ignored; tables are created on the device of the input.
+
+    Raises:
+        ValueError: dim is not a positive even number.
     """
 
     def __init__(
@@ -194,25 +201,25 @@ class RotaryEmbedding(nn.Module):
         self.interleaved = interleaved
         self.scale_base = scale_base
         self._frequencies: list[float] | None = None
-        self._kept = _NO_TABLES
+        self._cached_tables = _NO_TABLES
 
     @property
     def inv_freq(self) -> Tensor:
-        """The angle per position of every pair, (dim / 2,), float32: a copy. Others can be assigned."""
+        """Angle per position of every pair, (dim / 2,), float32: a copy. Assign to replace them."""
         return self._compute_inv_freq(self._device())
 
     @inv_freq.setter
     def inv_freq(self, value: Tensor) -> None:
         self._frequencies = value.tolist()
-        self._kept = _NO_TABLES
+        self._cached_tables = _NO_TABLES
 
     @property
     def scale(self) -> Tensor | None:
-        """How much pairs grow with xPos, (dim / 2,), float32: a copy; None without."""
+        """xPos scale of every pair, (dim / 2,), float32: a copy; None without xPos."""
         return None if self.scale_base is None else self._compute_scale(self._device())
 
     def _device(self) -> torch.device:
-        return torch.device("cpu") if self._kept.cos is None else self._kept.cos.device
+        return torch.device("cpu") if self._cached_tables.cos is None else self._cached_tables.cos.device
 
     def _compute_inv_freq(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         if self._frequencies is not None:
@@ -224,7 +231,7 @@ class RotaryEmbedding(nn.Module):
         return (torch.arange(0, self.dim, 2, device=device, dtype=dtype) + 0.4 * self.dim) / (1.4 * self.dim)
 
     def _make_tables(self, seqlen: int, device: torch.device | None, dtype: torch.dtype | None) -> _Tables:
-        """Computed in float32, or in float64 for float64: angles of large positions need it."""
+        """Compute tables in float32 (float64 for float64): 16-bit angles would be wrong at large positions."""
         exact = {"device": device, "dtype": torch.float64} if dtype == torch.float64 else {"device": device}
         inv_freq = self._compute_inv_freq(**exact)
         positions = torch.arange(seqlen, device=device, dtype=inv_freq.dtype)
@@ -237,36 +244,36 @@ class RotaryEmbedding(nn.Module):
         tables = (cos * factor, sin * factor, cos / factor, sin / factor)
         return _Tables(seqlen, *(table.to(dtype) for table in tables))
 
-    def _can_serve(self, kept: _Tables, seqlen: int, device: torch.device | None, dtype: torch.dtype | None) -> bool:
-        if kept.cos is None:
+    def _can_serve(self, cached: _Tables, seqlen: int, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+        if cached.cos is None:
             return False
-        # xPos grows from the middle of the tables, so that they have to be as long as asked for.
-        is_long_enough = kept.seqlen >= seqlen if self.scale_base is None else kept.seqlen == seqlen
-        return is_long_enough and kept.cos.device == device and kept.cos.dtype == dtype and is_plain(kept.cos)
+        # xPos scales relative to the middle of the table, so the table must have exactly the requested length.
+        is_long_enough = cached.seqlen >= seqlen if self.scale_base is None else cached.seqlen == seqlen
+        return is_long_enough and cached.cos.device == device and cached.cos.dtype == dtype and is_plain(cached.cos)
 
     def _update_cos_sin_cache(
         self, seqlen: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> _Tables:
-        """Keep tables at least seqlen long, on the device and in the dtype; classes elsewhere then read _cos_cached."""
-        found = self._kept  # looked at once, and replaced as a whole: other threads may do the same
+        """Ensure that cached tables cover seqlen, on this device and dtype. Subclasses then read _cos_cached."""
+        found = self._cached_tables  # read once and replaced as a whole: thread-safe
         if not self._can_serve(found, seqlen, device, dtype):
             with torch.inference_mode(False):
-                self._kept = found = self._make_tables(seqlen, device, dtype)
+                self._cached_tables = found = self._make_tables(seqlen, device, dtype)
         return found
 
     def tables(self, seqlen: int, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) for queries and for keys, at least seqlen long, to rotate tensors like the one given."""
+        """(cos, sin) for queries and for keys, with at least seqlen rows, for tensors like the one given."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if type(self)._update_cos_sin_cache is not RotaryEmbedding._update_cos_sin_cache:
-            # A class of another project makes tables of its own.
+            # A subclass of another project overrides the computation of the tables.
             self._update_cos_sin_cache(seqlen, device=like.device, dtype=dtype)
             found = (self._cos_cached, self._sin_cached), (self._cos_k_cached, self._sin_k_cached)
             return found if found[1][0] is not None else (found[0], found[0])
-        make = self._update_cos_sin_cache if may_keep() else self._make_tables
+        make = self._update_cos_sin_cache if may_cache() else self._make_tables
         _, cos, sin, cos_k, sin_k = make(seqlen, like.device, dtype)
         return (cos, sin), (cos_k, sin_k)
 
-    # The names under which classes of other projects read the tables, and set them.
+    # Attribute names under which other projects' subclasses read and write the tables.
     _seq_len_cached = _of_tables("seqlen")
     _cos_cached = _of_tables("cos")
     _sin_cached = _of_tables("sin")
@@ -286,12 +293,12 @@ class RotaryEmbedding(nn.Module):
         Args:
             qkv: as in apply_rotary_emb_qkv_; or, with kv, the queries (batch_size, seqlen, num_heads, head_dim).
             kv: (batch_size, seqlen, 2, num_heads_k, head_dim).
-            seqlen_offset: the position of the first row: an int, or (batch_size,) for each sequence its own.
-            max_seqlen: how long the tables have to be, if that is known to be more than seqlen + seqlen_offset.
+            seqlen_offset: position of the first row: an int, or (batch_size,), one per sequence.
+            max_seqlen: minimum length of the tables, if known to exceed seqlen + seqlen_offset.
             num_heads_q: as in apply_rotary_emb_qkv_.
 
         Returns:
-            qkv, or the pair of qkv and kv.
+            qkv; with kv, the tuple (qkv, kv).
         """
         seqlen = qkv.shape[1] if kv is None else max(qkv.shape[1], kv.shape[1])
         if isinstance(seqlen_offset, Tensor):

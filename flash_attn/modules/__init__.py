@@ -1,1 +1,1 @@
-"""Attention as torch modules with parameters."""
+"""Attention modules with parameters."""

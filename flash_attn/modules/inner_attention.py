@@ -1,4 +1,4 @@
-"""Attention without parameters, as modules: over the flash_attn functions, and written out with torch operations."""
+"""Attention modules without parameters, on the flash_attn functions and as plain torch operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flash_attn.flash_attn_interface import (
 
 
 class _InnerAttention(nn.Module):
-    """What the four modules below share: their options."""
+    """The options shared by the four modules below."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class _InnerAttention(nn.Module):
 
     @property
     def alibi_slopes(self) -> Tensor | None:
-        """The slopes, float32: a copy. Others can be assigned."""
+        """The slopes, float32: a copy. Assign to replace them."""
         return None if self._slopes is None else self._slopes.copy()
 
     @alibi_slopes.setter
@@ -62,9 +62,9 @@ class _InnerAttention(nn.Module):
 
 
 class FlashSelfAttention(_InnerAttention):
-    """Attention of queries, keys and values in one tensor. The options are those of flash_attn_func.
+    """Self-attention of packed qkv. The options are those of flash_attn_func.
 
-    Dropout acts while training.
+    Dropout is applied in training only.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class FlashSelfAttention(_InnerAttention):
         cu_seqlens: Tensor | None = None,
         max_seqlen: Any = None,
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             qkv: (batch_size, seqlen, 3, num_heads, head_dim), or (total, 3, num_heads, head_dim) with cu_seqlens.
-            causal: in place of the module's own, unless None.
+            causal: overrides the module's option unless None.
             cu_seqlens, max_seqlen: as in flash_attn_varlen_qkvpacked_func.
 
         Returns:
-            The output, of the shape of qkv without the 3.
+            out, (batch_size, seqlen, num_heads, head_dim) or (total, num_heads, head_dim).
         """
         options = self._options(causal, qkv.device)
         if cu_seqlens is None:
@@ -102,9 +102,9 @@ class FlashSelfAttention(_InnerAttention):
 
 
 class FlashCrossAttention(_InnerAttention):
-    """Attention of queries, and keys and values in one tensor. The options are those of flash_attn_func.
+    """Cross-attention of q and packed kv. The options are those of flash_attn_func.
 
-    Dropout acts while training.
+    Dropout is applied in training only.
     """
 
     def __init__(
@@ -128,17 +128,17 @@ class FlashCrossAttention(_InnerAttention):
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: Any = None,
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             q: (batch_size, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens.
             kv: (batch_size, seqlen_k, 2, num_heads_k, head_dim), or (total_k, 2, num_heads_k, head_dim).
-            causal: in place of the module's own, unless None.
-            cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k: of the queries and of the keys, as in
-                flash_attn_varlen_kvpacked_func. Where those of the keys are None, they are those of the queries.
+            causal: overrides the module's option unless None.
+            cu_seqlens, max_seqlen: of the queries, as in flash_attn_varlen_kvpacked_func.
+            cu_seqlens_k, max_seqlen_k: of the keys; None: those of the queries.
 
         Returns:
-            The output, of the shape of q.
+            out, in the shape of q.
         """
         options = self._options(causal, q.device)
         if cu_seqlens is None:
@@ -149,9 +149,9 @@ class FlashCrossAttention(_InnerAttention):
 
 
 class CrossAttention(_InnerAttention):
-    """FlashCrossAttention written out with torch operations, in memory quadratic in the sequence length.
+    """FlashCrossAttention in plain torch operations, in memory quadratic in the sequence length.
 
-    For batches without cu_seqlens, with the same alignment of masks.
+    Dense batches only (no cu_seqlens). Masks are bottom-right aligned as well.
     """
 
     def __init__(
@@ -167,21 +167,21 @@ class CrossAttention(_InnerAttention):
     def forward(
         self, q: Tensor, kv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             q: (batch_size, seqlen_q, num_heads, head_dim).
             kv: (batch_size, seqlen_k, 2, num_heads_k, head_dim).
-            causal: in place of the module's own, unless None.
-            key_padding_mask: (batch_size, seqlen_k), bool, True for the keys to keep.
+            causal: overrides the module's option unless None.
+            key_padding_mask: (batch_size, seqlen_k), bool, True for keys to keep.
 
         Returns:
-            The output, of the shape of q.
+            out, in the shape of q.
         """
         k, v = repeat(kv, "b s two h d -> two b s (h group) d", group=q.shape[2] // kv.shape[3])
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = torch.einsum("b i h d, b j h d -> b h i j", q * scale, k)
-        # How far each key lies to the right of the diagonal, which ends in the bottom right corner.
+        # Distance from the query's (bottom-right aligned) position to the key, (seqlen_q, seqlen_k).
         rows, keys = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
         distance = keys - rows[:, None] - (len(keys) - len(rows))
         exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -198,26 +198,26 @@ class CrossAttention(_InnerAttention):
             mask = check_padding_mask(type(self).__name__, key_padding_mask, *kv.shape[:2])
             keep = keep & mask[:, None, None, :]
             v = v.masked_fill(~mask[:, :, None, None], 0)
-        # A row that sees no key keeps its scores, for a softmax of nothing but -inf is NaN.
+        # Fully masked rows keep their scores here: the softmax of all -inf would be NaN.
         hidden = ~keep & keep.any(dim=-1, keepdim=True)
         weights = scores.to(exact).masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(~keep, 0)
         return torch.einsum("b h i j, b j h d -> b i h d", self.drop(weights.to(v.dtype)), v)
 
 
 class SelfAttention(CrossAttention):
-    """FlashSelfAttention written out with torch operations, in memory quadratic in the sequence length."""
+    """FlashSelfAttention in plain torch operations, in memory quadratic in the sequence length."""
 
     def forward(  # type: ignore[override]
         self, qkv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             qkv: (batch_size, seqlen, 3, num_heads, head_dim).
-            causal: in place of the module's own, unless None.
-            key_padding_mask: (batch_size, seqlen), bool, True for the keys to keep.
+            causal: overrides the module's option unless None.
+            key_padding_mask: (batch_size, seqlen), bool, True for keys to keep.
 
         Returns:
-            The output, of the shape of qkv without the 3.
+            out, (batch_size, seqlen, num_heads, head_dim).
         """
         return super().forward(qkv[:, :, 0], qkv[:, :, 1:], causal, key_padding_mask)

@@ -1,4 +1,4 @@
-"""Multi-head attention with projections: self-attention and cross-attention, dense, padded and packed."""
+"""Multi-head attention with projections: self- and cross-attention; dense, padded and packed batches."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
 
 
 def get_alibi_slopes(nheads: int) -> list[float]:
-    """The slopes of ALiBi, a geometric sequence: Press et al., "Train Short, Test Long" (2022), section 3.
+    """ALiBi slopes of nheads heads, a geometric sequence: Press et al., "Train Short, Test Long" (2022), section 3.
 
-    Where nheads is no power of two, every other slope of twice as many heads is put behind those of the next smaller
-    power, as the authors' program does.
+    If nheads is not a power of two: the slopes of the next smaller power, then every other slope of twice that power,
+    as in the authors' code.
     """
     power = 2 ** math.floor(math.log2(nheads))
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
@@ -39,7 +39,7 @@ def get_alibi_slopes(nheads: int) -> list[float]:
 
 
 class _Packing(NamedTuple):
-    """cu_seqlens and longest lengths of packed queries and keys; all None for a dense batch."""
+    """cu_seqlens and max_seqlens of packed queries and keys; all None for a dense batch."""
 
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
@@ -48,31 +48,31 @@ class _Packing(NamedTuple):
 
 
 class MHA(nn.Module):
-    """Multi-head attention. The parameters are Wqkv, or Wq and Wkv for cross-attention, and out_proj.
+    """Multi-head attention. Parameters: Wqkv (cross-attention: Wq and Wkv) and out_proj.
 
     Args:
-        embed_dim: width of the input and the output, a multiple of num_heads.
+        embed_dim: width of input and output, a multiple of num_heads.
         num_heads: number of query heads.
-        num_heads_kv: number of key and value heads, which divides num_heads; None: num_heads.
-        cross_attn: keys and values come from x_kv.
-        qkv_proj_bias, out_proj_bias: the projections have a bias.
-        dropout: probability of dropping an attention weight while training.
+        num_heads_kv: number of key and value heads, a divisor of num_heads; None: num_heads.
+        cross_attn: keys and values are projected from x_kv.
+        qkv_proj_bias, out_proj_bias: whether the projections have a bias.
+        dropout: probability of dropping an attention weight in training.
         softmax_scale: factor of the scores; None: head_dim ** -0.5.
-        causal: tokens do not see later ones.
-        layer_idx: kept as an attribute.
-        dwconv: the projected rows go through a causal depthwise convolution over three positions.
-        rotary_emb_dim: how many numbers of every head rotary embeddings rotate; 0: none.
+        causal: apply a causal mask.
+        layer_idx: stored as an attribute.
+        dwconv: apply a causal depthwise convolution of width 3 to the projected rows.
+        rotary_emb_dim: number of elements of every head to rotate by rotary embeddings; 0: none.
         rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved: as in RotaryEmbedding.
-        use_alibi: a penalty proportional to the distance is added to the scores.
-        window_size: (left, right) numbers of keys seen beside the diagonal; -1: no bound.
+        use_alibi: add the ALiBi bias to the scores (get_alibi_slopes).
+        window_size: (left, right), numbers of visible keys before and after the query's position; -1: unbounded.
         fused_bias_fc: must be False.
         use_flash_attn: compute with flash_attn_func; otherwise with torch operations, in quadratic memory.
-        return_residual: forward returns the pair of the output and x.
-        checkpointing: attention is computed again in the backward pass.
+        return_residual: forward returns (out, x).
+        checkpointing: recompute attention in the backward pass.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: numbers of heads that do not divide; dropout outside [0, 1); fused_bias_fc.
+        ValueError: head counts that do not divide; dropout outside [0, 1); fused_bias_fc=True.
     """
 
     def __init__(
@@ -168,24 +168,28 @@ class MHA(nn.Module):
         inference_params: Any = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend.
+        """Compute attention, with projections.
 
         Args:
             x: (batch_size, seqlen, embed_dim), or (total, embed_dim) with cu_seqlens.
-            x_kv: (batch_size, seqlen_k, embed_dim), or packed: the source of keys and values of cross-attention;
+            x_kv: (batch_size, seqlen_k, embed_dim), or packed: the source of keys and values in cross-attention;
                 None: x.
-            key_padding_mask: bool, True for the tokens to keep: (batch_size, seqlen), or (batch_size, seqlen_k) of
-                x_kv. Positions and distances stay those of the padded batch. What padding holds never matters; in
-                self-attention attention gives 0 there, to which out_proj adds its bias.
-            cu_seqlens, max_seqlen: as in flash_attn_varlen_func; with use_flash_attn. Rotary positions count from
-                the start of each sequence.
-            mixer_subset: an index of the rows of x, such as slice(0, 1), that ask; all rows answer. For attention
-                that does not look at positions.
+            key_padding_mask: bool, True for tokens to keep: (batch_size, seqlen), or (batch_size, seqlen_k) of x_kv.
+                Positions and distances are those of the padded batch. The content of padding is ignored; in
+                self-attention its attention output is 0, to which out_proj adds its bias.
+            cu_seqlens, max_seqlen: as in flash_attn_varlen_func; require use_flash_attn. Rotary positions restart at
+                each sequence.
+            mixer_subset: index of the rows of x to use as queries, such as slice(0, 1); all rows are keys. Not
+                supported with options that depend on positions.
             inference_params: must be None.
-            **kwargs: causal, in place of the module's own; cu_seqlens_k and max_seqlen_k, of packed x_kv.
+            **kwargs: causal, overrides the module's option; cu_seqlens_k and max_seqlen_k, of packed x_kv.
 
         Returns:
-            The output, of the shape of x; with return_residual, the pair of it and x.
+            out, in the shape of x; with return_residual, the tuple (out, x).
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or shape, or options cannot be combined.
+            NotImplementedError: inference_params is given.
         """
         if inference_params is not None:
             raise NotImplementedError("MHA: inference_params, the cache of decoding, is not available yet; pass None")
@@ -266,14 +270,14 @@ class MHA(nn.Module):
         return reasons
 
     def _convolve(self, name: str, x: Tensor) -> Tensor:
-        """Causal depthwise convolution of width 3 over the sequence: x (batch_size, seqlen, dim)."""
+        """Causal depthwise convolution of width 3 along the sequence: x (batch_size, seqlen, dim)."""
         if not self.dwconv:
             return x
         mixed = getattr(self, name)(rearrange(x, "b s d -> b d s"))[..., :-2]
         return rearrange(mixed, "b d s -> b s d").contiguous()
 
     def _rotate(self, q: Tensor, k: Tensor, packing: _Packing) -> tuple[Tensor, Tensor]:
-        """Rotary embeddings of q and k, (..., heads, head_dim); out of place, since hooks may hold the inputs."""
+        """Rotate q and k, (..., heads, head_dim); out of place, since hooks may hold the inputs."""
         cu_seqlens_k, max_seqlen_k = packing.cu_seqlens_k, packing.max_seqlen_k
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = packing.cu_seqlens, packing.max_seqlen
@@ -294,7 +298,7 @@ class MHA(nn.Module):
         return module(*tensors, **options)
 
     def _attend_itself(self, x: Tensor, keep: Tensor | None, packing: _Packing, causal: bool) -> Tensor:
-        """Self-attention with as many heads for keys as for queries."""
+        """Self-attention with as many key heads as query heads."""
         qkv = self._convolve("dwconv_qkv", self.Wqkv(x))
         qkv = rearrange(qkv, "... (three h d) -> ... three h d", three=3, d=self.head_dim)
         if self.rotary_emb_dim > 0:
@@ -311,7 +315,7 @@ class MHA(nn.Module):
     def _attend_across(
         self, queries: Tensor, keys: Tensor, keep: Tensor | None, packing: _Packing, causal: bool
     ) -> Tensor:
-        """Cross-attention, and self-attention of grouped or selected queries."""
+        """Cross-attention, and self-attention with GQA or with a subset of queries."""
         if self.cross_attn:
             q, kv = self.Wq(queries), self.Wkv(keys)
         else:

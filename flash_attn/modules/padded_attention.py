@@ -1,9 +1,9 @@
-"""key_padding_mask for attention functions that have none, in memory linear in the sequence length.
+"""key_padding_mask for attention functions without one, in memory linear in the sequence length.
 
-Two ways. Packing: padding is removed, and the variable-length functions run on what is left; fast, but it moves tokens
-together. Where that would change the distances that a window, ALiBi or a causal mask is made of, head_dim is extended
-by one: a constant in every query times -infinity (or a pair of large numbers) in every masked key makes its score
--infinity, and 0 in the other keys changes nothing.
+Two methods. Packing removes the padding and calls the varlen functions: fast, but it changes the distances between
+tokens. Where a window, ALiBi or a causal mask depends on those distances, head_dim is extended by one dimension
+instead: a constant in every query times -infinity (or a product of large numbers) in every masked key gives the score
+-infinity; a 0 in the other keys leaves their scores unchanged.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_sel
 
     Args:
         keep: (batch_size, seqlen_k), bool, True for the keys to keep.
-        causal: a causal mask, which depends on the order of tokens and, in cross-attention, on both lengths.
-        looks_at_distance: there is a window or ALiBi, which depend on distances between tokens.
-        is_self: queries are packed like the keys.
+            causal: whether there is a causal mask: it depends on token order and, in cross-attention, on both lengths.
+            looks_at_distance: whether there is a window or ALiBi: they depend on distances between tokens.
+            is_self: self-attention: queries are packed like the keys.
     """
     if torch.compiler.is_compiling() or keep.device.type == "meta":
-        return False  # Packed shapes depend on the mask, which is not known here.
+        return False  # The mask, and with it the packed shape, is unknown here.
     if not is_self:
         return not (causal or looks_at_distance)
     if not looks_at_distance:
@@ -37,7 +37,7 @@ def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_sel
 
 
 def attend_packed(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Tensor, is_self: bool) -> Tensor:
-    """Attention without the padding. Shapes: see attend_masked. Queries that are padding give 0."""
+    """Attention without the padding; shapes as in attend_masked. Padding queries give 0."""
     packed_kv, indices, cu_seqlens_k, max_seqlen_k, _ = unpad_input(kv, keep)
     batch_size, seqlen_q = q.shape[:2]
     if is_self:
@@ -56,9 +56,9 @@ def attend_packed(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
 
 
 def _mask_numbers(q: Tensor) -> tuple[float, float]:
-    """The constants that queries and masked keys get in the extra dimension: their product is -infinity in fp32.
+    """The constants of queries and of masked keys in the extra dimension: their product is -infinity in float32.
 
-    Both are finite where the dtype can hold such numbers: in the backward pass 0 * infinity is NaN, which anomaly
+    Both are finite if the dtype has such numbers, because in the backward pass 0 * infinity is NaN, which anomaly
     detection reports.
     """
     dtype = q.dtype
@@ -76,13 +76,13 @@ def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
         attend: attention of q and kv.
         q: (batch_size, seqlen_q, num_heads, head_dim).
         kv: (batch_size, seqlen_k, 2, num_heads_k, head_dim).
-        keep: (batch_size, seqlen_k), bool, True for the keys to keep.
+        keep: (batch_size, seqlen_k), bool, True for keys to keep.
 
     Returns:
-        The output, of the shape of q; 0 for a query that sees masked keys only.
+        out, in the shape of q; 0 for queries whose visible keys are all masked.
 
     Raises:
-        ValueError: head_dim leaves no room for the number.
+        ValueError: head_dim + 1 exceeds the maximum of the kernels.
     """
     limit = MAX_HEAD_DIM - 1
     if q.shape[-1] > limit:

@@ -1,1 +1,1 @@
-"""Names of upstream operators that programs import."""
+"""Upstream import paths of operators."""

@@ -1,1 +1,1 @@
-"""Helpers for training that other projects import; they need no kernels."""
+"""Training utilities that other projects import; they use no kernels."""

@@ -1,6 +1,6 @@
-"""Collective operations along the first dimension, with and without gradients, as tensor parallel training calls them.
+"""Collectives along the first dimension, with and without autograd, for tensor parallel training.
 
-Nothing of torch.distributed is touched on import: where it is not available, this still imports.
+torch.distributed is not accessed on import, so this imports without it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def all_gather_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
-    """The inputs of all ranks, one after the other, without gradients.
+    """Concatenate the inputs of all ranks, without autograd.
 
     Args:
-        input_: (n, ...), of the same shape on each rank.
-        process_group: the ranks that take part.
-        async_op: return before it is done.
+        input_: (n, ...), the same shape on every rank.
+        process_group: the participating ranks.
+        async_op: return before completion.
 
     Returns:
-        output: (world_size * n, ...), in the order of the ranks.
-        handle: with async_op what to wait() for before output is read, else None.
+        output: (world_size * n, ...), in rank order.
+        handle: with async_op, the work to wait() for before output is read, else None.
     """
     world_size = torch.distributed.get_world_size(process_group)
     output = input_.new_empty(world_size * input_.shape[0], *input_.shape[1:])
@@ -35,19 +35,19 @@ def all_gather_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool =
 
 
 def reduce_scatter_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
-    """This rank's part of the sum of the inputs of all ranks, without gradients.
+    """Sum the inputs of all ranks and return this rank's part, without autograd.
 
     Args:
-        input_: (n, ...), of the same shape on each rank.
-        process_group: the ranks that take part. Their number divides n.
-        async_op: return before it is done.
+        input_: (n, ...), the same shape on every rank; world_size divides n.
+        process_group: the participating ranks.
+        async_op: return before completion.
 
     Returns:
-        output: (n / world_size, ...), rank 0 the first rows of the sum, rank 1 those that follow.
-        handle: with async_op what to wait() for before output is read, else None.
+        output: (n / world_size, ...), consecutive rows of the sum in rank order.
+        handle: with async_op, the work to wait() for before output is read, else None.
 
     Raises:
-        ValueError: the number of ranks does not divide n.
+        ValueError: world_size does not divide n.
     """
     world_size = torch.distributed.get_world_size(process_group)
     if input_.shape[0] % world_size != 0:
@@ -61,16 +61,16 @@ def reduce_scatter_raw(input_: Tensor, process_group: ProcessGroup, async_op: bo
 
 
 def all_reduce_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
-    """The sum of the inputs of all ranks, without gradients.
+    """Sum the inputs of all ranks, without autograd.
 
     Args:
-        input_: any shape, the same on each rank. If it is contiguous, the sum is written over it.
-        process_group: the ranks that take part.
-        async_op: return before it is done.
+        input_: any shape, the same on every rank. A contiguous input is overwritten with the sum.
+        process_group: the participating ranks.
+        async_op: return before completion.
 
     Returns:
-        output: the sum, of the shape of input_; input_ itself if that is contiguous.
-        handle: with async_op what to wait() for before output is read, else None.
+        output: the sum, in the shape of input_; input_ itself if it is contiguous.
+        handle: with async_op, the work to wait() for before output is read, else None.
     """
     output = input_.contiguous()
     handle = torch.distributed.all_reduce(output, group=process_group, async_op=async_op)
@@ -78,7 +78,7 @@ def all_reduce_raw(input_: Tensor, process_group: ProcessGroup, async_op: bool =
 
 
 class AllGatherFunc(torch.autograd.Function):
-    """all_gather_raw, (n, ...) to (world_size * n, ...). The gradients are summed over the ranks and scattered."""
+    """all_gather_raw, (n, ...) to (world_size * n, ...). Backward: reduce-scatter of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, input_: Tensor, process_group: ProcessGroup) -> Tensor:
@@ -93,7 +93,7 @@ class AllGatherFunc(torch.autograd.Function):
 
 
 class ReduceScatterFunc(torch.autograd.Function):
-    """reduce_scatter_raw, (n, ...) to (n / world_size, ...). The gradients of the ranks are gathered."""
+    """reduce_scatter_raw, (n, ...) to (n / world_size, ...). Backward: all-gather of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, input_: Tensor, process_group: ProcessGroup) -> Tensor:
@@ -108,18 +108,18 @@ class ReduceScatterFunc(torch.autograd.Function):
 
 
 class AllReduceFunc(torch.autograd.Function):
-    """The sum over the ranks, in a tensor of its own. Each rank keeps the gradient it gets: what follows is the same
-    on all ranks, and so is its gradient.
+    """all_reduce_raw into a new tensor. Backward: identity, since what follows is the same on all ranks, and so is its
+    gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, input_: Tensor, process_group: ProcessGroup) -> Tensor:
-        """See all_reduce_raw; input_ stays as it is."""
+        """See all_reduce_raw; input_ is not overwritten."""
         return all_reduce_raw(input_.clone(memory_format=torch.contiguous_format), process_group)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        """The gradient, as it is."""
+        """Identity."""
         return grad_output, None
 
 
@@ -129,14 +129,14 @@ all_reduce = AllReduceFunc.apply
 
 
 def _marked(model: torch.nn.Module, mark: str) -> list[torch.nn.Parameter]:
-    """The parameters with this attribute, if it is true, in the order of their names: the same on all ranks."""
+    """Parameters whose attribute `mark` is true, sorted by name: the same order on all ranks."""
     marked = {name: parameter for name, parameter in model.named_parameters() if getattr(parameter, mark, False)}
     return [marked[name] for name in sorted(marked)]
 
 
 @torch.no_grad()
 def sync_shared_params(model: torch.nn.Module, process_group: ProcessGroup) -> None:
-    """Give the parameters that are marked `_shared_params` the values they have on the first rank of the group."""
+    """Broadcast the parameters marked `_shared_params` from the first rank of the group."""
     source = torch.distributed.get_process_group_ranks(process_group)[0]
     for parameter in _marked(model, "_shared_params"):
         values = parameter.contiguous()
@@ -147,10 +147,10 @@ def sync_shared_params(model: torch.nn.Module, process_group: ProcessGroup) -> N
 
 @torch.no_grad()
 def allreduce_sequence_parallel_grad(model: torch.nn.Module, process_group: ProcessGroup) -> None:
-    """Sum over the group the gradients of the parameters that are marked `_sequence_parallel`.
+    """All-reduce (sum) the gradients of the parameters marked `_sequence_parallel`.
 
-    Each rank saw other tokens of a sequence, and has their share of the gradient. A parameter that is trained, but got
-    no gradient here, counts as 0, for all ranks have to take part.
+    Each rank processed different tokens of a sequence. A parameter that requires grad but got none counts as 0, because
+    all ranks must participate.
     """
     by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in _marked(model, "_sequence_parallel"):
@@ -165,9 +165,9 @@ def allreduce_sequence_parallel_grad(model: torch.nn.Module, process_group: Proc
 
 
 def get_dim_for_local_rank(dim: int, world_size: int, local_rank: int, multiple_of: int = 1) -> int:
-    """How much of a dimension belongs to a rank: a multiple of multiple_of, by at most one of them more on low ranks.
+    """Size of this rank's part of a dimension: a multiple of multiple_of; low ranks may have multiple_of more.
 
-    All ranks together have dim, if that is a multiple of multiple_of; what goes beyond one belongs to no rank.
+    The parts add up to dim rounded down to a multiple of multiple_of.
     """
     units = dim // multiple_of
     return (units // world_size + int(local_rank < units % world_size)) * multiple_of

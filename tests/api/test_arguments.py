@@ -1,4 +1,4 @@
-"""Forms that arguments may take: lengths, windows, pages, mixed types under autocast; and what wrong ones are told."""
+"""Accepted forms of arguments: lengths, windows, pages, mixed dtypes under autocast; and errors for wrong types."""
 
 import importlib
 import re
@@ -41,7 +41,7 @@ def test_max_seqlen_forms(form):
     assert_same([actual, *gradients(actual, (q, k, v))], [expected, *gradients(expected, (q, k, v))])
 
 
-# Arguments that must mean the same.
+# Equivalent arguments.
 EQUAL_OPTIONS = {
     "window as list": ({"window_size": [2, 1]}, {"window_size": (2, 1)}),
     "window of numpy ints": ({"window_size": (np.int64(2), np.int64(1))}, {"window_size": (2, 1)}),
@@ -77,7 +77,7 @@ def test_default_scale():
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("kind", ["func", "qkvpacked_func", "varlen_func", "FlashSelfAttention", "_backward"])
 def test_deterministic_reaches_the_backward_op(kind, wanted, everywhere):
-    """Asked for by the argument, or by torch.use_deterministic_algorithms."""
+    """Requested by the argument, or by torch.use_deterministic_algorithms."""
     (qkv,) = leaves((2, 6, 3, HEADS, HEAD_DIM))
     cu = torch.tensor([0, 6, 12], dtype=torch.int32)
     torch.use_deterministic_algorithms(everywhere)
@@ -109,7 +109,7 @@ def test_deterministic_reaches_the_backward_op(kind, wanted, everywhere):
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 0), "softcap": 5.0}], ids=str)
 def test_block_table(options, page_size):
-    """Keys in shuffled pages, pages between them unused and full of NaN: values and gradients as without pages."""
+    """Paged keys in shuffled pages, unused pages full of NaN: values and gradients equal those without pages."""
     q, k, v = varlen_inputs()
     lengths = cumulative(LENGTHS_Q), cumulative(LENGTHS_K), max(LENGTHS_Q), max(LENGTHS_K)
     pages_of = [-(-length // page_size) for length in LENGTHS_K]
@@ -136,7 +136,7 @@ def test_block_table(options, page_size):
 
 
 AUTOCAST_CASES = [
-    # types of q, k, v; autocast type; type of the result
+    # dtypes of q, k, v; autocast dtype; dtype of the result
     ((torch.float32, torch.float32, torch.float32), torch.bfloat16, torch.bfloat16),
     ((torch.float32, torch.float32, torch.bfloat16), torch.bfloat16, torch.bfloat16),
     ((torch.bfloat16, torch.float32, torch.float32), torch.bfloat16, torch.bfloat16),
@@ -151,7 +151,7 @@ AUTOCAST_CASES = [
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("varlen", [False, True])
 def test_autocast(varlen, packed, dtypes, autocast_dtype, out_dtype):
-    """Inputs are cast as F.scaled_dot_product_attention's would be; gradients have the types of the inputs."""
+    """Inputs are cast as in F.scaled_dot_product_attention; gradients have the dtypes of the inputs."""
     inputs = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(dense_inputs(), dtypes, strict=True)]
     if packed:
         inputs = [inputs[0], torch.stack([x.detach().to(dtypes[1]) for x in inputs[1:]], dim=2).requires_grad_()]
@@ -180,7 +180,7 @@ def test_mixed_types_without_autocast_are_refused():
         interface.flash_attn_func(q, k, v.bfloat16())
 
 
-# The two functions of later work, and the module of the native names.
+# Functions not implemented yet, and the module named like the compiled one.
 
 
 def test_with_kvcache_says_that_it_is_not_there():
@@ -196,7 +196,7 @@ def test_native_names_can_be_imported(name):
     assert callable(getattr(importlib.import_module("flash_attn_2_cuda"), name))
 
 
-# Wrong types: TypeError that names function, argument, expectation and what came.
+# Wrong types: a TypeError with function, argument, expected and received type.
 
 TYPE_ERRORS = {
     "q": [None, [1.0], np.zeros((2, 6, HEADS, HEAD_DIM))],

@@ -1,4 +1,4 @@
-"""How other projects find this package and call it, each in a few lines of our own."""
+"""How other projects import and call this package, each reduced to a few lines."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-# Is it there? Which version?
+# Detection of the package and its version.
 
 
 def test_transformers_finds_the_distribution():
@@ -68,7 +68,7 @@ def ring_call(function, **values):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_ring_attention(dtype):
-    """Keys in two blocks, results merged by softmax_lse; backward block by block with the merged result."""
+    """Keys in two blocks, merged by softmax_lse; backward block by block with the merged results."""
     q, k, v = leaves(*[(B, S, H, D)] * 3)
     expected, expected_lse = attention(q, k, v)
     dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_ring_attention(dtype):
 
 
 def test_diffusers_positional_calls():
-    """11 arguments forward and 18 backward, all by position."""
+    """11 positional arguments forward, 18 backward."""
     q, k, v = inputs()
     out, lse, _probs, rng_state = interface._wrapped_flash_attn_forward(
         q, k, v, 0.0, D**-0.5, False, -1, -1, 0.0, None, False
@@ -123,7 +123,7 @@ def test_diffusers_positional_calls():
 
 
 def test_deepspeed_calls():
-    """Keywords forward with the window in two numbers; backward by position, rng_state=None."""
+    """Forward by keyword, with the window as two numbers; backward by position, with rng_state=None."""
     q, k, v = inputs(seqlen=4)
     out, lse, _, _ = interface._flash_attn_forward(
         q=q, k=k, v=v, dropout_p=0.0, softmax_scale=0.25, causal=True, window_size_left=-1, window_size_right=-1,
@@ -164,7 +164,7 @@ def test_transformer_engine_reads_outputs_by_index():
 
 
 def test_transformers_packed_call():
-    """Keywords filtered by the signature, max_seqlen as a 0-dim tensor, and the window w - 1 on both sides."""
+    """Keywords filtered by signature, max_seqlen as a 0-dim tensor, a window of w - 1 on both sides."""
     q, k, v = (x.flatten(0, 1) for x in inputs())
     cu = torch.tensor([0, 2, 7, 12], dtype=torch.int32)
     longest = cu.diff().max()
@@ -182,7 +182,7 @@ def test_transformers_packed_call():
 
 
 def test_native_functions():
-    """The order of arguments of the compiled module, dense and packed; buffers of the caller are filled."""
+    """The argument order of the compiled module, dense and packed; the caller's buffers are filled."""
     q, k, v = inputs()
     options = (0.0, 0.3, True)
     out, lse, _, rng_state = interface._flash_attn_forward(q, k, v, *options, -1, -1, 0.0, None, False)

@@ -1,4 +1,4 @@
-"""Bad calls: one error that names function, argument, expectation and what came, before anything is computed."""
+"""Invalid calls: one error with function, argument, expected and received value, before any computation."""
 
 import re
 
@@ -29,7 +29,7 @@ def rejection(call: str, arguments: dict) -> str:
 
 
 def assert_explains(text: str, call: str, reasons: list) -> None:
-    """One line if there is one reason; otherwise their number and a line each."""
+    """One line for one reason; otherwise the number of reasons and one line each."""
     prefix, lines = CALLS[call][2], text.splitlines()
     if len(reasons) == 1:
         assert len(lines) == 1, text
@@ -50,7 +50,7 @@ def to_meta(arguments: dict) -> dict:
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_message(row):
-    """The text is complete; outputs are untouched; the next good call works."""
+    """The message is complete; outputs are not written; the next valid call works."""
     call, changes, reasons = row
     arguments = {**CALLS[call][0](), **changes}
     written = {name: arguments[name].clone() for name in ("dq", "dk", "dv") if name in arguments}
@@ -62,7 +62,7 @@ def test_message(row):
 
 
 def expand_of_meta(row) -> dict:
-    """The arguments of a row on the device meta; a shared one stays shared."""
+    """The arguments of a row on the meta device; a tensor that is used twice stays one tensor."""
     call, changes, _ = row
     arguments = to_meta({**CALLS[call][0](), **changes})
     for name, x in changes.items():
@@ -84,7 +84,7 @@ def test_meta_does_not_look_at_values(row):
 
 
 def is_public(row) -> bool:
-    """Whether a public function has all that is changed among its arguments."""
+    """Whether a public function has all of the changed arguments."""
     call, changes, _ = row
     of_varlen = {"block_table", "cu_seqlens_q", "cu_seqlens_k"} if call in ("varlen", "paged") else set()
     return call in ("dense", "varlen", "paged") and not set(changes) & (ONLY_IN_OPS - of_varlen)
@@ -119,7 +119,7 @@ def test_public_functions_say_the_same(row, requires_grad):
 
 
 def check_missing_lengths(changes: dict) -> None:
-    """None is of the wrong type where a public function has no default."""
+    """None has the wrong type where a public function has no default."""
     a = {**varlen(), **changes}
     with pytest.raises(TypeError, match=f"flash_attn_varlen_func: {next(iter(changes))}: expected .*, got NoneType"):
         flash_attn.flash_attn_varlen_func(a["q"], a["k"], a["v"], a["cu_seqlens_q"], a["cu_seqlens_k"], 3, 4)
@@ -135,7 +135,7 @@ def check_missing_lengths(changes: dict) -> None:
     ],
 )
 def test_devices(call, name):
-    """A tensor on another device than q is named with both devices, whichever of them is which."""
+    """A tensor on another device than q: the error names both devices."""
     good = CALLS[call][0]()
     optional = {
         "alibi_slopes": torch.ones(4),
@@ -153,7 +153,7 @@ def test_devices(call, name):
 
 
 def test_other_kinds_of_tensors():
-    """What is no plain tensor in memory is refused by name, not read as if it were one."""
+    """Sparse, nested and other non-strided tensors are rejected by name."""
     call = dense()
     call["q"], call["k"], call["v"] = (call[name].to_sparse() for name in "qkv")
     with pytest.raises(NotImplementedError, match="flash_attn::fwd"):
@@ -161,7 +161,7 @@ def test_other_kinds_of_tensors():
 
 
 def test_rejected_backward_writes_nothing():
-    """Not even memory that was never initialised: NaN stays NaN."""
+    """Not even uninitialised memory: NaN stays NaN."""
     call = backward()
     for name in ("dq", "dk", "dv"):
         call[name].fill_(torch.nan)
@@ -171,7 +171,7 @@ def test_rejected_backward_writes_nothing():
 
 
 def test_autograd_rejects_before_drawing():
-    """A rejected call with dropout leaves the program able to go on with the same random numbers."""
+    """A rejected call with dropout does not advance the generator."""
     x = [t.requires_grad_() for t in (torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8))]
     with pytest.raises(ValueError, match="softcap"):
         flash_attn.flash_attn_func(*x, dropout_p=0.5, softcap=float("inf"))

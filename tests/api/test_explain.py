@@ -1,4 +1,4 @@
-"""flash_attn.explain: which backend runs a call, and why no better one does; FLASH_ATTN_BACKEND beside it."""
+"""flash_attn.explain: the backend of a call, and why no better one runs it; also FLASH_ATTN_BACKEND."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""FlashMHA and FlashAttention, as version 1 had them, against attention written out in float64."""
+"""FlashMHA and FlashAttention, the modules of version 1, against plain attention in float64."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def make(dtype=torch.float64, **kwargs):
 
 
 def keep_of(mask, causal):
-    """(batch, 1, seqlen, seqlen): rows that are padding see nothing, and nobody sees them."""
+    """(batch, 1, seqlen, seqlen): padding sees nothing and is not seen."""
     keep = visible(SEQLEN, SEQLEN, causal).expand(BATCH, 1, SEQLEN, SEQLEN)
     return keep if mask is None else keep & mask[:, None, None, :] & mask[:, None, :, None]
 
@@ -75,7 +75,7 @@ def test_flash_attention(scale, causal, mask):
 
 
 def test_flash_attention_of_rows_without_padding():
-    """qkv (total, 3, heads, head_dim) with cu_seqlens and max_s."""
+    """Packed qkv (total, 3, heads, head_dim) with cu_seqlens and max_s."""
     (qkv,) = leaves((9, 3, HEADS, HEAD_DIM))
     cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
     out, weights = FlashAttention()(qkv, causal=True, cu_seqlens=cu_seqlens, max_s=5)
@@ -87,7 +87,7 @@ def test_flash_attention_of_rows_without_padding():
 
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_padding_may_hold_anything(fill):
-    """Neither the result nor the gradients of the parameters see it."""
+    """The content of padding affects neither the result nor the gradients of the parameters."""
     module, mask = make(), as_mask(MASKS["holes"])
     x = torch.randn(BATCH, SEQLEN, EMBED, dtype=torch.float64)
     results = []
@@ -167,7 +167,7 @@ def test_dropout_only_in_training():
 
 
 WRONG = {
-    # what is wrong: the call; the error; words of its message
+    # invalid call; error type; words of the message
     "batch_first=False": (lambda: FlashMHA(EMBED, HEADS, batch_first=False), ValueError, "batch_first"),
     "heads do not divide": (lambda: FlashMHA(EMBED, 5), ValueError, "embed_dim.*num_heads|num_heads.*embed_dim"),
     "heads as a float": (lambda: FlashMHA(EMBED, 4.0), TypeError, "num_heads: expected int, got"),

@@ -1,4 +1,4 @@
-"""The functions of flash_attn_interface: what they return, what they write, and which forms are equal."""
+"""The functions of flash_attn_interface: results, output buffers and equivalent forms."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def varlen_arguments():
     return cumulative(LENGTHS_Q), cumulative(LENGTHS_K), max(LENGTHS_Q), max(LENGTHS_K)
 
 
-# What the semi-private functions return and write.
+# Results and output buffers of the private functions.
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -70,13 +70,13 @@ def separate(q, k, v):
 
 
 def packed_kv(q, k, v):
-    """dk and dv are views of one (..., 2, heads, head_dim) buffer."""
+    """dk and dv as views of one (..., 2, heads, head_dim) buffer."""
     buffer = torch.full((*k.shape[:-2], 2, *k.shape[-2:]), torch.nan, dtype=k.dtype)
     return [torch.full_like(q, torch.nan), buffer.select(-3, 0), buffer.select(-3, 1)]
 
 
 def packed_heads(q, k, v):
-    """All three are slices of one buffer along the heads."""
+    """All three as slices of one buffer along the heads."""
     rows = max(q.shape[-3], k.shape[-3])
     buffer = torch.full((*q.shape[:-3], rows, HEADS + 2 * HEADS_K, HEAD_DIM), torch.nan, dtype=q.dtype)
     parts = buffer.split([HEADS, HEADS_K, HEADS_K], dim=-2)
@@ -114,7 +114,7 @@ def test_backward_fills_the_callers_buffers(varlen, buffers):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_dropout_of_forward_and_backward_agree(deterministic):
-    """The weights that forward reports as dropped are the ones that its result and backward leave out."""
+    """The weights reported as dropped are those that the output and the gradients leave out."""
     q, k, v = dense_inputs()
     plain = [x.detach() for x in (q, k, v)]
     torch.manual_seed(3)
@@ -148,7 +148,7 @@ def test_leftpad_and_seqused_select_rows_of_each_sequence():
         assert_near([out[rows], lse[:, rows]], [expected[0], expected_lse[0]])
 
 
-# The packed forms.
+# Packed inputs (qkv, kv).
 
 PACKED_OPTIONS = {
     "plain": {},
@@ -221,7 +221,7 @@ def test_return_attn_probs(varlen, dtype):
 
 
 def test_without_dropout_no_weights_are_returned():
-    """As in 2.8.3: S_dmask belongs to dropout."""
+    """As in 2.8.3: S_dmask is returned only with dropout."""
     q, k, v = dense_inputs()
     _out, lse, probs = interface.flash_attn_func(q, k, v, return_attn_probs=True)
     assert tuple(lse.shape) == (BATCH, HEADS, SEQLEN_Q)

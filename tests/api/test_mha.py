@@ -1,4 +1,4 @@
-"""MHA and its inner attentions against attention written out in float64."""
+"""MHA and its inner attention modules against plain attention in float64."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from rotation import frequencies, rotated
 BATCH, SEQLEN, SEQLEN_KV, EMBED, HEADS = 3, 6, 8, 32, 4
 HEAD_DIM = EMBED // HEADS
 
-# Options of MHA; "cross" gives it keys and values from elsewhere.
+# Options of MHA; "cross": cross-attention.
 OPTIONS = {
     "self": {},
     "no biases": {"qkv_proj_bias": False, "out_proj_bias": False},
@@ -52,7 +52,7 @@ def inputs_of(options, dtype=torch.float64):
 
 
 def project(module, x, x_kv):
-    """q, k, v by the parameters that MHA has."""
+    """q, k, v from the parameters of MHA."""
     heads_kv = module.num_heads_kv
     if module.cross_attn:
         q, kv = module.Wq(x), module.Wkv(x if x_kv is None else x_kv)
@@ -62,8 +62,8 @@ def project(module, x, x_kv):
     return qkv.split([HEADS, heads_kv, heads_kv], dim=-2)
 
 
-def turn(x, options, sign=0):
-    """Rotary embedding; sign 1 for queries and -1 for keys, where xPos tells them apart."""
+def rotate(x, options, sign=0):
+    """Rotary embeddings; with xPos, sign is 1 for queries and -1 for keys."""
     dim, base = options["rotary_emb_dim"], options.get("rotary_emb_base", 10000.0)
     positions = torch.arange(x.shape[1])
     scale = 1.0
@@ -74,10 +74,10 @@ def turn(x, options, sign=0):
 
 
 def plain_mha(module, options, x, x_kv=None, mask=None):
-    """What MHA computes; mask (batch, seqlen_k): queries that are padding give 0 before out_proj."""
+    """Reference for MHA; mask (batch, seqlen_k): padding queries give 0 before out_proj."""
     q, k, v = project(module, x, x_kv)
     if options.get("rotary_emb_dim"):
-        q, k = turn(q, options, 1), turn(k, options, -1)
+        q, k = rotate(q, options, 1), rotate(k, options, -1)
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     keep = visible(seqlen_q, seqlen_k, options.get("causal", False), options.get("window_size", (-1, -1)))
     keep = keep.expand(x.shape[0], 1, seqlen_q, seqlen_k)
@@ -113,7 +113,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("use_flash_attn", [True, False])
 def test_key_padding_mask(use_flash_attn, mask, options):
-    """True = keep; positions and distances stay those of the padded batch."""
+    """True = keep; positions and distances are those of the padded batch."""
     module, inputs = make(use_flash_attn, **options), inputs_of(options)
     mask = torch.tensor(mask, dtype=torch.bool)[:, : inputs[-1].shape[1]]
     out = module(*inputs, key_padding_mask=mask)
@@ -125,7 +125,7 @@ def test_key_padding_mask(use_flash_attn, mask, options):
 
 @pytest.mark.parametrize("options", [OPTIONS[name] for name in OPTIONS if "cross" not in name], ids=str)
 def test_varlen(options):
-    """Rows without padding: each sequence as if alone, rotary positions counted from its start."""
+    """Packed rows: each sequence as if alone, with rotary positions from its start."""
     module = make(**options)
     (x,) = leaves((9, EMBED))
     bounds = ((0, 4), (4, 4), (4, 9))
@@ -160,7 +160,7 @@ def test_return_residual(use_flash_attn):
 @pytest.mark.parametrize("options", [{"cross_attn": True}, {"num_heads_kv": 2}], ids=str)
 @pytest.mark.parametrize("subset", [slice(0, 1), slice(2, 5)], ids=str)
 def test_mixer_subset(subset, options):
-    """Queries from some of the rows, keys and values from all."""
+    """Queries from a subset of the rows, keys and values from all."""
     module, (x,) = make(**options), inputs_of({})
     out = module(x, mixer_subset=subset)
     expected = plain_mha(module, options, x)[:, subset]
@@ -169,7 +169,7 @@ def test_mixer_subset(subset, options):
 
 @pytest.mark.parametrize("options", [{}, {"num_heads_kv": 2}, {"cross_attn": True}], ids=str)
 def test_dwconv(options):
-    """A causal depthwise convolution over three positions after the projections."""
+    """A causal depthwise convolution of width 3 after the projections."""
     module, inputs = make(dwconv=True, **options), inputs_of(options)
     convolutions = [name for name in module.state_dict() if name.startswith("dwconv")]
     assert convolutions, "the convolution has parameters"
@@ -243,7 +243,7 @@ def test_alibi_slopes(heads):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("override", [None, True, False])
 def test_inner_attentions(override, causal):
-    """Flash and plain forms agree; causal= of the call wins over that of the module."""
+    """Flash and plain modules agree; the causal argument of the call overrides that of the module."""
     effective = causal if override is None else override
     (qkv,) = leaves((BATCH, SEQLEN, 3, HEADS, HEAD_DIM))
     expected, _ = attention(*qkv.unbind(2), keep=visible(SEQLEN, SEQLEN, effective), scale=0.6)

@@ -1,4 +1,4 @@
-"""bert_padding: between padded batches and rows without padding."""
+"""bert_padding: conversion between padded batches and packed rows."""
 
 import re
 
@@ -103,8 +103,8 @@ def test_index_functions_are_inverse_and_transposed(trailing):
     assert torch.equal(dx, gradients(x * 1.0, [x])[0] * kept)
 
 
-def both_ways(x, indices):
-    """What the functions give for (4, ...) rows, there and back."""
+def round_trip(x, indices):
+    """Results of the functions for (4, ...) rows, in both directions."""
     taken, same = index_first_axis_residual(x, indices)
     return (
         index_first_axis(x, indices),
@@ -115,7 +115,7 @@ def both_ways(x, indices):
     )
 
 
-def both_ways_by_matrix(x, indices):
+def round_trip_by_matrix(x, indices):
     places = torch.eye(4, dtype=x.dtype)[indices]
     taken = torch.tensordot(places, x, 1)
     put = torch.tensordot(places.t(), taken, 1)
@@ -128,9 +128,9 @@ def both_ways_by_matrix(x, indices):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_types_of_indices(dtype, indices, trailing, compiled):
     torch.compiler.reset()
-    call = torch.compile(both_ways, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else both_ways
+    call = torch.compile(round_trip, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else round_trip
     (x,) = leaves((4, *trailing))
-    out, expected = call(x, torch.tensor(indices, dtype=dtype)), both_ways_by_matrix(x, indices)
+    out, expected = call(x, torch.tensor(indices, dtype=dtype)), round_trip_by_matrix(x, indices)
     assert_near(out, expected)
     assert_near(gradients(out, [x]), gradients(expected, [x]))
 
@@ -146,7 +146,7 @@ def test_indices_of_int64_are_not_copied(monkeypatch):
 def test_a_mask_of_the_rows_serves_as_indices():
     (x,) = leaves((4, 3))
     keep = torch.tensor([True, False, False, True])
-    out, expected = (both_ways(x, indices) for indices in (keep, keep.nonzero().flatten()))
+    out, expected = (round_trip(x, indices) for indices in (keep, keep.nonzero().flatten()))
     assert_same(out, expected)
     assert_same(gradients(out, [x]), gradients(expected, [x]))
 

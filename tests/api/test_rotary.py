@@ -1,4 +1,4 @@
-"""Rotary embeddings against multiplication of complex numbers in float64."""
+"""Rotary embeddings against complex multiplication in float64."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_func_is_another_name():
 @pytest.mark.parametrize("key_angles", [False, True])
 @pytest.mark.parametrize("layout", ["qkv", "heads", "noncontiguous"])
 def test_qkv(layout, key_angles, interleaved, offsets):
-    """Queries and keys turn, values do not; keys may have angles of their own."""
+    """Queries and keys are rotated, values are not; keys may have tables of their own."""
     heads_k = 1 if layout == "heads" else HEADS
     q, k, v = leaves((BATCH, SEQLEN, HEADS, HEAD_DIM), *[(BATCH, SEQLEN, heads_k, HEAD_DIM)] * 2)
     qkv = torch.cat([q, k, v], dim=2) if layout == "heads" else torch.stack([q, k, v], dim=2)
@@ -134,7 +134,7 @@ def test_kv(interleaved, offsets):
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
 @pytest.mark.parametrize("table_dtype", [torch.float32, None], ids=["float32 tables", "tables of the same type"])
 def test_low_precision_rounds_once(table_dtype, dtype, eps):
-    """Computed in float32: the only error is that of the final rounding (and of the tables, if they are rounded)."""
+    """Computed in float32: the only error is the final rounding (and that of the tables, if they are rounded)."""
     (x,) = leaves((BATCH, SEQLEN, HEADS, HEAD_DIM), dtype=dtype)
     cos, sin = (t.to(table_dtype or dtype) for t in (angles().cos(), angles().sin()))
     out = apply_rotary_emb(x, cos, sin)
@@ -182,7 +182,7 @@ def test_embedding_of_seqlens_that_grow_and_shrink():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_attributes(dtype):
-    """Subclasses in other projects fill the tables with _update_cos_sin_cache and read them."""
+    """Subclasses in other projects fill the tables with _update_cos_sin_cache and read the attributes."""
     rotary = RotaryEmbedding(dim=8, base=500.0, device=torch.device("cpu"), interleaved=False)
     assert list(rotary.state_dict()) == []
     assert (rotary.dim, rotary.base, rotary.interleaved, rotary.scale_base, rotary.scale) == (
@@ -202,7 +202,7 @@ def test_cache_attributes(dtype):
 
 
 def test_bfloat16_module_keeps_exact_angles():
-    """Positions times frequencies are computed in float32 even in a module that was cast as a whole."""
+    """Positions times frequencies are computed in float32 even after the module is cast."""
     rotary = RotaryEmbedding(8).bfloat16()
     rotary._update_cos_sin_cache(300, device=torch.device("cpu"), dtype=torch.float32)
     angle = torch.arange(300)[:, None] * frequencies(8)
@@ -211,7 +211,7 @@ def test_bfloat16_module_keeps_exact_angles():
 
 @pytest.mark.parametrize("form", ["qkv", "q and kv"])
 def test_xpos(form):
-    """scale_base: queries grow by scale ** power, keys shrink by it."""
+    """scale_base: queries are multiplied by scale ** power, keys divided by it."""
     rotary = RotaryEmbedding(8, scale_base=512.0)
     q, k, v = leaves(*[(1, SEQLEN, HEADS, 8)] * 3, dtype=torch.float32)
     if form == "qkv":

@@ -1,6 +1,6 @@
-"""Names, parameters, order and defaults: what code written for flash-attn 2.8.3 and for v1 relies on.
+"""Names, parameters, order and defaults that code written for flash-attn 2.8.3 and for v1 relies on.
 
-Projects build their calls from inspect.signature, getfullargspec, keywords and positions alike, so all four must hold.
+Projects build calls from inspect.signature, getfullargspec, keywords and positions, so all four must match.
 """
 
 import importlib
@@ -114,7 +114,7 @@ METHODS = {
     ),
 }
 
-# What other projects import, each on a line of its own.
+# Imports of other projects, one per line.
 IMPORTS = """\
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
@@ -137,7 +137,7 @@ import flash_attn_2_cuda as flash_attn_cuda
 
 
 def parameters_of(function) -> str:
-    """Names, order and defaults as one line, without annotations."""
+    """Names, order and defaults in one line, without annotations."""
     parameters = inspect.signature(function).parameters.values()
     return ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
 
@@ -149,7 +149,7 @@ def test_function_signature(module, name):
     function = getattr(importlib.import_module(module), name)
     assert parameters_of(function).replace(" = ", "=") == FUNCTIONS[module][name]
     assert inspect.isfunction(function), "getfullargspec-based callers need a plain Python function"
-    # What flash_attn 2.8.3 has not is passed by keyword only.
+    # Arguments that flash_attn 2.8.3 does not have are keyword-only.
     spec, ours = inspect.getfullargspec(function), {"attention_chunk"}
     names = list(inspect.signature(function).parameters)
     assert (spec.args, spec.kwonlyargs) == ([n for n in names if n not in ours], [n for n in names if n in ours])

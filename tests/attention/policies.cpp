@@ -12,19 +12,19 @@ namespace {
 
 WindowMask make_mask(const int32_t* m) { return {m[0], m[1], m[2], m[3], make_chunks(m[4])}; }
 
-// The same by the bounds of the key.
+// The same, computed with the bounds of the key (kByKey).
 bool keep_by_key(const WindowMask& mask, int row, int key) {
     return !mask.hides<Edge::kAfter, true>(row, key) && !mask.hides<Edge::kBefore, true>(row, key);
 }
 
-// 0 or 1; 2 if two answers differ.
+// 0 or 1; 2 if two ways to compute it disagree.
 uint8_t agreed(bool a, bool b) { return a == b ? a : 2; }
 
 }  // namespace
 
 extern "C" {
 
-// Masks are five numbers: seqlen_q, seqlen_k, left, right and the chunk, 0 if there is none.
+// A mask is five numbers: seqlen_q, seqlen_k, left, right and the chunk size (0: no chunks).
 uint8_t mask_keep(const int32_t* mask, int row, int key) {
     return agreed(make_mask(mask).keep(row, key), keep_by_key(make_mask(mask), row, key));
 }
@@ -45,7 +45,7 @@ uint8_t mask_is_full_block(const int32_t* mask, int row_begin, int row_end, int 
     return agreed(m.is_full_block(rows, keys), m.is_full_block<true>(rows, keys));
 }
 
-// Answers for all rows and keys, and for all ranges begin < end in the order of begin, then end.
+// Results for all rows and keys, and for all ranges begin < end, ordered by begin, then end.
 void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_range, uint8_t* is_full_block) {
     const WindowMask mask = make_mask(m);
     for (int row = 0; row < mask.seqlen_q; ++row)
@@ -63,8 +63,8 @@ void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_
                         agreed(mask.is_full_block({a, b}, {c, d}), mask.is_full_block<true>({a, b}, {c, d}));
 }
 
-// sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether there is
-// one.
+// sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether keys are
+// paged.
 void sequence(const int32_t* cu_q, const int32_t* cu_k, const int32_t* seqused_k, const int32_t* leftpad_k,
               const int32_t* block_table, const int32_t* sizes, int batch, int64_t* out) {
     const Seqlens seqlens{cu_q, cu_k, seqused_k, leftpad_k, sizes[0], sizes[1], sizes[2], sizes[3]};

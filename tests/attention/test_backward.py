@@ -1,4 +1,4 @@
-"""The backward pass against gradients of the float64 reference, taken by autograd."""
+"""Gradients against float64 gradients of the reference by autograd."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def test_tables(kernels, case):
 @needs_gpu
 @of_every_case
 def test_tables_in_any_order(kernels, case):
-    """What training uses: dQ is summed in any order. On the CPU there is one order only."""
+    """Nondeterministic mode, as in training: the summation order of dQ varies on a GPU. On the CPU it is fixed."""
     check_backward(case, deterministic=False)
 
 
@@ -40,7 +40,7 @@ def test_large_problems(kernels, case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_without_keys_take_either_infinity(dtype, packed):
-    """Such a row has softmax_lse -inf here and +inf elsewhere: both will do, whatever gradients come to it."""
+    """A row without keys has softmax_lse -inf here and +inf in 2.8.3: backward accepts both, with any gradients."""
     case = Case((70,), (40,), dtype=dtype, causal=True, packed=packed, lse_grad=True)
     x = make_inputs(case)
     out, lse = op_fwd(case, x)
@@ -60,7 +60,7 @@ def test_rows_without_keys_take_either_infinity(dtype, packed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("infinity", [math.inf, -math.inf])
 def test_rows_marked_as_seeing_nothing_take_no_part(dtype, infinity):
-    """A row whose softmax_lse is infinite has gradients of zero and adds none to keys, whatever the mask shows it."""
+    """A row with infinite softmax_lse has zero gradients and contributes nothing to dk and dv, whatever its mask."""
     case = Case((70, 70), (200, 200), dtype=dtype)
     x = make_inputs(case)
     out, lse = op_fwd(case, x)
@@ -75,7 +75,7 @@ def test_rows_marked_as_seeing_nothing_take_no_part(dtype, infinity):
 
 
 def test_only_some_inputs_need_gradients():
-    """Every subset of q, k and v that needs gradients gets the same ones, also with a head_dim that is not even."""
+    """Every subset of q, k and v that requires grad gets the same gradients, also with an odd head_dim."""
     import flash_attn
 
     case = Case((33,), (65,), head_dim=59, head_dim_v=59)
@@ -94,7 +94,7 @@ def test_only_some_inputs_need_gradients():
 
 
 def test_one_output_unused():
-    """A loss of softmax_lse alone, and one of out alone, leave the other output without a gradient."""
+    """Losses of softmax_lse alone and of out alone: the other output has no gradient."""
     import flash_attn
 
     leaves = [torch.randn(1, 20, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]

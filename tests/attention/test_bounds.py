@@ -1,4 +1,4 @@
-"""Not one byte is read or written beside a tensor."""
+"""No out-of-bounds reads or writes."""
 
 import signal
 import subprocess
@@ -24,6 +24,6 @@ def test_nothing_beside_a_tensor_is_touched(place, level):
 
 
 def test_the_guard_works():
-    """One byte too far ends the process."""
+    """An access one byte out of bounds ends the process."""
     done = run("end", "trespass")
     assert done.returncode in (-signal.SIGSEGV, -signal.SIGBUS)

@@ -1,4 +1,4 @@
-"""Dropout: which weights are dropped depends on (seed, offset, batch, head, row, key) alone, and the mean is right."""
+"""Dropout: the mask depends only on (seed, offset, batch, head, row, key), and the expectation is exact."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ BASE = Case((100, 100), (130, 130), num_heads=3, num_heads_k=3, head_dim=16, hea
 
 
 def keep_of(case: Case, state=(7, 0)) -> torch.Tensor:
-    """(batch_size, num_heads, seqlen_q, seqlen_k): True where the op keeps a weight."""
+    """Mask of the weights that the op keeps: (batch_size, num_heads, seqlen_q, seqlen_k)."""
     x = make_inputs(case)
     x.rng_state = torch.tensor(state)
     return ~torch.signbit(op_probs(case, x, op_fwd(case, x)[1]))
@@ -30,7 +30,7 @@ def keep_of(case: Case, state=(7, 0)) -> torch.Tensor:
 @pytest.mark.parametrize("state", [(0, 0), (7, 0), (7, 1), (2**62 + 12345, 2**61 + 77), (-1, -5)])
 @pytest.mark.parametrize("dropout_p", [0.001, 0.3, 0.9])
 def test_mask_is_philox(state, dropout_p):
-    """The mask is that of the second definition, for any 64 bits of seed and offset."""
+    """The mask matches philox.py, for any 64-bit seed and offset."""
     case = dataclasses.replace(BASE, dropout_p=dropout_p)
     seed, offset = (x % 2**64 for x in state)
     expected = philox.keep_mask(2, 3, 100, 130, seed, offset, dropout_threshold(dropout_p))
@@ -73,7 +73,7 @@ def test_mask_does_not_depend_on_the_other_sequences():
 
 
 def test_masks_of_heads_batches_and_states_are_unrelated():
-    """Two masks agree at about p^2 + (1-p)^2 of the places; so do a mask and itself moved by some rows or keys."""
+    """Two masks agree in about p^2 + (1 - p)^2 of the elements; so do a mask and a copy shifted by rows or keys."""
     case = dataclasses.replace(BASE, seqlens_q=(256, 256), seqlens_k=(256, 256))
     keep = keep_of(case)
     masks = [*keep.flatten(0, 1), keep_of(case, (8, 0))[0, 0], keep_of(case, (7, 1))[0, 0]]
@@ -99,7 +99,7 @@ def test_dropped_fraction(dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [1e-9, 1e-5, 0.1, 0.3, 0.5, 0.9, 1 - 1e-9])
 def test_expectation_is_exact(dropout_p):
-    """Kept weights are multiplied by 65536 / (65536 - threshold), the probability really used, which is near p."""
+    """Kept weights are scaled by 65536 / (65536 - threshold), where threshold / 65536 is close to dropout_p."""
     case = dataclasses.replace(BASE, dtype="float64", dropout_p=dropout_p)
     x = make_inputs(case)
     x.v = torch.ones_like(x.v)
@@ -153,7 +153,7 @@ def test_no_grad_draws_as_grad_does():
 
 
 def test_s_dmask_shows_the_weights_and_what_was_dropped():
-    """S_dmask of the public functions, dense and packed, is what the op says, and explains out."""
+    """S_dmask of the public functions, dense and packed, equals the op's weights and reproduces out."""
     x = make_inputs(dataclasses.replace(BASE, dtype="float64"))
     out, _, s_dmask = flash_attn.flash_attn_func(x.q, x.k, x.v, P, return_attn_probs=True)
     rescale = 65536 / (65536 - dropout_threshold(P))

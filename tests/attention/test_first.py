@@ -1,6 +1,6 @@
-"""One small case for every kernel, and for every thing that sets kernels apart: what is wrong shows here first.
+"""One small case per kernel and per feature with its own code: a smoke test that runs first.
 
-In this order: one tile; several tiles for a block; then masks, packed sequences, sums in turn.
+In this order: one tile; several tiles per block; masks, packed sequences; deterministic sums ("in turn").
 """
 
 import itertools

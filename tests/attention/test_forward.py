@@ -31,8 +31,8 @@ PICTURES = {
 }
 
 
-def seen(lengths, causal, window_size):
-    """Where the op gives a key any weight, as a matrix; checks that rows without one say so."""
+def visible_keys(lengths, causal, window_size):
+    """Keys with weight > 0, bool (seqlen_q, seqlen_k); checks out = 0 and softmax_lse = -inf for rows without any."""
     case = Case(*((n,) for n in lengths), "float64", 1, 1, 2, 2, causal=causal, window_size=window_size)
     x = make_inputs(case)
     out, lse = op_fwd(case, x)
@@ -45,8 +45,8 @@ def seen(lengths, causal, window_size):
 @on_device
 @pytest.mark.parametrize(("lengths", "causal", "window_size"), PICTURES)
 def test_alignment(lengths, causal, window_size):
-    """The last query and the last key are on the diagonal, whatever the lengths."""
-    picture = ["".join("01"[int(x)] for x in row) for row in seen(lengths, causal, window_size)]
+    """Masks are bottom-right aligned, for any lengths."""
+    picture = ["".join("01"[int(x)] for x in row) for row in visible_keys(lengths, causal, window_size)]
     assert picture == PICTURES[lengths, causal, window_size]
 
 
@@ -56,4 +56,4 @@ def test_masks_of_all_small_shapes(causal):
     for lengths in itertools.product(range(5), repeat=2):
         for window in itertools.product(range(-1, 5), repeat=2):
             expected = visible(*lengths, (window[0], 0 if causal else window[1]))
-            assert torch.equal(seen(lengths, causal, window), expected), (lengths, window)
+            assert torch.equal(visible_keys(lengths, causal, window), expected), (lengths, window)

@@ -1,4 +1,4 @@
-"""Derivatives against finite differences, in float64, through out and softmax_lse, for every feature."""
+"""float64 gradients against finite differences, through out and softmax_lse, for every feature."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def rows(*shape):
 
 
 def seeded(function, *args, **options):
-    """(out, finite part of softmax_lse) with the same dropout every time."""
+    """(out, finite part of softmax_lse) with the same dropout mask every time."""
     torch.manual_seed(11)
     out, lse, _ = function(*args, **options, return_attn_probs=True)
     return out, lse.masked_fill(torch.isneginf(lse.detach()), 0.0)
@@ -73,7 +73,7 @@ def test_packed_inputs(feature):
 
 
 def test_tiles_larger_than_one():
-    """A few random directions through sequences that span several tiles."""
+    """A few random directions through sequences of several tiles."""
     q, k, v = rows(1, 150, 2, 8), rows(1, 290, 1, 8), rows(1, 290, 1, 8)
 
     def run(*x):

@@ -1,6 +1,6 @@
-"""Offsets past 2^31 elements, batches that do not fit a dimension of a grid, and tensors that are as large.
+"""Offsets past 2^31 elements, batches beyond the limit of a grid dimension, and tensors of such sizes.
 
-A sequence gives the same bits in whatever batch it is, so that few sequences, many times over, are their own reference.
+A sequence gives the same bits in every batch, so a few sequences repeated many times are their own reference.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from inputs import Inputs, make_inputs
 pytestmark = on_device
 
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv", "dsoftmax_sum")
-TIMES = 10_000 if IS_GPU else 10  # seven sequences make a batch of 70,000
+TIMES = 10_000 if IS_GPU else 10  # seven sequences: a batch of 70,000
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +24,12 @@ def enough_memory():
         yield
 
 
-# Rows, heads and batch entries far apart in storage that is otherwise never touched.
+# Rows, heads and batch entries far apart in storage that is otherwise untouched.
 
-# Of a virtual allocation, of which only the rows that are written take memory.
+# Size of a virtual allocation: only the pages of rows that are written take memory.
 FAR = 2**31 + 64
 
-# Strides of (batch_size, seqlen, num_heads, head_dim) = (2, 3, 2, 8): the last element of each is past FAR.
+# Strides of (batch_size, seqlen, num_heads, head_dim) = (2, 3, 2, 8): each puts its last element past FAR.
 STRIDES = {
     "batch entries": (FAR, 16, 8, 1),
     "rows": (48, FAR // 2, 8, 1),
@@ -39,7 +39,7 @@ SHAPE = (2, 3, 2, 8)
 
 
 def spread(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """x at places that far apart."""
+    """A copy of x with the given strides."""
     length = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
     return torch.empty(length, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
 
@@ -63,11 +63,11 @@ def test_offsets_have_64_bits(strides):
         assert_bitwise(name, a, b)
 
 
-# Batches of many sequences, and large ones, without gaps.
+# Batches of many sequences, and large contiguous tensors.
 
 
 def repeated(case: Case, times: int) -> tuple[Case, Inputs, Inputs]:
-    """A case with so many times its sequences; inputs of that, and of the case itself."""
+    """A case with its sequences repeated `times` times; the inputs of that and of the original case."""
     few = make_inputs(case)
     many = Case(**{**case.__dict__, "seqlens_q": case.seqlens_q * times, "seqlens_k": case.seqlens_k * times})
     names = ("q", "k", "v", "dout", "dlse")
@@ -76,7 +76,7 @@ def repeated(case: Case, times: int) -> tuple[Case, Inputs, Inputs]:
 
 
 def assert_repeated(got: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Every part of the batch is what it is alone."""
+    """Each repetition in `got` equals `expected`."""
     parts = got.unflatten(0, (-1, len(expected)))
     same = ((parts == expected) | (parts.isnan() & expected.isnan())).flatten(1).all(1)
     for i in (~same).nonzero().flatten().tolist()[:1]:
@@ -98,7 +98,7 @@ def test_many_sequences():
 @pytest.mark.last
 @pytest.mark.timeout(120)
 def test_many_packed_sequences():
-    """Of different lengths, some of them empty."""
+    """Sequences of different lengths, some empty."""
     lengths_q, lengths_k = (20, 0, 3, 1, 65, 7, 0), (33, 5, 0, 1, 65, 129, 0)
     case = Case(lengths_q, lengths_k, dtype="float16", head_dim=40, head_dim_v=40, packed=True, causal=True)
     many, x, few = repeated(case, TIMES)
@@ -115,7 +115,7 @@ def test_many_packed_sequences():
 @pytest.mark.last
 @pytest.mark.timeout(120)
 def test_more_than_2_to_the_31_elements():
-    """Every tensor of both passes; the workspace of dQ has as many numbers of 4 bytes."""
+    """All tensors of both passes; the dQ workspace then has as many 4-byte elements."""
     seqlen, num_heads = (16_400, 128) if IS_GPU else (40, 2)
     shape = {"num_heads": num_heads, "num_heads_k": num_heads, "head_dim": 256, "head_dim_v": 256}
     one = Case((seqlen,), (seqlen,), dtype="bfloat16", causal=True, **shape)

@@ -1,4 +1,4 @@
-"""How tensors lie in memory changes no bit of any result."""
+"""Memory layouts do not change any bit of the results."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def assert_same_results(got, expected, context):
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs(dtype, dims, layout):
-    """q, k, v and dout in the layout; all of them and each alone."""
+    """q, k, v and dout in the layout, all together and one at a time."""
     case = case_of(dtype, dims)
     x = make_inputs(case)
     views = {name: LAYOUTS[layout](getattr(x, name)) for name in ("q", "k", "v", "dout")}
@@ -53,7 +53,7 @@ def test_inputs(dtype, dims, layout):
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients(dtype, layout):
-    """dq, dk and dv are written where they belong, in any layout, and nothing is written beside them."""
+    """dq, dk and dv are written in place in any layout, and nothing is written around them."""
     case = case_of(dtype, (13, 40))
     x = make_inputs(case)
     expected = results(case, x)
@@ -98,7 +98,7 @@ def test_other_inputs_of_the_backward_pass(dtype, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_small_tensors(dtype):
-    """alibi_slopes, cu_seqlens, seqused_k, leftpad_k and block_table as strided or expanded views."""
+    """alibi_slopes, cu_seqlens, seqused_k, leftpad_k and block_table as strided and expanded views."""
     base = Case((40, 9), (50, 33), dtype=dtype, packed=True, alibi="batch", dropout_p=0.2, seqused_k=(44, 30))
     for case in (base, dataclasses.replace(base, leftpad_k=(3, 0)), dataclasses.replace(base, page_size=16)):
         x = make_inputs(case)
@@ -113,7 +113,7 @@ def test_small_tensors(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expanded_gradients_by_autograd(dtype):
-    """sum() gives gradients that are one number, expanded."""
+    """The gradient of sum() is an expanded scalar."""
     x = make_inputs(case_of(dtype, (24, 24)))
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
     out, lse, _ = flash_attn.flash_attn_func(*leaves, return_attn_probs=True)

@@ -1,7 +1,7 @@
-"""The policies that every backend shares (csrc/policy/) against definitions written in Python.
+"""The policies shared by all backends (csrc/policy/) against Python definitions.
 
-The mask is compared exhaustively for small shapes and windows and by random trials beyond; lengths and tables that
-could come from a device are tried with hostile values.
+Masks are compared exhaustively for small shapes and windows, and by random trials beyond; lengths and tables that could
+come from a device are also tested with invalid values.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ UNBOUNDED = 1 << 30
 
 @pytest.fixture(scope="session")
 def policies(tmp_path_factory):
-    """The shared library of policies.cpp."""
+    """policies.cpp as a shared library."""
     compiler = shutil.which("g++") or shutil.which("c++") or "g++"
     library = tmp_path_factory.mktemp("policies") / "policies.so"
     source = Path(__file__).with_name("policies.cpp")
@@ -45,7 +45,7 @@ def ints(values, kind=ctypes.c_int32):
 
 
 def spans(length: int) -> np.ndarray:
-    """Every (begin, end) with 0 <= begin < end <= length, in the order of the C code."""
+    """All (begin, end) with 0 <= begin < end <= length, in the order of the C code."""
     found = [(a, b) for a in range(length) for b in range(a + 1, length + 1)]
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
@@ -64,7 +64,7 @@ def brute_mask(seqlen_q, seqlen_k, left, right, chunk) -> np.ndarray:
 
 
 def brute_range(lines: np.ndarray, ranges: np.ndarray):
-    """First and past-the-last True over each range of lines; (0, 0) where there is none."""
+    """First True and one past the last True in each range of lines; (0, 0) if there is none."""
     count = np.concatenate([np.zeros((1, lines.shape[1]), int), lines.cumsum(0)])
     seen = count[ranges[:, 1]] - count[ranges[:, 0]] > 0
     first = seen.argmax(1)
@@ -74,7 +74,7 @@ def brute_range(lines: np.ndarray, ranges: np.ndarray):
 
 
 def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0):
-    """keep, kv_range, q_range and is_full_block for every row, key and range of them."""
+    """keep, kv_range, q_range and is_full_block for all rows, keys and ranges."""
     mask = brute_mask(seqlen_q, seqlen_k, left, right, chunk)
     rows, keys = spans(seqlen_q), spans(seqlen_k)
     keep = np.zeros(mask.shape, np.uint8)
@@ -95,8 +95,8 @@ def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0):
     total = np.zeros((seqlen_q + 1, seqlen_k + 1), int)
     total[1:, 1:] = mask.cumsum(0).cumsum(1)
     (a, b), (c, d) = rows.T[:, :, None], keys.T[:, None, :]
-    seen = total[b, d] - total[a, d] - total[b, c] + total[a, c]
-    assert np.array_equal(is_full_block, seen == (b - a) * (d - c)), where
+    num_visible = total[b, d] - total[a, d] - total[b, c] + total[a, c]
+    assert np.array_equal(is_full_block, num_visible == (b - a) * (d - c)), where
 
 
 @pytest.mark.parametrize("seqlen_q", range(10))
@@ -119,7 +119,7 @@ CHUNK = st.one_of(st.just(0), st.integers(1, 300), st.integers(1, UNBOUNDED - 1)
 
 @given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK)
 def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chunk):
-    """Lengths up to the limit: nothing overflows, and the four answers agree with the definition and each other."""
+    """Lengths up to the limit: no overflow, and the four functions agree with the definition and each other."""
     mask = ints([seqlen_q, seqlen_k, *(UNBOUNDED if side < 0 else side for side in (left, right)), chunk])
 
     def sees(row, key):
@@ -157,11 +157,11 @@ HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sa
 )
 @example(([0, 2**31 - 1, -(2**31), 5],) * 4, (True,) * 4, (50, 50, 40, 40), (0, 1, 7))
 @example(([-(2**31), 2**31 - 1, 0, 0],) * 4, (True, True, True, False), (50, 50, 50, 50), (0, 1, 7))
-def test_hostile_lengths_stay_inside(policies, values, given_, sizes, pages):
-    """Whatever cu_seqlens, seqused_k and leftpad_k hold, a sequence lies inside of its tensors."""
-    packed, paged = given_[0], given_[0] and given_[3]
+def test_hostile_lengths_stay_inside(policies, values, is_given, sizes, pages):
+    """Whatever cu_seqlens, seqused_k and leftpad_k contain, sequences stay within their tensors."""
+    packed, paged = is_given[0], is_given[0] and is_given[3]
     cu_q, cu_k = (values[0], values[1]) if packed else (None, None)
-    seqused, leftpad = values[2] if given_[1] else None, values[3] if given_[2] else None
+    seqused, leftpad = values[2] if is_given[1] else None, values[3] if is_given[2] else None
     total_q, total_k, max_q, max_k = sizes
     arrays = [ints(array) for array in (cu_q, cu_k, seqused, leftpad, [0] if paged else None)]
     for batch in range(3):
@@ -178,7 +178,7 @@ def test_hostile_lengths_stay_inside(policies, values, given_, sizes, pages):
 
 @given(st.data(), st.lists(st.integers(0, 30), min_size=3, max_size=3), st.booleans())
 def test_honest_lengths_are_kept(policies, data, lengths, padded):
-    """Lengths that are right come through as they are, less what seqused_k and leftpad_k take."""
+    """Valid lengths are not changed, except by seqused_k and leftpad_k."""
     cu = [0, *itertools.accumulate(lengths)]
     seqused = [data.draw(st.integers(0, n)) for n in lengths]
     leftpad = [data.draw(st.integers(0, n)) for n in seqused] if padded else None
@@ -192,7 +192,7 @@ def test_honest_lengths_are_kept(policies, data, lengths, padded):
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=3, max_size=3), st.integers(-99, 99))
 def test_keys_in_use_leave_gaps(policies, sequences, unread):
-    """With seqused_k only the starts of cu_seqlens_k are read: sequences may lie in any order, one upon another."""
+    """With seqused_k only the starts in cu_seqlens_k are used: sequences may be in any order and overlap."""
     starts, used = zip(*sequences, strict=True)
     arrays = [ints(array) for array in ([0, 1, 2, 3], [*starts, unread], used, None, None)]
     for batch in range(3):
@@ -205,7 +205,7 @@ def test_keys_in_use_leave_gaps(policies, sequences, unread):
     st.lists(HOSTILE, min_size=6, max_size=6), st.integers(1, 300), st.integers(0, 20), st.integers(1, 2**40), st.data()
 )
 def test_pages_outside_of_the_pool_have_no_offset(policies, table, page_size, num_pages, page_stride, data):
-    """Row j of a sequence is row j % page_size of its page j / page_size; a page that is not there gives -1."""
+    """Row j of a sequence is row j % page_size of its page j / page_size; invalid pages give offset -1."""
     batch, row = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 3 * page_size - 1))
     row_stride = data.draw(st.integers(1, 2**20))
     page = table[batch * 3 + row // page_size]
@@ -223,7 +223,7 @@ def test_offsets_of_dense_rows_are_64_bit(policies, batch, batch_stride, row, ro
     assert found == batch * batch_stride + row * row_stride
 
 
-# Known answers that Random123, the generator's own library, publishes: counter, key, and the words by rounds.
+# Known-answer vectors of Random123, the authors' library: counter, key, and output words per number of rounds.
 KNOWN = [
     ((0,) * 4, (0,) * 2, {
         7: (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48), 10: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)}),
@@ -236,7 +236,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_philox_gives_the_published_words(policies, counter, key, words):
-    """Both definitions at the rounds in use, and the Python one also at the ten that are usual."""
+    """C++ and Python at the number of rounds in use; Python also at the usual ten rounds."""
     for rounds, expected in words.items():
         assert tuple(int(word) for word in philox.philox4x32(counter, key, rounds)) == expected
     out = ints([0] * 4, ctypes.c_uint32)

@@ -1,4 +1,4 @@
-"""Peak memory, measured in a process of its own for each length: it grows with seqlen, not with its square."""
+"""Peak memory, measured in one process per length, is linear in seqlen."""
 
 import itertools
 import subprocess
@@ -39,7 +39,7 @@ print(resident("VmHWM:") - before)
 
 
 def peak(seqlen: int, layout: str, dtype: str) -> int:
-    """Bytes that forward and backward need at once, inputs and gradients included."""
+    """Peak bytes of forward and backward, including inputs and gradients."""
     command = [sys.executable, "-c", SCRIPT, str(seqlen), layout, dtype]
     done = subprocess.run(
         command, env=environment(MALLOC_ARENA_MAX="1"), capture_output=True, text=True, timeout=240, check=False

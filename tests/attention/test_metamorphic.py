@@ -1,4 +1,4 @@
-"""Changes of a problem that must change its results in a known way, or not at all."""
+"""Transformations of a problem with a known effect, or none, on its results."""
 
 import dataclasses
 import subprocess
@@ -44,7 +44,7 @@ def assert_same(got: dict, expected: dict, context: str = "") -> None:
 @with_features
 @with_types
 def test_batch_permutation(dtype, features):
-    """A sequence gets the same bits wherever in the batch it stands."""
+    """A sequence gives the same bits at any index of the batch."""
     case = Case((150,) * 5, (290,) * 5, dtype=dtype, lse_grad=True, **features)
     x = make_inputs(case)
     expected = results(case, x)
@@ -59,7 +59,7 @@ def test_batch_permutation(dtype, features):
 @with_features
 @with_types
 def test_batch_size(dtype, features):
-    """A sequence gets the same bits alone and in a batch of any size."""
+    """A sequence gives the same bits alone and in a batch of any size."""
     case = Case((70,) * 9, (700,) * 9, dtype=dtype, lse_grad=True, **features)
     x = make_inputs(case)
     for size in (1, 2, 9):
@@ -76,7 +76,7 @@ def test_batch_size(dtype, features):
 @with_features
 @with_types
 def test_varlen_is_a_loop_of_dense(dtype, features):
-    """Packed sequences, empty ones among them, get the bits that each gets in a dense call of its own."""
+    """Packed sequences, including empty ones, give the same bits as separate dense calls."""
     lengths = (65, 0, 1, 300, 17, 129), (65, 20, 257, 300, 0, 64)
     case = Case(*lengths, dtype=dtype, packed=True, lse_grad=True, unused_rows=2, **features)
     x = make_inputs(case)
@@ -113,7 +113,7 @@ def test_max_seqlen_may_be_larger_than_any_sequence(dtype):
 @on_device
 @with_types
 def test_heads_share_keys_as_if_each_had_its_own(dtype):
-    """GQA equals MHA over repeated keys and values: the same bits forward and for dq, sums of them for dk and dv."""
+    """GQA equals MHA with repeated keys and values: the same bits forward and for dq, sums for dk and dv."""
     case = Case((90, 90), (140, 140), dtype=dtype, num_heads=6, num_heads_k=2, causal=True)
     x = make_inputs(case)
     shared = results(case, x)
@@ -131,7 +131,7 @@ def test_heads_share_keys_as_if_each_had_its_own(dtype):
 @with_types
 @pytest.mark.parametrize("dim", [1, 16, 40, 128])
 def test_values_of_one_give_one(dtype, dim):
-    """Weights that sum to 1 give 1, exactly in 16-bit types, however many equal or unequal keys there are."""
+    """With v = 1, out is 1 (exactly in 16-bit dtypes), for any number of equal or different keys."""
     for seqlen_k, spread, window in [
         (1, 1.0, (-1, -1)),
         (300, 0.0, (-1, -1)),
@@ -148,7 +148,7 @@ def test_values_of_one_give_one(dtype, dim):
 
 @on_device
 def test_many_equal_keys_do_not_stagnate():
-    """A running sum kept in a 16-bit type would stop growing after 256 or 2048 equal terms."""
+    """A running sum in a 16-bit dtype would stop growing after 256 or 2048 equal terms."""
     q, k, v = (torch.ones(1, n, 1, 16, dtype=torch.bfloat16) for n in (3, 65536, 65536))
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)
     assert (out == 1).all()
@@ -157,7 +157,7 @@ def test_many_equal_keys_do_not_stagnate():
 
 @with_types
 def test_repeated_calls_and_numbers_of_threads(dtype):
-    """The same bits again and again, and on two threads."""
+    """The same bits in repeated calls and with two threads."""
     case = Case(
         (300, 300), (520, 520), dtype=dtype, num_heads=4, num_heads_k=2, causal=True, dropout_p=0.1, lse_grad=True
     )
@@ -171,7 +171,7 @@ def test_repeated_calls_and_numbers_of_threads(dtype):
 @on_device
 @with_types
 def test_adding_keys_that_nobody_sees(dtype):
-    """A window that ends before the keys added, and a sequence that ends before them, see no difference."""
+    """Keys outside the window, or past the end of the sequence, do not change results."""
     case = Case((128,), (128,), dtype=dtype, causal=True)
     x = make_inputs(case)
     expected = results(case, x)
@@ -203,7 +203,7 @@ EXTREMES = {
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_extreme_scores(dtype, extreme):
-    """Whatever the size of the scores, out is the softmax, and the gradients are finite."""
+    """For scores of any magnitude out is the softmax average, and gradients are finite."""
     for features in ({}, {"causal": True}, {"window_size": (40, -1), "softmax_scale": 8.0}, {"alibi": "heads"}):
         case = Case((150,), (300,), dtype=dtype, **features)
         x = make_inputs(case)
@@ -212,7 +212,7 @@ def test_extreme_scores(dtype, extreme):
         got, ref = results(case, x), attention(case, x)
         assert_finite("out", ref.out, extreme)
         plain = attention(case, x, dtype=x.q.dtype)
-        # An error of one unit in the last place of a score changes its weight by that much.
+        # An error of 1 ulp in a score changes its weight by that relative amount.
         wide = eps_of(got["softmax_lse"].dtype)
         score = case.scale * (q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()).item()
         limit = 2 * (plain.out - ref.out).abs().max().item() + 4 * wide * (score + 1) + 8 * eps_of(x.q.dtype)
@@ -226,7 +226,7 @@ def test_extreme_scores(dtype, extreme):
 @on_device
 @with_types
 def test_first_tile_visited_is_masked(dtype):
-    """Rows whose first keys, or last, are all hidden, with scores so low that 0 would not do as a first maximum."""
+    """The first or last keys are all hidden and scores are very low: the initial row max must be -inf, not 0."""
     cases = [
         Case((300,), (600,), dtype=dtype, window_size=(5, 0)),
         Case((300,), (40,), dtype=dtype, window_size=(10, -1)),
@@ -249,7 +249,7 @@ LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_instruction_sets(level):
-    """Each passes the small table in a process of its own; one that the processor lacks gives way to a lesser."""
+    """Each instruction set passes the small table in a process of its own; unsupported ones fall back."""
     command = [sys.executable, str(ROOT / "tests/support/check.py")]
     env = environment(FLASH_ATTN_CPU_ISA=level)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -260,7 +260,7 @@ def test_instruction_sets(level):
 
 
 def _best_level() -> str:
-    """The best level of this processor, by what the kernel says of it."""
+    """The best instruction set of this processor, according to the kernel's CPU flags."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     needs = {
@@ -272,7 +272,7 @@ def _best_level() -> str:
 
 
 def test_pairwise_covers_every_pair():
-    """The tables rest on it."""
+    """The case tables rely on pairwise()."""
     axes = {"a": [1, 2, 3], "b": ["x", "y"], "c": [0.5, 1.5, 2.5, 3.5], "d": [True, False]}
     rows = pairwise(axes)
     for one in axes:

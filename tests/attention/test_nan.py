@@ -1,4 +1,4 @@
-"""NaN and infinities: where nothing looks they do not matter, and where a row attends to one it shows, there alone."""
+"""NaN and infinity: hidden elements do not affect results; visible ones affect only the rows that see them."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ UNUSED = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", UNUSED, ids=lambda case: case.name)
 def test_padding_does_not_matter(case, dtype, padding):
-    """Rows past the last sequence, keys past seqused_k and before leftpad_k: the same bits as with zeros there."""
+    """Rows after the last sequence and keys outside seqused_k and leftpad_k: the same bits as with zeros there."""
     case = dataclasses.replace(case, dtype=dtype)
 
     def results(value):
@@ -60,9 +60,9 @@ def test_unused_pages_do_not_matter(case, dtype, padding):
 
 
 def selecting_reference(case: Case, x: Inputs) -> tuple[torch.Tensor, ...]:
-    """out, softmax_lse, dq, dk, dv of a dense case in float64, never touching an element that the mask hides.
+    """out, softmax_lse, dq, dk, dv of a dense case in float64, which never use hidden elements.
 
-    Each query has keys and values of its own, zero where it does not look, so that NaN spreads by selection alone.
+    Each query has its own copy of keys and values, zero where hidden, so that NaN spreads by selection only.
     """
     q, k, v = (t[0].double().requires_grad_() for t in (x.q, x.k, x.v))
     mask = visible(q.shape[0], k.shape[0], case.window, q.device, case.attention_chunk)
@@ -89,7 +89,7 @@ MASKS = [{}, {"causal": True}, {"window_size": (20, 3)}, {"window_size": (0, 0)}
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_shows_where_it_is_attended_to(dtype, where, features):
-    """One NaN in a row: it shows where selection says, forward and backward; all else has the bits of a clean run."""
+    """NaN in one row: it appears where the reference says, forward and backward; all else equals a run without it."""
     case = Case((150,), (150,), dtype=dtype, num_heads=1, num_heads_k=1, head_dim=6, head_dim_v=5, **features)
     clean = make_inputs(case)
     out, lse = op_fwd(case, clean)
@@ -109,7 +109,7 @@ def test_nan_shows_where_it_is_attended_to(dtype, where, features):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_values_show_in_their_column(dtype):
-    """inf times a weight above zero is inf; two of them of different sign are NaN."""
+    """inf times a positive weight is inf; inf and -inf in one column give NaN."""
     case = Case((40,), (90,), dtype=dtype, causal=True, head_dim=8, head_dim_v=8)
     x = make_inputs(case)
     x.v[0, 60, 0, 3], x.v[0, 70, 1, 5], x.v[0, 80, 1, 5] = math.inf, math.inf, -math.inf
@@ -126,7 +126,7 @@ def test_infinite_values_show_in_their_column(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("payload", [-1, 1])
 def test_any_nan_stays_nan(dtype, payload):
-    """Also the NaN whose bits are all ones, which arithmetic on bits turns into zero."""
+    """Also NaN with all bits set, which integer rounding would turn into zero."""
     case = Case((20,), (20,), dtype=dtype, head_dim=8, head_dim_v=8)
     x = make_inputs(case)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.v.element_size()]
@@ -147,7 +147,7 @@ def test_any_nan_stays_nan(dtype, payload):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_nan_among_gradients_of_softmax_lse_stays_nan(dtype):
-    """It comes in a wider type than the gradients have, so that all of its bits can be ones when it is rounded."""
+    """dlse is wider than the gradients, so a NaN in it can have all bits set when it is rounded."""
     case = Case((20,), (20,), dtype=dtype, head_dim=8, head_dim_v=8, causal=True, lse_grad=True)
     x = make_inputs(case)
     integer = {4: torch.int32, 8: torch.int64}[x.dlse.element_size()]

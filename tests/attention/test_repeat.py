@@ -1,4 +1,4 @@
-"""The same call, many times: the same bits, with other work on the device too."""
+"""Repeated calls give the same bits, also beside other work on the device."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def forward_and_backward(x, dout, features, deterministic):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_same_bits_every_time(shape, features, deterministic):
-    """All of them if asked to be deterministic; otherwise all but dq, which is near."""
+    """All results if deterministic; otherwise all but dq, which is close."""
     x = random_qkv(**shape) if IS_GPU else random_qkv(**{**shape, "batch_size": 1})
     dout = torch.randn_like(x[0])
     expected = forward_and_backward(x, dout, features, deterministic)
@@ -59,7 +59,7 @@ def test_same_bits_every_time(shape, features, deterministic):
 
 @needs_gpu
 def test_same_bits_beside_other_work():
-    """Another stream keeps memory and multiprocessors busy."""
+    """Another stream keeps memory and SMs busy."""
     x = random_qkv(batch_size=4, seqlen=1000, num_heads=8, head_dim=64)
     dout = torch.randn_like(x[0])
     expected = forward_and_backward(x, dout, {"causal": True}, True)

@@ -1,4 +1,4 @@
-"""Nothing is read that was not written: the tables of cases, on memory full of NaN, with every instruction set."""
+"""No reads of uninitialised memory: tables of cases on memory full of NaN, with every instruction set."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 def run_tables(level: str, *which: str) -> subprocess.CompletedProcess:
-    """check.py in a process of its own, which has the settings of conftest.py."""
+    """Run check.py in a process of its own, with the settings of conftest.py."""
     command = [sys.executable, str(ROOT / "tests/support/check.py"), *which]
     env = environment(FLASH_ATTN_CPU_ISA=level)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)

@@ -1,4 +1,4 @@
-"""Settings of the tests with the real transformers: no network; its way to flash_attn is opened, and calls counted."""
+"""Fixtures of the tests with the real transformers: no network, flash_attention_2 enabled on the CPU, calls counted."""
 
 import os
 
@@ -13,20 +13,20 @@ import tiny_models
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each function of flash_attn has been called, by name."""
+    """Number of calls of each function of flash_attn, by name."""
     return tiny_models.count_calls(monkeypatch)
 
 
 @pytest.fixture
 def gate(monkeypatch, calls):
-    """attn_implementation="flash_attention_2" works on the CPU; gives the counter of calls."""
+    """Enable attn_implementation="flash_attention_2" on the CPU; returns the call counter."""
     tiny_models.open_gate(monkeypatch)
     return calls
 
 
 @pytest.fixture
 def registered(calls):
-    """attn_implementation="fa_local" is a function of ours; gives the counter of calls."""
+    """Register attn_implementation="fa_local", a function of ours; returns the call counter."""
     AttentionInterface.register("fa_local", tiny_models.registered_attention)
     AttentionMaskInterface.register("fa_local", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
     return calls

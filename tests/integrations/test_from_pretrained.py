@@ -1,8 +1,8 @@
-"""Models that hold our modules, saved by save_pretrained and loaded by from_pretrained.
+"""Models with our modules, saved by save_pretrained and loaded by from_pretrained.
 
-from_pretrained makes the model on the meta device, sets the default type to that of the checkpoint, assigns what was
-saved, and puts uninitialised memory in the place of every buffer that was not saved. What __init__ computes (the
-frequencies of rotary embeddings, the slopes of ALiBi) has to come through all of that.
+from_pretrained builds the model on the meta device, sets the default dtype to that of the checkpoint, assigns the saved
+tensors, and replaces every other buffer by uninitialised memory. Values computed in __init__ (rotary frequencies, ALiBi
+slopes) must survive all of that.
 """
 
 import copy
@@ -44,7 +44,7 @@ class StackConfig(PreTrainedConfig):
 
 
 class Stack(PreTrainedModel):
-    """Embeddings and two layers of attention, as users write a model of their own."""
+    """Embeddings and two attention layers, as in user-defined models."""
 
     config_class = StackConfig
     _no_split_modules = ("MHA", "FlashMHA")
@@ -72,7 +72,7 @@ class Stack(PreTrainedModel):
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan(monkeypatch):
-    """Memory that nobody writes shows: torch fills it with NaN where it has to be deterministic."""
+    """Make uninitialised memory visible: torch fills it with NaN in deterministic mode."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -83,13 +83,13 @@ def new_model(attention):
     torch.manual_seed(3)
     model = Stack(StackConfig(attention=attention)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # of a size at which attention decides; biases that are not 0
+        for parameter in model.parameters():  # large enough for attention to matter; nonzero biases
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
     return model
 
 
 def load(path, **options):
-    """The model in a folder; nothing is missing there, nothing is left over."""
+    """Load the model in a folder, without missing or unexpected keys."""
     model, info = Stack.from_pretrained(path, output_loading_info=True, **options)
     assert not {name: keys for name, keys in info.items() if keys}
     assert not [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
@@ -120,9 +120,9 @@ def test_memory_is_filled_with_nan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", SETTINGS)
 def test_loaded_model_computes_the_same(attention, dtype, tmp_path):
-    """Users put MHA into a PreTrainedModel, save it, and load it for work or with dtype=torch.bfloat16.
+    """Users put MHA into a PreTrainedModel, save it, and load it, also with dtype=torch.bfloat16.
 
-    Outputs and gradients are those of the saved model, or of the saved model after .to(torch.bfloat16), bit for bit.
+    Outputs and gradients equal, bitwise, those of the saved model, or of the saved model after .to(torch.bfloat16).
     Public thread: huggingface/transformers#48892
     """
     saved = new_model(attention)
@@ -136,7 +136,7 @@ def test_loaded_model_computes_the_same(attention, dtype, tmp_path):
     "options",
     [
         {},
-        {"low_cpu_mem_usage": True},  # ignored since 5.0, and still in everybody's scripts
+        {"low_cpu_mem_usage": True},  # ignored since 5.0, but common in scripts
         {"torch_dtype": torch.float32},
         {"dtype": "auto"},
         {"device_map": "cpu"},
@@ -148,7 +148,7 @@ def test_loaded_model_computes_the_same(attention, dtype, tmp_path):
 )
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "torch"])
 def test_ways_of_loading(options, flash, tmp_path):
-    """Users load with the options of their scripts. Placing layers takes accelerate."""
+    """Users load with various options. device_map requires accelerate."""
     if "device_map" in options:
         pytest.importorskip("accelerate")
     saved = new_model({**WITH_BUFFERS, "use_flash_attn": flash})
@@ -163,7 +163,7 @@ def outputs(model):
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "torch"])
 def test_layer_on_disk(flash, tmp_path):
-    """Users whose memory is small leave layers on disk: accelerate brings the weights of each when it is called."""
+    """Users with little memory offload layers to disk: accelerate loads the weights of each layer when it is called."""
     pytest.importorskip("accelerate")
     saved = new_model({**WITH_BUFFERS, "use_flash_attn": flash})
     saved.save_pretrained(tmp_path)
@@ -176,7 +176,7 @@ def test_layer_on_disk(flash, tmp_path):
 @pytest.mark.parametrize("include_buffers", [False, True])
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "torch"])
 def test_accelerate_loads_an_empty_model(flash, include_buffers, tmp_path):
-    """Users make a model under init_empty_weights, with or without memory for buffers, and fill it by accelerate."""
+    """Users build a model under init_empty_weights, with or without buffers, and load it with accelerate."""
     accelerate = pytest.importorskip("accelerate")
     saved = new_model({**WITH_BUFFERS, "use_flash_attn": flash})
     saved.save_pretrained(tmp_path)
@@ -188,7 +188,7 @@ def test_accelerate_loads_an_empty_model(flash, include_buffers, tmp_path):
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "torch"])
 def test_state_dict_is_assigned_to_a_model_on_meta(flash):
-    """Users make a model on the meta device and give it weights by load_state_dict(assign=True)."""
+    """Users build a model on the meta device and call load_state_dict(assign=True)."""
     saved = new_model({**WITH_BUFFERS, "use_flash_attn": flash})
     with torch.device("meta"):
         model = Stack(saved.config).eval()
@@ -198,7 +198,7 @@ def test_state_dict_is_assigned_to_a_model_on_meta(flash):
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "torch"])
 def test_checkpoint_in_bfloat16(flash, tmp_path):
-    """Users save a model in bfloat16; dtype="auto" loads it as it is, and dtype=torch.float32 in float32."""
+    """Users save a model in bfloat16; dtype="auto" keeps bfloat16, dtype=torch.float32 converts."""
     saved = new_model({**WITH_BUFFERS, "use_flash_attn": flash}).to(torch.bfloat16)
     saved.save_pretrained(tmp_path)
     assert_same_results(load(tmp_path, dtype="auto"), saved)
@@ -207,7 +207,7 @@ def test_checkpoint_in_bfloat16(flash, tmp_path):
 
 @pytest.mark.parametrize("attention", SETTINGS)
 def test_second_round_trip(attention, tmp_path):
-    """Users load a model, train it, save it and load it again: files hold the parameters and nothing else."""
+    """Users load a model, train it, save it and load it again: checkpoints contain only the parameters."""
     saved = new_model(attention)
     saved.save_pretrained(tmp_path / "first")
     once = load(tmp_path / "first")
@@ -219,7 +219,7 @@ def test_second_round_trip(attention, tmp_path):
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "torch"])
 def test_loaded_model_is_copied_and_cast(flash, tmp_path):
-    """Users keep a copy of a loaded model for distillation, and cast it after loading."""
+    """Users copy a loaded model for distillation, and cast it after loading."""
     attention = {**WITH_BUFFERS, "use_flash_attn": flash}
     new_model(attention).save_pretrained(tmp_path)
     assert_same_results(copy.deepcopy(load(tmp_path)), new_model(attention))

@@ -1,4 +1,4 @@
-"""generate, and the forward pass of padded batches, by flash_attn instead of the attention of transformers."""
+"""generate, and forward passes of padded batches, with flash_attn instead of transformers' own attention."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from compare import compare
 from tiny_models import FAMILIES, load_model, padded_batch, positions, save_model
 
 NEW = 12
-WAYS = ("flash_attention_2", "fa_local")
+IMPLEMENTATIONS = ("flash_attention_2", "fa_local")
 
 
-@pytest.fixture(params=WAYS)
-def way(request):
-    """A name for attn_implementation, and the counter of calls of our functions."""
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """An attn_implementation and the counter of calls of our functions."""
     return request.param, request.getfixturevalue("gate" if request.param == "flash_attention_2" else "registered")
 
 
@@ -22,7 +22,7 @@ def generate(model, batch, **options):
 
 
 def logits(model, batch):
-    """Of the tokens that are no padding: (total, vocabulary)."""
+    """Logits of the non-padding tokens: (total, vocabulary)."""
     with torch.no_grad():
         out = model(**batch, position_ids=positions(batch["attention_mask"])).logits
     return out[batch["attention_mask"].bool()]
@@ -39,14 +39,14 @@ def logits(model, batch):
     ],
     ids=["dynamic", "static", "no_cache", "prefill_in_chunks", "beams"],
 )
-def test_padded_batch_generates(way, options, tmp_path):
-    """Users pad prompts of different lengths on the left and call generate; every token is that of eager attention.
+def test_padded_batch_generates(implementation, options, tmp_path):
+    """Users left-pad prompts of different lengths and call generate; all tokens equal those of eager attention.
 
-    In a step of decoding transformers asks pad_input with indices of int32. A prompt in chunks goes through our
-    unpad_input, with sequences that have no token yet in the first chunk.
+    In decoding steps transformers passes int32 indices to pad_input. Chunked prefill calls our unpad_input, with
+    sequences that have no token in the first chunk.
     Public thread: huggingface/transformers#29075
     """
-    name, calls = way
+    name, calls = implementation
     path = save_model("llama", tmp_path)
     batch = padded_batch()
     expected = generate(load_model(path, "eager"), batch, **options)
@@ -61,9 +61,9 @@ def test_padded_batch_generates(way, options, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama"}))
-def test_padded_batch_generates_with_windows(way, family, tmp_path):
-    """Users of Mistral and of Gemma 2: a window shorter than the prompts, in every or every other layer; softcap."""
-    name, calls = way
+def test_padded_batch_generates_with_windows(implementation, family, tmp_path):
+    """Mistral and Gemma 2: windows shorter than the prompts, in every or every other layer; softcap."""
+    name, calls = implementation
     path = save_model(family, tmp_path)
     batch = padded_batch()
     expected = generate(load_model(path, "eager"), batch)
@@ -72,9 +72,9 @@ def test_padded_batch_generates_with_windows(way, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batch_without_padding_generates(way, family, tmp_path):
-    """Users call generate with prompts of one length, and transformers calls flash_attn_func."""
-    name, calls = way
+def test_batch_without_padding_generates(implementation, family, tmp_path):
+    """Prompts of equal length: transformers calls flash_attn_func."""
+    name, calls = implementation
     path = save_model(family, tmp_path)
     batch = padded_batch(lengths=(11, 11))
     expected = generate(load_model(path, "eager"), batch)
@@ -85,13 +85,13 @@ def test_batch_without_padding_generates(way, family, tmp_path):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padded_batch_in_bfloat16(way, family, side, tmp_path):
+def test_padded_batch_in_bfloat16(implementation, family, side, tmp_path):
     """Users load a model in bfloat16 and read its logits.
 
     Their error, against eager attention in float32 with the same weights, is at most twice that of eager attention in
-    bfloat16, plus two units of the last place of the largest logit.
+    bfloat16, plus 2 ulp of the largest logit.
     """
-    name, calls = way
+    name, calls = implementation
     path = save_model(family, tmp_path, torch.bfloat16)
     batch = padded_batch(side=side)
     expected = logits(load_model(path, "eager", torch.float32), batch)

@@ -1,4 +1,4 @@
-"""Packages that died at import for want of a name."""
+"""Packages whose import failed because of a missing name."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Training of models of transformers by flash_attn: padded batches, and sequences packed without padding."""
+"""Training transformers models with flash_attn: padded batches and packed sequences."""
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ IGNORED = -100
 
 
 def backward(model, batch, autocast=False):
-    """The loss of a padded batch, and the gradient of every parameter."""
+    """The loss of a padded batch and the gradients of all parameters."""
     model.train()
     mask = batch["attention_mask"]
-    follows_a_token = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)  # what padding predicts is noise
+    follows_a_token = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], dim=1)  # padding predicts noise
     labels = batch["input_ids"].masked_fill(mask * follows_a_token == 0, IGNORED)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(**batch, position_ids=positions(mask), labels=labels).loss
@@ -29,7 +29,7 @@ def gradients(model):
 
 
 def assert_near(actual, expected):
-    """Gradients in float32, each within 1e-5 of its largest value."""
+    """float32 gradients, each within 1e-5 of its largest value."""
     for name, gradient in expected.items():
         bound = 1e-5 * gradient.abs().max().item()
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=bound, msg=lambda text, name=name: name + text)
@@ -38,7 +38,7 @@ def assert_near(actual, expected):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_trains(gate, family, side, tmp_path):
-    """Users fine-tune on padded batches, with padding left out of the loss; gradients are those of eager attention."""
+    """Users fine-tune on padded batches, ignoring padding in the loss; gradients equal those of eager attention."""
     path = save_model(family, tmp_path)
     batch = padded_batch(LENGTHS, side)
     expected_loss, expected = backward(load_model(path, "eager"), batch)
@@ -50,7 +50,7 @@ def test_padded_batch_trains(gate, family, side, tmp_path):
 
 
 def test_registered_function_trains(registered, tmp_path):
-    """Users register a function of their own that calls flash_attn, and fine-tune with it."""
+    """Users register a function that calls flash_attn, and fine-tune with it."""
     path = save_model("llama", tmp_path)
     batch = padded_batch(LENGTHS)
     expected = backward(load_model(path, "eager"), batch)[1]
@@ -59,7 +59,7 @@ def test_registered_function_trains(registered, tmp_path):
 
 
 def test_padded_batch_trains_with_checkpointing(gate, tmp_path):
-    """Users call gradient_checkpointing_enable: every layer runs twice, and the gradients stay the same."""
+    """Users call gradient_checkpointing_enable: every layer runs twice, and gradients do not change."""
     path = save_model("llama", tmp_path)
     batch = padded_batch(LENGTHS)
     expected = backward(load_model(path, "eager"), batch)[1]
@@ -71,10 +71,10 @@ def test_padded_batch_trains_with_checkpointing(gate, tmp_path):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 def test_padded_batch_trains_in_bfloat16(gate, autocast, tmp_path):
-    """Users train in bfloat16, or in an autocast region with weights in float32.
+    """Users train in bfloat16, or under autocast with float32 weights.
 
-    The error of each gradient, against eager attention in float32, is at most three times that of eager attention
-    computed likewise, plus two units of the last place of bfloat16.
+    The error of each gradient, against eager attention in float32, is at most three times that of eager attention in
+    the same precision, plus 2 ulp of bfloat16.
     """
     path = save_model("llama", tmp_path, torch.bfloat16)
     batch = padded_batch(LENGTHS)
@@ -90,11 +90,10 @@ def test_padded_batch_trains_in_bfloat16(gate, autocast, tmp_path):
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_batch_trains(gate, family, given, tmp_path):
-    """Users train without padding: DataCollatorWithFlattening puts the sequences of a batch one after the other.
+    """Users train without padding: DataCollatorWithFlattening concatenates the sequences of a batch.
 
-    No mask: where a sequence starts is seen in position_ids, which start anew (its longest length then comes as a
-    tensor without dimensions), or said by cu_seq_lens. Logits and gradients are those of eager attention for each
-    sequence by itself.
+    There is no mask: sequence starts are inferred from position_ids, which restart (max_seqlen is then a 0-dim tensor),
+    or given as cu_seq_lens. Logits and gradients equal those of eager attention for each sequence alone.
     """
     path = save_model(family, tmp_path)
     generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, and the two ways by which they come to call flash_attn on a CPU."""
+"""Tiny transformers models with random weights, and two ways to make them call flash_attn on a CPU."""
 
 import collections
 import functools
@@ -12,7 +12,7 @@ from flash_attn import bert_padding
 
 VOCABULARY = 100
 PAD = 0
-# Weights so large that attention decides: with the usual 0.02 every key gets about the same weight.
+# Weights large enough for attention to matter: with the usual 0.02 all keys get about the same weight.
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -37,13 +37,13 @@ FAMILIES = {
         sliding_window=WINDOW,
         attn_logit_softcapping=2.0,
         layer_types=["sliding_attention", "full_attention"],
-        tie_word_embeddings=False,  # tied ones repeat the last token, whatever attention says
+        tie_word_embeddings=False,  # tied embeddings repeat the last token, whatever attention computes
     ),
 }
 
 
 def save_model(family, path, dtype=torch.float32):
-    """A model of a family with random weights of this type, in a folder as save_pretrained leaves it."""
+    """Save a model of a family with random weights in this dtype, with save_pretrained."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager")
     model.to(dtype).save_pretrained(path)
@@ -51,14 +51,14 @@ def save_model(family, path, dtype=torch.float32):
 
 
 def load_model(path, attention, dtype=torch.float32):
-    """What was saved, with the attention of this name, in evaluation mode."""
+    """Load a saved model with this attention implementation, in evaluation mode."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=dtype)
     assert model.config._attn_implementation == attention
     return model
 
 
 def padded_batch(lengths=(11, 6, 1), side="left"):
-    """Random tokens in sequences of these lengths, padded on one side: input_ids and attention_mask."""
+    """Random tokens of these lengths, padded on one side: input_ids and attention_mask."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
@@ -68,12 +68,12 @@ def padded_batch(lengths=(11, 6, 1), side="left"):
 
 
 def positions(mask):
-    """position_ids that count the tokens of each sequence from 0, as generate makes them."""
+    """position_ids that count the tokens of each sequence from 0, as in generate."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def count_calls(monkeypatch):
-    """From here on, how often each function of flash_attn is called, by name."""
+    """Count calls of each function of flash_attn, by name, from now on."""
     calls = collections.Counter()
 
     def counted(function):
@@ -92,7 +92,7 @@ def count_calls(monkeypatch):
 
 
 def open_gate(monkeypatch):
-    """Lets attn_implementation="flash_attention_2" through, which wants a GPU; what is behind it runs unchanged."""
+    """Enable attn_implementation="flash_attention_2" without a GPU; the code behind it is unchanged."""
 
     def yes(*args, **kwargs):
         return True
@@ -101,12 +101,12 @@ def open_gate(monkeypatch):
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", yes)
     monkeypatch.setitem(row, "general_availability_check", yes)
     monkeypatch.setitem(row, "supported_devices", ((yes, "cpu"), *row["supported_devices"]))
-    # It imports our functions once and keeps them: here those that are counted, and nothing afterwards.
+    # transformers imports and caches our functions: cache the counted ones during the test, and none afterwards.
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
 
 
 def registered_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
-    """What users give to AttentionInterface.register: attention of tensors (batch_size, heads, seqlen, head_dim)."""
+    """A function for AttentionInterface.register: attention of (batch_size, heads, seqlen, head_dim) tensors."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     left = options.get("sliding_window")
     settings = {
@@ -119,7 +119,7 @@ def registered_attention(module, query, key, value, attention_mask, dropout=0.0,
     if attention_mask is None:
         return flash_attn.flash_attn_func(q, k, v, **settings), None
     batch_size, seqlen_q = q.shape[:2]
-    seqlen_k = attention_mask.shape[1]  # less than a static cache holds
+    seqlen_k = attention_mask.shape[1]  # shorter than a static cache
     q, indices, cu_seqlens_q, max_seqlen_q, _ = bert_padding.unpad_input(q, attention_mask[:, -seqlen_q:])
     k, _, cu_seqlens_k, max_seqlen_k, _ = bert_padding.unpad_input(k[:, :seqlen_k], attention_mask)
     v, *_ = bert_padding.unpad_input(v[:, :seqlen_k], attention_mask)

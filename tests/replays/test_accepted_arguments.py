@@ -1,4 +1,4 @@
-"""Arguments that 2.8.3 takes, in the forms in which programs give them, and that we refused.
+"""Arguments that 2.8.3 accepts, in the forms that programs use, and that this package once rejected.
 
 Public threads: huggingface/transformers#29075, Dao-AILab/flash-attention#487
 """
@@ -14,7 +14,7 @@ from flash_attn.modules.mha import FlashSelfAttention
 from plain_attention import assert_same, leaves
 
 FORMS = {
-    # argument, value: forms of the same
+    # argument, value: equivalent forms
     "softmax_scale": (
         0.5,
         [torch.tensor(0.5), torch.tensor(0.5, dtype=torch.bfloat16), np.float32(0.5), np.array(0.5)],
@@ -57,7 +57,7 @@ def test_scales_of_modules(form):
 
 @pytest.mark.parametrize("name", ["softmax_scale", "softcap", "dropout_p"])
 def test_numbers_that_want_gradients_are_refused(name):
-    """They would get none, silently."""
+    """They would silently get no gradient."""
     (qkv,) = leaves((1, 6, 3, 2, 8))
     with pytest.raises(TypeError, match=f"{name}: expected float"):
         flash_attn.flash_attn_qkvpacked_func(qkv, **{name: torch.tensor(0.5, requires_grad=True)})
@@ -93,7 +93,7 @@ def test_what_switches_an_option_off(given, same):
 
 
 def test_keys_of_which_none_are_left():
-    """Negative numbers of keys in use, and more left padding than keys: 0, and softmax_lse of -inf."""
+    """Negative seqused_k, or leftpad_k beyond the last key: out is 0, softmax_lse -inf."""
     q, k = torch.randn(2, 3, 2, 8), torch.randn(2, 4, 2, 8)
     for seqused, leftpad in (((4, -1), (0, 0)), ((4, 2), (0, 3)), ((4, 4), (0, 4))):
         out, lse = torch.ops.flash_attn.fwd(

@@ -1,4 +1,4 @@
-"""Rotary angles of far positions: what is documented as float64 has the digits of float64.
+"""Rotary angles of far positions: float64 tables must have float64 accuracy.
 
 Tables for float64 inputs were computed in float32: at position 10,000 the cosine was off by 2.4e-4.
 
@@ -21,7 +21,7 @@ POSITIONS = [0, 1, 10_000, 99_999]
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-2)], ids=str)
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
 def test_tables(base, dtype, tolerance):
-    """float32 tables are those of 2.8.3: their angles are products of float32."""
+    """float32 tables equal those of 2.8.3: their angles are float32 products."""
     (cos, sin), (cos_k, sin_k) = RotaryEmbedding(64, base=base).tables(100_000, torch.zeros(1, dtype=dtype))
     for position in POSITIONS:
         for pair in (0, 1, 31):
@@ -54,7 +54,7 @@ def test_embedding_in_float64(offset):
 
 
 def test_module_in_float64_after_one_in_float32():
-    """Tables of one type are not those of another."""
+    """Tables of one dtype are not reused for another."""
     module = MHA(16, 2, rotary_emb_dim=8, causal=True, dtype=torch.float64, use_flash_attn=True)
     x = torch.randn(1, 3000, 16, dtype=torch.float64)
     expected = module(x)

@@ -1,7 +1,7 @@
-"""seqused_k says how long sequences of keys are: of cu_seqlens_k only the starts are read.
+"""seqused_k gives the lengths of key sequences: only the starts in cu_seqlens_k are used.
 
-Caches and padded layouts leave gaps between sequences, put them in any order, and give the longest length in use as
-max_seqlen_k. 2.8.3 computes; we said "max_seqlen_k: expected at least 6".
+Caches and padded layouts have gaps between sequences, sequences in any order, and max_seqlen_k = the longest length in
+use. 2.8.3 accepts them; this package raised "max_seqlen_k: expected at least 6".
 
 Public threads: Dao-AILab/flash-attention#647, Dao-AILab/flash-attention#1990, facebookresearch/xformers#737
 """
@@ -16,7 +16,7 @@ from plain_attention import assert_near, attention, leaves, visible
 H, HK, D, DV, ROWS = 4, 2, 8, 6, 20
 LENGTHS_Q = (2, 0, 5, 1)
 LAYOUTS = {
-    # starts of the keys, and one more number that nobody reads; keys in use
+    # starts of the keys, and one unused number; keys in use
     "the example": ([0, 6, 12, 12, 0], [3, 2, 0, 0]),
     "gaps": ([1, 6, 10, 18, 19], [3, 2, 7, 2]),
     "out of order": ([12, 5, 0, 17, 3], [4, 6, 5, 3]),
@@ -57,7 +57,7 @@ def forward(q, k, v, layout, causal=False, dropout_p=0.0, **more):
 @pytest.mark.parametrize("leftpad", [None, (1, 0, 9, 1)], ids=["", "leftpad_k"])
 @with_layouts
 def test_forward(layout, leftpad, causal, dtype, atol):
-    """Rows that no sequence uses hold NaN; more padding than keys leaves none."""
+    """Rows outside all sequences hold NaN; leftpad_k may leave no key."""
     q, k, v = tensors(dtype)
     pads = leftpad or (0, 0, 0, 0)
     is_used = torch.zeros(ROWS, dtype=torch.bool)
@@ -76,7 +76,7 @@ def test_forward(layout, leftpad, causal, dtype, atol):
 
 @with_layouts
 def test_dropout(layout):
-    """The mask of each sequence is that of the same sequence without gaps."""
+    """The mask of each sequence equals that of the same sequence without gaps."""
     q, k, v = tensors(torch.float64)
     torch.manual_seed(3)
     _, (out, lse, probs, _) = forward(q, k, v, layout, dropout_p=0.4, return_softmax=True)
@@ -93,7 +93,7 @@ def test_dropout(layout):
 
 @pytest.mark.parametrize("name", ["the example", "gaps", "out of order", "fewer than none", "up to the last row"])
 def test_backward_of_sequences_that_share_no_row(name):
-    """Rows between sequences get gradients of 0."""
+    """Rows between sequences get zero gradients."""
     layout = LAYOUTS[name]
     q, k, v = tensors(torch.float64)
     cu_q, (out, lse, _, _) = forward(q, k, v, layout)
@@ -116,7 +116,7 @@ def test_backward_of_sequences_that_share_no_row(name):
 
 
 def test_paged_keys_by_their_numbers_in_use():
-    """As serving code calls: lengths by seqused_k, cu_seqlens_k of no meaning."""
+    """As in serving code: lengths by seqused_k, meaningless cu_seqlens_k."""
     q, k, v = tensors(torch.float64)
     used, cu_q = (3, 0, 7, 2), int32([0, *torch.tensor(LENGTHS_Q).cumsum(0).tolist()])
     pages = int32([[4, 0, 0, 0], [0, 0, 0, 0], [1, 3, 0, 2], [2, 0, 0, 0]])

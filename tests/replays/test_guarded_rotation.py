@@ -1,7 +1,7 @@
-"""In-place rotation of what autograd guards: leaves that require grad, views of them, and the views that unbind makes.
+"""In-place rotation of tensors that autograd protects: leaves that require grad, their views, views from unbind.
 
-2.8.3 writes there, and what its functions return has the right gradient; torch says "a view of a leaf Variable that
-requires grad is being used in an in-place operation".
+2.8.3 writes to them, and its results have the right gradient; torch raises "a view of a leaf Variable that requires
+grad is being used in an in-place operation".
 
 Public threads: pytorch/pytorch#153094, 2U1/Qwen-VL-Series-Finetune#178
 """
@@ -18,8 +18,8 @@ ANGLES = torch.rand(SEQLEN, 3, dtype=torch.float64, generator=torch.Generator().
 TABLES = (ANGLES.cos(), ANGLES.sin())
 
 
-def part_of(x, index, tables=TABLES):
-    """x with one part turned, into new memory."""
+def rotate_part(x, index, tables=TABLES):
+    """x with one part rotated, out of place."""
     x = x.clone()
     x[index] = apply_rotary_emb(x[index], *tables)
     return x
@@ -28,12 +28,12 @@ def part_of(x, index, tables=TABLES):
 def rotary_expected(qkv):
     angles = torch.arange(SEQLEN, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(0, 6, 2).double() / 6)
     tables = (angles.cos(), angles.sin())
-    return part_of(part_of(qkv, (slice(None), slice(None), 0), tables), (slice(None), slice(None), 1), tables)
+    return rotate_part(rotate_part(qkv, (slice(None), slice(None), 0), tables), (slice(None), slice(None), 1), tables)
 
 
 Q, K = (slice(None), slice(None), 0), (slice(None), slice(None), 1)
 CALLS = {
-    # in place; the same into new memory; shape
+    # in place; out of place; shape
     "apply_rotary_emb": (
         lambda x: apply_rotary_emb(x, *TABLES, inplace=True), lambda x: apply_rotary_emb(x, *TABLES),
         (1, SEQLEN, HEADS, HEAD_DIM),
@@ -43,15 +43,15 @@ CALLS = {
         lambda x: apply_rotary(x, *TABLES, conjugate=True, interleaved=True), (1, SEQLEN, HEADS, HEAD_DIM),
     ),
     "apply_rotary_emb_qkv_": (
-        lambda x: apply_rotary_emb_qkv_(x, *TABLES), lambda x: part_of(part_of(x, Q), K),
+        lambda x: apply_rotary_emb_qkv_(x, *TABLES), lambda x: rotate_part(rotate_part(x, Q), K),
         (1, SEQLEN, 3, HEADS, HEAD_DIM),
     ),
     "apply_rotary_emb_qkv_ with heads": (
         lambda x: apply_rotary_emb_qkv_(x, *TABLES, num_heads_q=HEADS),
-        lambda x: part_of(x, (slice(None), slice(None), slice(HEADS + 1))), (1, SEQLEN, HEADS + 2, HEAD_DIM),
+        lambda x: rotate_part(x, (slice(None), slice(None), slice(HEADS + 1))), (1, SEQLEN, HEADS + 2, HEAD_DIM),
     ),
     "apply_rotary_emb_kv_": (
-        lambda x: apply_rotary_emb_kv_(x, *TABLES), lambda x: part_of(x, Q), (1, SEQLEN, 2, HEADS, HEAD_DIM)
+        lambda x: apply_rotary_emb_kv_(x, *TABLES), lambda x: rotate_part(x, Q), (1, SEQLEN, 2, HEADS, HEAD_DIM)
     ),
     "RotaryEmbedding": (lambda x: RotaryEmbedding(6)(x), rotary_expected, (1, SEQLEN, 3, HEADS, HEAD_DIM)),
 }  # fmt: skip
@@ -97,14 +97,14 @@ def test_without_gradients_nothing_is_recorded(name):
 
 
 def test_what_cannot_be_written_still_says_so():
-    """Elements that share memory are no matter of autograd: nothing is turned twice."""
+    """Elements that share memory are not an autograd matter: the error stays, and nothing is rotated twice."""
     x = leaves((1, SEQLEN, 1, HEAD_DIM))[0].detach().expand(1, SEQLEN, HEADS, HEAD_DIM).requires_grad_()
     with pytest.raises(RuntimeError, match="single memory location"):
         apply_rotary_emb(x, *TABLES, inplace=True)
 
 
 def test_a_saved_tensor_that_is_turned_is_noticed():
-    """What autograd has saved must not change behind its back: 2.8.3 gives wrong numbers here."""
+    """Autograd detects writes to saved tensors: 2.8.3 returns wrong gradients here."""
     (x,) = leaves((1, SEQLEN, HEADS, HEAD_DIM))
     square = x.square()
     apply_rotary_emb(x, *TABLES, inplace=True)

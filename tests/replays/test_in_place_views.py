@@ -1,7 +1,7 @@
-"""Nothing is written through a view that autograd or a hook may hold.
+"""No writes through views that autograd or a hook may hold.
 
-Gradients of packed inputs were written through views, which create_graph and torch.func do not allow; MHA turned
-queries and keys where they lay, in the output of a projection that hooks and tensor parallelism had put in their hands.
+Gradients of packed inputs were written through views, which create_graph and torch.func forbid; MHA rotated queries and
+keys in place, in the output of a projection that hooks and tensor parallelism also see.
 
 Public threads: pytorch/pytorch#61519, huggingface/transformers#41535, pytorch/pytorch#56093
 """
@@ -64,7 +64,7 @@ def value(function):
 
 @with_calls
 def test_create_graph_changes_no_gradient(name):
-    """And a second derivative, where there is none, says so."""
+    """A second derivative raises, since there is none."""
     function, shapes = CALLS[name]
     inputs = leaves(*shapes)
     expected = torch.autograd.grad(value(function)(*inputs), inputs)
@@ -116,7 +116,7 @@ def hook_tensor(layer):
 
 
 class Alias(torch.autograd.Function):
-    """A view made inside of a Function, as wrappers of tensor parallelism give."""
+    """A view made inside a Function, as by tensor parallel wrappers."""
 
     @staticmethod
     def forward(ctx, x):
@@ -135,12 +135,12 @@ kept = []
 
 
 def keep_output(layer):
-    """Whoever looks at the projection's output later wants what it was."""
+    """A hook that keeps the projection's output, which must not change later."""
     layer.register_forward_hook(lambda _module, _inputs, out: kept.append((out, out.detach().clone())))
 
 
 def save_output(layer):
-    """Something saves the output for a backward pass of its own."""
+    """A hook that saves the output for a backward pass of its own."""
     layer.register_forward_hook(lambda _module, _inputs, out: kept.append((out.square(), out.detach().square())))
 
 
@@ -191,7 +191,7 @@ def test_hooks_on_layers_of_flash_mha(hook):
 @pytest.mark.parametrize("use_flash_attn", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_tensor_parallel_projections(name, use_flash_attn, tmp_path):
-    """torch's own, on a group of one process: outputs of the projections are views made in a Function."""
+    """torch's tensor parallelism, in a group of one process: projection outputs are views made in a Function."""
     (x,) = leaves((1, 5, 16))
     plain, module = mha(use_flash_attn, **MODULES[name]), mha(use_flash_attn, **MODULES[name])
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

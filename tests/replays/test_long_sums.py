@@ -1,7 +1,7 @@
-"""Errors of long sums grew with their length: over keys in out and dq, over queries and heads in dk and dv.
+"""Rounding errors of long sums grew with their length: over keys in out and dq, over queries and heads in dk and dv.
 
-One product after another was added to a single sum: dv of 128 heads over one key head, with gradients of one, was
-wrong by 53 eps where plain attention is wrong by one. float64 is not here: the reference is itself no better.
+Products were added to a single sum one after another: dv of 128 heads over one key head, with gradients of one, had an
+error of 53 eps, plain attention 1 eps. Without float64: the reference is no more accurate.
 
 Public threads: Dao-AILab/flash-attention#2864, zhuzilin/ring-flash-attention#42, pytorch/pytorch#39516
 """
@@ -28,12 +28,12 @@ NAMES = ("out", "softmax_lse", "dq", "dk", "dv")
 
 
 def of_one_sign(x: Inputs) -> dict:
-    """Gradients of one, and values above zero: sums in which nothing cancels."""
+    """Gradients of one and positive values: sums without cancellation."""
     return {"dout": torch.ones_like(x.dout), "v": x.v.abs(), "v_rows": x.v_rows.abs()}
 
 
 def equal_weights(x: Inputs) -> dict:
-    """The same number again and again: every addition rounds the same way."""
+    """Equal terms: every addition rounds in the same direction."""
     return {**of_one_sign(x), "q": torch.zeros_like(x.q)}
 
 
@@ -45,13 +45,13 @@ VALUES = [lambda x: {}, lambda x: {"dout": torch.ones_like(x.dout)}, of_one_sign
 
 
 def check(case: Case, x: Inputs) -> None:
-    """The rule of compare.py, of all that comes out."""
+    """The rule of compare.py for all results."""
     out, lse = op_fwd(case, x)
     got = dict(zip(NAMES, (out, lse, *op_bwd(case, x, out, lse)), strict=False))
     ref, plain = attention(case, x, grads=True), plain_attention(case, x, None, grads=True)
     for name in NAMES:
         if name == "softmax_lse" and out.dtype != torch.float32:
-            continue  # plain attention in a narrower type is no measure of it
+            continue  # plain attention in a narrower dtype is no measure here
         factor, size = (2.0 if name in ("out", "softmax_lse") else 3.0), float(name == "softmax_lse")
         compare(name, got[name], getattr(ref, name), [getattr(p, name) for p in plain], factor, size, case.name)
 
@@ -60,7 +60,7 @@ def check(case: Case, x: Inputs) -> None:
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_float32(case, values):
     if values is equal_weights and case.seqlen_k == 8192:
-        case = dataclasses.replace(case, seqlens_k=(8000,))  # plain attention weighs 2^13 keys without any error
+        case = dataclasses.replace(case, seqlens_k=(8000,))  # plain attention weighs 2^13 keys without rounding errors
     x = make_inputs(case)
     check(case, dataclasses.replace(x, **values(x)))
 
@@ -75,7 +75,7 @@ def test_narrow_types(case, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_infinite_sums_stay_infinite(dtype):
-    """What is rounded off an infinite sum is no number, and must not show."""
+    """The rounding error of an infinite sum is NaN, which must not appear."""
     case = dataclasses.replace(MANY_QUERIES, dtype=dtype, head_dim=8, head_dim_v=8)
     x = make_inputs(case)
     x.dout[0, 5, 0, 3] = torch.inf
@@ -93,7 +93,7 @@ def passes(case: Case, x: Inputs) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batch_and_threads_do_not_matter(dtype):
-    """The same bits, also where a sum has several parts."""
+    """The same bits in any batch and for any number of threads, also for sums with several parts."""
     case = Case((700,) * 3, (500,) * 3, dtype=dtype, num_heads=6, num_heads_k=2, causal=True)
     x = make_inputs(case)
     expected = passes(case, x)
@@ -106,7 +106,7 @@ def test_batch_and_threads_do_not_matter(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_nan_beside_a_long_sum(dtype):
-    """Only what attends to it shows it; all else has the bits of a clean run."""
+    """NaN appears only in rows that see it; all else equals a run without it."""
     case = Case(
         (300,), (300,), dtype=dtype, num_heads=32, num_heads_k=1, head_dim=13, head_dim_v=7, window_size=(40, 0)
     )

@@ -1,4 +1,4 @@
-"""Calls that cannot work say in one line what to do, instead of an error from somewhere inside.
+"""Calls that cannot work raise a one-line error with the remedy, instead of an error from inside.
 
 Public threads: pytorch/pytorch#110669, bowang-lab/scGPT#4, Dao-AILab/flash-attention#80, Dao-AILab/flash-attention#431
 """
@@ -65,7 +65,7 @@ def test_sparse_tensors(make):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("masks", [{}, {"src_key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}], ids=["", "mask"])
 def test_in_the_place_of_multihead_attention(masks, grad, training):
-    """torch's encoder layer calls attn(x, x, x, attn_mask=..., ...), with True = padding: nothing may be guessed."""
+    """torch's encoder layer calls attn(x, x, x, attn_mask=..., ...), with True = padding: it must be rejected."""
     layer = torch.nn.TransformerEncoderLayer(EMBED, HEADS, batch_first=True)
     layer.self_attn = FlashMHA(EMBED, HEADS)
     layer.train(training)
@@ -87,7 +87,7 @@ def test_keywords_of_multihead_attention():
 
 
 class Traced(torch.nn.Module):
-    """One tensor in, one out."""
+    """A module from one tensor to one tensor."""
 
     def __init__(self, **options):
         super().__init__()
@@ -100,7 +100,7 @@ class Traced(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated.*:DeprecationWarning")
 @pytest.mark.parametrize("options", [{}, {"rotary_emb_dim": 8, "use_alibi": True, "num_heads_kv": 1}], ids=str)
 def test_jit_trace(options):
-    """With gradients and without, it can be saved, and trains as the module does."""
+    """With and without gradients: the traced module can be saved, and trains like the original."""
     module, x = Traced(causal=True, **options), torch.randn(2, 5, EMBED)
     parameters = list(module.parameters())
     for needs_grad in (False, True):
@@ -120,7 +120,7 @@ def test_jit_trace(options):
 
 
 def test_nothing_is_left_on_the_meta_device():
-    """load_state_dict(assign=True) fills all that a model has."""
+    """load_state_dict(assign=True) materialises everything that a model has."""
     state = MHA(EMBED, HEADS, rotary_emb_dim=8, use_alibi=True).state_dict()
     with torch.device("meta"):
         module = MHA(EMBED, HEADS, rotary_emb_dim=8, use_alibi=True)

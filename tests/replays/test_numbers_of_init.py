@@ -1,8 +1,7 @@
-"""What __init__ computes must survive how models are built, filled, cast and moved.
+"""Values computed in __init__ must survive how models are built, loaded, cast and moved.
 
-Loaders build a model on the meta device, assign the checkpoint, and give memory to the rest: frequencies of rotary
-embeddings and slopes of ALiBi were buffers, and came out as whatever lay there, or in bfloat16. With the real
-transformers: tests/integrations.
+Loaders build a model on the meta device, assign the checkpoint, and allocate the rest: rotary frequencies and ALiBi
+slopes were buffers, and ended up uninitialised or in bfloat16. With the real transformers: tests/integrations.
 
 Public threads: huggingface/transformers#48892, huggingface/transformers#45902, Dao-AILab/flash-attention#845
 """
@@ -44,7 +43,7 @@ def in_model(module):
 
 
 def fill_buffers(model):
-    """As loaders do: memory in place of every buffer, which holds anything."""
+    """As loaders do: replace every buffer by memory with arbitrary contents."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -52,7 +51,7 @@ def fill_buffers(model):
 
 
 def assigned(make, state):
-    """Built on meta, parameters assigned, buffers filled."""
+    """Built on meta, parameters assigned, buffers replaced."""
     with torch.device("meta"):
         model = make()
     fill_buffers(model)
@@ -93,7 +92,7 @@ def saved_whole(make, state):
 
 
 def cast_and_back(make, state):
-    """What a cast would round is as before; parameters are loaded anew."""
+    """Values that a cast would round are unchanged; parameters are loaded again."""
     model = make().bfloat16().half().float()
     model.load_state_dict(state)
     return model
@@ -131,7 +130,7 @@ def test_loaded_module_computes_the_same(loader, kind, use_flash_attn):
 @pytest.mark.parametrize("use_flash_attn", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_module_in_bfloat16(kind, use_flash_attn):
-    """Built, or cast, in bfloat16: angles and slopes are those of float32."""
+    """Built in, or cast to, bfloat16: angles and slopes stay those of float32."""
     exact = build(kind, use_flash_attn, dtype=torch.float64)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -159,7 +158,7 @@ def test_frequencies_and_slopes_can_be_read(device):
 
 
 def test_frequencies_can_be_assigned():
-    """As code does that stretches the positions of a trained model; also before it is moved off the meta device."""
+    """As in code that rescales the positions of a trained model; also before leaving the meta device."""
     module, other = build("rotary"), build("rotary")
     (x,) = leaves((2, 7, EMBED), dtype=torch.float32)
     module(x)
@@ -176,7 +175,7 @@ INNER = (FlashSelfAttention, SelfAttention, FlashCrossAttention, CrossAttention)
 @pytest.mark.parametrize("kind", INNER)
 @pytest.mark.parametrize("shape", [(HEADS,), (2, HEADS)], ids=str)
 def test_slopes_that_are_given(kind, shape):
-    """As a tensor of any type, for heads or for heads of every batch entry, or as numbers; and assigned later."""
+    """As a tensor of any dtype, per head or per batch entry and head, or as numbers; also assigned later."""
     slopes = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape) / 8
     (q, kv) = leaves((2, 5, HEADS, 8), (2, 5, 2, HEADS, 8), dtype=torch.float32)
     inputs = (torch.cat([q[:, :, None], kv], dim=2),) if "Self" in kind.__name__ else (q, kv)

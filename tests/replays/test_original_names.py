@@ -1,7 +1,7 @@
-"""Names under which programs look for attention: ops in policies and counters, autograd classes, the compiled module.
+"""Names by which programs find attention: ops in policies and counters, autograd classes, the compiled module.
 
-A policy of selective checkpointing that saves torch.ops.flash_attn._flash_attn_forward saved nothing, FlopCounterMode
-counted nothing, and packages died at import for want of a name.
+A selective checkpointing policy for torch.ops.flash_attn._flash_attn_forward saved nothing, FlopCounterMode counted
+nothing, and imports of packages failed because of missing names.
 
 Public threads: axolotl-ai-cloud/axolotl#3786, pytorch/pytorch#131041, Dao-AILab/flash-attention#431,
 unslothai/unsloth#1437
@@ -20,7 +20,7 @@ from flash_attn.flash_attention import FlashMHA
 from flash_attn.modules.mha import MHA
 from plain_attention import OpCalls, assert_near, assert_same, attention, gradients, leaves
 
-# As torch.library.custom_op infers them from the functions of 2.8.3; which letter names which written argument differs.
+# As torch.library.custom_op infers them from the functions of 2.8.3, except for the alias names of written arguments.
 SCORE = "float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, SymInt window_size_right"
 LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 HEAD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq, Tensor(b!)? dk, "
@@ -86,7 +86,7 @@ def test_public_functions_go_through_these_ops(name, options):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("varlen", [False, True])
 def test_ops_directly(varlen, dropout_p):
-    """Positional as the original's, outputs of the caller filled, the mask repeated from rng_state."""
+    """Positional arguments as in 2.8.3, output buffers filled, the mask repeated from rng_state."""
     q, k, v = (x.detach() for x in tensors())
     lengths, ops = (), torch.ops.flash_attn
     if varlen:
@@ -132,7 +132,7 @@ def test_opcheck(varlen):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("which", ["_flash_attn_forward", "_flash_attn_varlen_forward"])
 def test_an_op_alone_is_differentiable(which, dropout_p):
-    """As the public function, through out and through softmax_lse; the weights and the state of dropout are not."""
+    """Like the public function, through out and softmax_lse; S_dmask and rng_state are not differentiable."""
     inputs, lengths, function = tensors(), (), flash_attn.flash_attn_func
     if "varlen" in which:
         inputs = [x.detach().flatten(0, 1).requires_grad_() for x in inputs]
@@ -170,7 +170,7 @@ def first(result):
 @pytest.mark.parametrize("kind", [FlashMHA, MHA])
 @pytest.mark.parametrize("saved", SAVED)
 def test_a_policy_that_saves_attention(saved, kind, dropout):
-    """Attention runs once, forward and backward, and gradients are those without checkpointing."""
+    """Attention runs once in forward and backward, and gradients equal those without checkpointing."""
     options = {"attention_dropout": dropout} if kind is FlashMHA else {"dropout": dropout, "use_flash_attn": True}
     module, (x,) = kind(16, 2, **options), leaves((2, 6, 16), dtype=torch.float32)
 
@@ -214,7 +214,7 @@ def test_flops_of_the_smallest_example():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_flops_forward_and_backward(device):
-    """4 B H Sq Sk D forward, as many heads as queries have; 2.5 times that backward; head_dim_v counts for itself."""
+    """Forward 4 B H Sq Sk D, with H query heads; backward 2.5 times that; head_dim_v is counted separately."""
     q, k, v = (torch.randn(*shape, device=device) for shape in ((B, S, H, D), (B, SK, HK, D), (B, SK, HK, 12)))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     pairs = B * H * S * SK
@@ -225,7 +225,7 @@ def test_flops_forward_and_backward(device):
 
 
 def test_flops_of_packed_sequences():
-    """Of each sequence its own; of those in use only; where lengths cannot be read, of the longest."""
+    """Per sequence, only keys in use; if lengths cannot be read, those of the longest sequence."""
     q, k, v = (x.flatten(0, 1) for x in tensors())
     pairs = H * sum(int(i * j) for i, j in zip(CU_Q.diff(), CU_K.diff(), strict=True))
     call = flash_attn.flash_attn_varlen_func
@@ -260,7 +260,7 @@ OPTIONS = dict(
 
 
 def applied(name):
-    """apply's arguments before the options, the public function, and the tensors that get gradients."""
+    """apply's arguments before the options, the public function, and the inputs that get gradients."""
     q, k, v = leaves(*[(B * S, H, D)] * 3) if "Varlen" in name else leaves(*[(B, S, H, D)] * 3)
     cu = torch.tensor([0, 4, 12], dtype=torch.int32)
     lengths = (cu, cu, 8, 8) if "Varlen" in name else ()
@@ -286,7 +286,7 @@ def test_autograd_classes(name):
     block_table = (None,) if name == "FlashAttnVarlenFunc" else ()
     expected = function(*head, **OPTIONS, return_attn_probs=True)
     cls = getattr(interface, name)
-    for last in ((), (*block_table, True)):  # as before and since 2.7
+    for last in ((), (*block_table, True)):  # argument lists before and since 2.7
         found = cls.apply(*head, *TAIL, True, *last)
         assert_same(found, expected)
         assert_same(gradients(found[0], inputs), gradients(expected[0], inputs, retain_graph=True))

@@ -1,8 +1,8 @@
-"""Users' calls of the padding helpers: refused although 2.8.3 takes them, or taken and turned around.
+"""Users' calls of the padding helpers that were rejected although 2.8.3 accepts them, or silently misread.
 
-Two kinds of failure. A helper stricter than the original: a model of another project fails in the middle of a run with
-an error about the type of an index. And a mask of another convention, 0 for the tokens to keep and a large negative
-number for the others: read as a mask of 1 and 0 it keeps the padding and drops the text, and nobody is told.
+Two kinds of failures. A helper stricter than the original: a model fails in the middle of a run with an error about the
+dtype of an index. And additive masks, 0 for tokens to keep and a large negative number for others: read as a mask of 1
+and 0, they keep the padding and drop the text without any error.
 
 Public threads: verl-project/verl#7098, nishide-dev/unturtle#56
 """
@@ -15,17 +15,17 @@ from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 from plain_attention import assert_near, assert_same, leaves
 
 BATCH, CACHED, HEADS, HEAD_DIM = 3, 5, 2, 8
-KEEP = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])  # Prompts are padded on the left.
+KEEP = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])  # left padding
 
 
 def attention_by_sequence(q, k, v):
-    """What each sequence gives alone, without padding."""
+    """Attention of each sequence alone, without padding."""
     rows = [flash_attn_func(q[i : i + 1], k[i : i + 1, keep], v[i : i + 1, keep]) for i, keep in enumerate(KEEP.bool())]
     return torch.cat(rows)
 
 
 def test_decoding_one_token_per_sequence():
-    """As generate() does: the rows of the queries are their own cumulative lengths, int32, less the last."""
+    """As in generate(): cumulative lengths of the queries, int32, without the last, serve as their row indices."""
     q, k, v = leaves((BATCH, 1, HEADS, HEAD_DIM), *[(BATCH, CACHED, HEADS, HEAD_DIM)] * 2)
     expected = attention_by_sequence(q, k, v)
     packed_k, indices_k, cu_seqlens_k, max_seqlen_k, _ = unpad_input(k, KEEP)

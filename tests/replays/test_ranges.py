@@ -1,7 +1,7 @@
-"""Numbers at the ends of their ranges: checked in the precision in which they are used, and no stand-in for -infinity.
+"""Extreme values: checked in the precision in which they are used, and no finite substitutes for -infinity.
 
-softmax_scale=1e39 is a fine double and infinite in float32; a mask of -1e4, or of the least finite number, is nothing
-to a score that is less.
+softmax_scale=1e39 is a valid double but infinite in float32; a mask of -1e4, or of the lowest finite number, does not
+hide a key from scores that are lower.
 
 Public threads: flashinfer-ai/flashinfer#4267, huggingface/transformers#14859, pytorch/pytorch#110213
 """
@@ -15,7 +15,7 @@ from flash_attn.modules.mha import MHA, CrossAttention, FlashCrossAttention, Sel
 from plain_attention import assert_near, attention, gradients, leaves, visible
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LARGE = 3e38  # below the largest float32, but not times log2(e)
+LARGE = 3e38  # finite in float32, but infinite times log2(e)
 
 
 def ones(dtype, *shape):
@@ -27,7 +27,7 @@ def ones(dtype, *shape):
 def test_scale_in_the_type_of_scores(scale, dtype):
     x = ones(dtype)
     if dtype == torch.float64 and scale < 1e308:
-        # Scores are equal: whatever their size, each key weighs the same.
+        # Scores are equal: whatever their magnitude, all keys have the same weight.
         assert torch.equal(flash_attn.flash_attn_func(x, x, x, softmax_scale=scale), x)
         return
     for call in (
@@ -63,7 +63,7 @@ def test_scale_over_softcap_in_the_type_of_scores(scale, softcap, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{"softmax_scale": 1e18}, {"softmax_scale": 1e-18}, {"softcap": 1e18}], ids=str)
 def test_large_and_small_numbers_that_fit(options, dtype):
-    """One key gets all the weight, or all get the same: exact either way."""
+    """One key gets all the weight, or all keys get the same: exact in both cases."""
     q, k, v = (x.detach().to(dtype) for x in leaves((1, 3, 1, 8), (1, 5, 1, 8), (1, 5, 1, 8)))
     out = flash_attn.flash_attn_func(q, k, v, **options)
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * options.get("softmax_scale", 8**-0.5)
@@ -84,7 +84,7 @@ OPTIONS = {
 @pytest.mark.parametrize("softmax_scale", [1e-9, 1e-6, 0.4])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_masked_keys_however_small_the_scale(options, softmax_scale, size):
-    """The mask is carried in a number of its own where positions count: no scale and no size of scores beats it."""
+    """With position-dependent options the mask is in an extra dimension: it hides keys at any scale of the scores."""
     found = []
     for use_flash_attn in (True, False):
         torch.manual_seed(4)
@@ -94,7 +94,7 @@ def test_masked_keys_however_small_the_scale(options, softmax_scale, size):
         found.append([out, *gradients(out, inputs)])
     scale = max(x.abs().max().item() for x in found[1])
     assert all(torch.isfinite(x).all() for x in found[0])
-    # A weight is known to within the rounding of its score.
+    # The relative error of a weight is the absolute error of its score.
     assert_near(found[0], found[1], atol=scale * (1e-11 + 1e-15 * size**2))
 
 
@@ -102,9 +102,9 @@ def test_masked_keys_however_small_the_scale(options, softmax_scale, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_masked_keys_in_every_type(options, dtype, autocast):
-    """Nothing on the way is NaN, but in float16, which has no finite number that would do."""
+    """No intermediate result is NaN, except in float16, which has no suitable finite number."""
     mask = MASK.clone()
-    mask[0, :5] = False  # queries that see masked keys only
+    mask[0, :5] = False  # queries that see only masked keys
     torch.manual_seed(4)
     module = MHA(16, 2, use_flash_attn=True, dtype=dtype, **options)
     exact = MHA(16, 2, use_flash_attn=True, dtype=torch.float64, **options)
@@ -122,7 +122,7 @@ def test_masked_keys_in_every_type(options, dtype, autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_attention_masks_scores_below_any_stand_in(dtype):
-    """Scores of -inf that overflowed are no less than what is masked: such a row attends to nothing that is hidden."""
+    """Scores that overflow to -inf are not below the mask: such a row must not see hidden keys."""
     largest = torch.finfo(dtype).max
     q, k = torch.full((1, 2, 1, 4), largest, dtype=dtype), torch.full((1, 3, 1, 4), -largest, dtype=dtype)
     v = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 1, 4).to(dtype)
@@ -135,7 +135,7 @@ def test_plain_attention_masks_scores_below_any_stand_in(dtype):
 
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
 def test_rows_that_see_nothing(kind):
-    """0, with gradients of 0, and nothing that anomaly detection calls NaN."""
+    """Output 0, zero gradients, and no NaN that anomaly detection would report."""
     q, kv = leaves((2, 3, 2, 8), (2, 4, 2, 2, 8))
     keep = torch.tensor([[False] * 4, [True, True, False, True]])
     inputs = (q, kv)

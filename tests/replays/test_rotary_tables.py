@@ -1,7 +1,7 @@
-"""Tables that modules keep between calls, seen by compilers, fake tensors, transforms and other threads.
+"""Tables cached by modules, used by compilers, fake tensors, transforms and other threads.
 
-A table made in inference mode could not be used in training; one made under FakeTensorMode was taken for real, and the
-next call was not rotated at all; every longer sequence compiled a module anew; two threads could mix two tables.
+A table made in inference mode could not be used in training; one made under FakeTensorMode was used as real, and the
+next call was not rotated; every longer sequence recompiled a module; two threads could mix two tables.
 
 Public threads: Dao-AILab/flash-attention#299, Dao-AILab/quack#150, pytorch/pytorch#160066
 """
@@ -74,7 +74,7 @@ STRANGERS = {
 @pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
 @pytest.mark.parametrize("seqlens", [(5, 5), (9, 5), (5, 9)], ids=str)
 def test_first_call_by_a_stranger(seqlens, stranger, kind):
-    """What came before changes nothing, and leaves nothing behind that cannot be copied."""
+    """A first call under a mode or transform does not affect later ones, and leaves only tensors that can be copied."""
     torch.compiler.reset()
     module, (before, after) = build(kind), seqlens
     stranger(module, x_of(before))
@@ -106,7 +106,7 @@ def test_export_after_a_short_call(kind):
 
 @pytest.mark.parametrize("kind", ["rotary", "xPos, GQA"])
 def test_selective_checkpointing_recomputes_what_it_saw(kind):
-    """Every cos and sin is saved: tables that are kept must not take the place of those of this call."""
+    """Every cos and sin is saved: cached tables must not replace those of this call."""
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.cos.default else CheckpointPolicy.PREFER_RECOMPUTE
@@ -125,7 +125,7 @@ def test_selective_checkpointing_recomputes_what_it_saw(kind):
 
 
 def test_threads_share_a_module():
-    """Lengths that differ replace each other's tables all the time."""
+    """Calls with different lengths replace the cached tables all the time."""
     module = build("xPos, GQA")
     inputs = {seqlen: x_of(seqlen, seed=seqlen).detach() for seqlen in (3, 17, 40, 64)}
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_threads_share_a_module():
     def work(seqlen):
         with torch.no_grad():
             for _ in range(60):
-                # Not bit for bit: the first product of a new thread may be one of another number of threads.
+                # Not bitwise: the first product in a new thread may use another number of threads.
                 if (module(inputs[seqlen]) - expected[seqlen]).abs().max() > 1e-5:
                     wrong.append(seqlen)
 
@@ -149,7 +149,7 @@ def test_threads_share_a_module():
 
 @with_kinds
 def test_torch_func(kind):
-    """grad and vjp of a module, its parameters as arguments."""
+    """torch.func.grad and vjp of a module with its parameters as arguments."""
     module, x = build(kind), x_of(6)
     expected = torch.autograd.grad(module(x).sum(), list(module.parameters()))
 
@@ -171,7 +171,7 @@ def test_tables_that_a_subclass_keeps_while_faking_are_not_taken_for_real():
 
 
 class Stretched(RotaryEmbedding):
-    """As classes of other projects do it: tables of its own, under the names of 2.8.3."""
+    """A subclass as in other projects: its own tables under the attribute names of 2.8.3."""
 
     made = 0
 

@@ -1,7 +1,7 @@
-"""Gradients of keys were NaN after another backward pass with dropout, in bfloat16 with softcap.
+"""In bfloat16 with softcap, dk and dv were NaN after another backward pass with dropout.
 
-The last of an odd number of queries has a row of padding beside it. Its weights are 0, but what they were multiplied
-with was never written: it was what an earlier pass had left in the same memory.
+If the number of queries is odd, the last one has a padding row next to it. Its weights are 0, but they were multiplied
+by uninitialised memory: what an earlier pass had left there.
 
 Public threads: tile-ai/tilelang#2461, Dao-AILab/flash-attention#2324
 """
@@ -41,7 +41,7 @@ def passes(case: Case) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("features", NEIGHBOURS, ids=lambda features: "-".join(features) or "as seen")
 def test_another_pass_leaves_nothing_behind(features):
-    """The same bits before and after a pass with dropout, and the right ones, whatever is in the memory."""
+    """The same, correct bits before and after a pass with dropout, whatever scratch memory contains."""
     case = dataclasses.replace(SEEN, **features)
     before = passes(case)
     passes(Case((64,), (64,), dtype=case.dtype, dropout_p=0.2))

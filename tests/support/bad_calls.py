@@ -1,4 +1,4 @@
-"""Good calls of the ops, and all the ways to spoil one argument of them that must be refused."""
+"""Valid calls of the ops, and for each argument the invalid values that must be rejected."""
 
 import math
 
@@ -31,34 +31,34 @@ def dense() -> dict:
 
 
 def varlen() -> dict:
-    """fwd: sequences of 2 and 3 queries, 3 and 4 keys; one row more of each."""
+    """fwd: two sequences of 2 and 3 queries, 3 and 4 keys; one unused row at the end of q, k and v."""
     tensors = {"q": rows(6, 4, 8), "k": rows(8, 2, 8), "v": rows(8, 2, 6)}
     lengths = {"cu_seqlens_q": ints(0, 2, 5), "cu_seqlens_k": ints(0, 3, 7), "max_seqlen_q": 3, "max_seqlen_k": 4}
     return {**dense(), **tensors, **lengths}
 
 
 def paged() -> dict:
-    """fwd: the sequences of varlen, in pages of 2 rows, of which there are 5."""
+    """fwd: the sequences of varlen with paged keys: a pool of 5 pages of 2 rows."""
     tensors = {"k": rows(5, 2, 2, 8), "v": rows(5, 2, 2, 6), "block_table": ints([0, 1, 0], [2, 4, 0])}
     return {**varlen(), **tensors}
 
 
 def backward() -> dict:
-    """bwd.out of dense."""
+    """bwd.out for the inputs of dense."""
     grads = {"dq": rows(2, 5, 4, 8), "dk": rows(2, 7, 2, 8), "dv": rows(2, 7, 2, 6)}
     results = {"dout": rows(2, 5, 4, 6), "dlse": None, "out": rows(2, 5, 4, 6), "softmax_lse": rows(2, 4, 5)}
     return {**dense(), **results, **grads, "deterministic": False}
 
 
 def varlen_backward() -> dict:
-    """bwd.out of varlen."""
+    """bwd.out for the inputs of varlen."""
     grads = {"dq": rows(6, 4, 8), "dk": rows(8, 2, 8), "dv": rows(8, 2, 6)}
     results = {"dout": rows(6, 4, 6), "dlse": None, "out": rows(6, 4, 6), "softmax_lse": rows(4, 6)}
     return {**varlen(), **results, **grads, "deterministic": False}
 
 
 def probs() -> dict:
-    """attn_probs of dense."""
+    """attn_probs for the inputs of dense."""
     call = dense()
     del call["v"]
     return {**call, "softmax_lse": rows(2, 4, 5)}
@@ -75,12 +75,12 @@ CALLS = {
 
 
 def op_of(call: str):
-    """The op that a call is one of."""
+    """The op that a call uses."""
     packet, _, overload = CALLS[call][1].partition(".")
     return getattr(getattr(torch.ops.flash_attn, packet), overload or "default")
 
 
-# (call, what is changed, [(argument, part of what is expected, part of what came)])
+# (call, changed arguments, [(argument, part of the expected text, part of the received text)])
 SHAPES = [
     ("dense", {"q": rows(2, 5, 4, 8, dtype=torch.int32)}, [("q, k, v", "one dtype among", "int32")]),
     ("dense", {"k": rows(2, 7, 2, 8, dtype=torch.bfloat16)}, [("q, k, v", "one dtype among", "bfloat16")]),
@@ -165,7 +165,7 @@ SHAPES = [
       ("softcap", "finite", "nan")]),
 ]  # fmt: skip
 
-# The values of tensors: known only where they lie in host memory.
+# Values of metadata tensors: checked only in host memory.
 VALUES = [
     ("varlen", {"cu_seqlens_q": ints(1, 2, 5)}, [("cu_seqlens_q[0]", "0", "1")]),
     ("varlen", {"cu_seqlens_k": ints(-1, 3, 7)}, [("cu_seqlens_k[0]", "0", "-1")]),

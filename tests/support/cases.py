@@ -1,6 +1,6 @@
-"""What is tested: one frozen, plain description per attention problem, and the tables of them.
+"""Test cases: a frozen description of each attention problem, and tables of them.
 
-A Case knows nothing of torch, so the same tables can drive another backend. `inputs.py` turns a Case into tensors.
+A Case does not depend on torch, so other backends can use the same tables. `inputs.py` makes the tensors of a Case.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem. Sequences are rows of a dense batch (all of one length) or, if packed, lie end to end."""
+    """One attention problem: a dense batch of sequences of equal length or, if packed, concatenated sequences."""
 
     seqlens_q: tuple[int, ...]
     seqlens_k: tuple[int, ...]
@@ -33,9 +33,9 @@ class Case:
     seqused_k: tuple[int, ...] | None = None
     leftpad_k: tuple[int, ...] | None = None
     page_size: int = 0  # 0: keys and values are not paged
-    unused_rows: int = 0  # rows of the packed tensors past the last sequence
-    lse_grad: bool = False  # whether softmax_lse gets a gradient too
-    seqlen_k_if_empty: int = 0  # a dense batch of no sequences still has a length
+    unused_rows: int = 0  # rows of the packed tensors after the last sequence
+    lse_grad: bool = False  # whether softmax_lse gets a gradient
+    seqlen_k_if_empty: int = 0  # seqlen_k of a dense batch of size 0
     seqlen_q_if_empty: int = 0
     seed: int = 0
 
@@ -45,17 +45,17 @@ class Case:
 
     @property
     def seqlen_q(self) -> int:
-        """The longest sequence of queries."""
+        """Length of the longest query sequence."""
         return max(self.seqlens_q, default=self.seqlen_q_if_empty)
 
     @property
     def seqlen_k(self) -> int:
-        """The longest sequence of keys."""
+        """Length of the longest key sequence."""
         return max(self.seqlens_k, default=self.seqlen_k_if_empty)
 
     @property
     def window(self) -> tuple[int, int]:
-        """The window in force: causal attention sees nothing to the right."""
+        """The effective window: causal sets right to 0."""
         return (self.window_size[0], 0) if self.causal else self.window_size
 
     @property
@@ -64,12 +64,12 @@ class Case:
 
     @property
     def only_in_op(self) -> bool:
-        """Whether the public functions have no argument for this."""
+        """Whether only the op, not the public functions, has arguments for this case."""
         return self.seqused_k is not None or self.leftpad_k is not None
 
     @property
     def name(self) -> str:
-        """Every field that is not at its default."""
+        """All fields with non-default values."""
         parts = [self.dtype, f"q{_lengths(self.seqlens_q)}", f"k{_lengths(self.seqlens_k)}"]
         parts += [f"h{self.num_heads}/{self.num_heads_k}", f"d{self.head_dim}/{self.head_dim_v}"]
         shown = {"seqlens_q", "seqlens_k", "dtype", "num_heads", "num_heads_k", "head_dim", "head_dim_v", "seed"}
@@ -87,7 +87,7 @@ def _lengths(seqlens: tuple[int, ...]) -> str:
 
 
 def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
-    """Rows such that every value of every axis meets every value of every other axis in at least one row."""
+    """Pairwise testing: rows in which every pair of values of any two axes occurs at least once."""
     rng = random.Random(seed)
     names = list(axes)
     left = {
@@ -145,7 +145,7 @@ BATCHES = [
 
 
 def batch_lengths(lengths: tuple[int, int], batch: int = 1, uneven: bool = False) -> dict:
-    """Lengths of a batch; uneven ones put a shorter sequence first and an empty one in the middle."""
+    """Lengths of a batch; uneven: a shorter sequence first and an empty one in the middle."""
     pairs = [lengths] * batch
     if uneven:
         pairs[0] = (lengths[0] // 3, lengths[1] // 2)
@@ -155,7 +155,7 @@ def batch_lengths(lengths: tuple[int, int], batch: int = 1, uneven: bool = False
 
 
 def table() -> list[Case]:
-    """Every pair of values of every two axes, for the public functions, forward and backward."""
+    """All pairs of feature values (pairwise), for the public functions, forward and backward."""
     axes = {
         "dtype": list(DTYPES),
         "heads": [(1, 1), (2, 2), (4, 2), (3, 1)],
@@ -180,7 +180,7 @@ def table() -> list[Case]:
 
 
 def edge_cases() -> list[Case]:
-    """Sizes that the table does not have: no batch, no rows, empty sequences anywhere, the largest and many heads."""
+    """Sizes that the table lacks: empty batches, no rows, empty sequences anywhere, maximal sizes, many heads."""
     empty = [
         Case((), (), seqlen_q_if_empty=5, seqlen_k_if_empty=7),
         Case((0, 0), (7, 7)),
@@ -219,7 +219,7 @@ def edge_cases() -> list[Case]:
 
 
 def chunk_cases() -> list[Case]:
-    """Chunks as long as tiles, longer, shorter and of one key; queries before all keys, and as many as keys."""
+    """Chunks equal to, larger and smaller than tiles, and of one key; queries before all keys; seqlen_q = seqlen_k."""
     masks = [
         {"attention_chunk": 1, "head_dim": 40},
         {"attention_chunk": 37, "causal": True, "num_heads": 4},
@@ -238,7 +238,7 @@ def chunk_cases() -> list[Case]:
 
 
 def key_range_cases() -> list[Case]:
-    """seqused_k and leftpad_k, dense and packed; each meets every other feature."""
+    """seqused_k and leftpad_k, dense and packed, combined pairwise with all other features."""
     axes = {
         "dtype": list(DTYPES),
         "packed": [False, True],
@@ -267,7 +267,7 @@ def key_range_cases() -> list[Case]:
 
 
 def paged_cases() -> list[Case]:
-    """Keys and values in pages, with and without seqused_k and leftpad_k: forward only."""
+    """Paged KV, with and without seqused_k and leftpad_k; forward only."""
     axes = {
         "dtype": list(DTYPES),
         "page_size": [1, 3, 16, 37, 256],
@@ -290,7 +290,7 @@ def paged_cases() -> list[Case]:
 
 
 def small_table() -> list[Case]:
-    """A few cases of every type that reach every kernel path, for runs that are repeated in many settings."""
+    """A few cases per dtype that reach every kernel path, for runs repeated under many settings."""
     axes = {
         "dtype": list(DTYPES),
         "dims": [(64, 64), (13, 40), (128, 128), (256, 96)],
@@ -311,7 +311,7 @@ def small_table() -> list[Case]:
 
 
 def large_cases() -> list[Case]:
-    """More tiles than multiprocessors, and many tiles in a row; too much for the CPU."""
+    """More tiles than SMs, and many tiles per row; too slow on the CPU."""
     dims = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
     full = [
         Case((2048,) * 3, (2048,) * 3, dtype="bfloat16", num_heads=8, num_heads_k=8, head_dim=dim, head_dim_v=dim_v)

@@ -1,4 +1,4 @@
-"""Runs a Case through the package and compares it with the reference: one check forward, one backward."""
+"""Runs a Case through the package and compares with the reference: check_forward and check_backward."""
 
 import contextlib
 import random
@@ -19,7 +19,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds NaN, so that what is left unwritten shows."""
+    """Fill memory that torch allocates uninitialised with NaN, so that unwritten elements show."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     was_on = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -32,7 +32,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def lengths_of(case: Case, x: Inputs) -> dict:
-    """The arguments of the ops that say where sequences lie."""
+    """The op arguments that describe the sequences."""
     longest = (case.seqlen_q, case.seqlen_k) if case.packed else (0, 0)
     return {
         "cu_seqlens_q": x.cu_seqlens_q,
@@ -45,7 +45,7 @@ def lengths_of(case: Case, x: Inputs) -> dict:
 
 
 def scores_of(case: Case, x: Inputs) -> dict:
-    """The arguments of the ops that say what the weights are."""
+    """The op arguments that affect scores and weights."""
     return {
         "alibi_slopes": x.alibi_slopes,
         "softmax_scale": case.softmax_scale,
@@ -60,7 +60,7 @@ def scores_of(case: Case, x: Inputs) -> dict:
 
 
 def op_fwd(case: Case, x: Inputs) -> Tensors:
-    """(out, softmax_lse) of the op."""
+    """(out, softmax_lse) from the op."""
     paged = {"block_table": x.block_table}
     return torch.ops.flash_attn.fwd(x.q, x.k, x.v, **lengths_of(case, x), **paged, **scores_of(case, x))
 
@@ -73,7 +73,7 @@ def op_bwd(
     grads: Tensors | None = None,
     deterministic: bool = True,
 ) -> Tensors:
-    """(dq, dk, dv, dsoftmax_sum) of the op, written into grads if they are given."""
+    """(dq, dk, dv, dsoftmax_sum) from the op, written into grads if given."""
     head = (x.dout, x.q, x.k, x.v, out, lse, x.dlse if case.lse_grad else None)
     arguments = {**lengths_of(case, x), **scores_of(case, x), "deterministic": deterministic}
     if grads is None:
@@ -83,14 +83,14 @@ def op_bwd(
 
 
 def op_probs(case: Case, x: Inputs, lse: torch.Tensor) -> torch.Tensor:
-    """The weights of the op, sign bit set where dropped."""
+    """Attention weights from the op, with the sign bit set where dropped."""
     paged = {"block_table": x.block_table}
     q, k = x.q.detach(), x.k.detach()
     return torch.ops.flash_attn.attn_probs(q, k, lse.detach(), **lengths_of(case, x), **paged, **scores_of(case, x))
 
 
 def public(case: Case, x: Inputs) -> Tensors:
-    """(out, softmax_lse, S_dmask) of the public function. Dropout draws from torch's generator."""
+    """(out, softmax_lse, S_dmask) from the public function. Dropout draws from torch's generator."""
     shared = {
         "dropout_p": case.dropout_p,
         "softmax_scale": case.softmax_scale,
@@ -110,7 +110,7 @@ def public(case: Case, x: Inputs) -> Tensors:
 
 @dataclass
 class Run:
-    """What came out, and which weights were kept (None without dropout)."""
+    """Results, and the mask of kept weights (None without dropout)."""
 
     out: torch.Tensor
     softmax_lse: torch.Tensor
@@ -119,7 +119,7 @@ class Run:
 
 
 def run_forward(case: Case, x: Inputs, by_op: bool = False) -> Run:
-    """Through the public function if it has arguments for the case, through the op if not, or if so asked."""
+    """Run the public function; the op if by_op is set or only it has arguments for the case."""
     out, lse, probs = (*op_fwd(case, x), None) if by_op or case.only_in_op else public(case, x)
     if probs is None or case.dropout_p == 0:
         probs = op_probs(case, x, lse)
@@ -127,9 +127,9 @@ def run_forward(case: Case, x: Inputs, by_op: bool = False) -> Run:
 
 
 def plain_attention(case: Case, x: Inputs, keep, grads: bool = False) -> list[Result]:
-    """Attention done plainly in the type of the inputs, in several orders: a single one may be exact by luck.
+    """Plain attention in the dtype of the inputs, in several summation orders: a single one may be exact by chance.
 
-    softmax_lse is as float32 has it where the type is narrower.
+    softmax_lse is in float32 for narrower dtypes.
     """
     dtype = x.q.dtype
     results = [attention(case, x, keep, dtype, grads, order) for order in ORDERS]
@@ -140,10 +140,10 @@ def plain_attention(case: Case, x: Inputs, keep, grads: bool = False) -> list[Re
 
 
 def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> float:
-    """How large what cancels is in gradients of scores, times other (k for dq, q for dk).
+    """Magnitude of the cancelling terms in the score gradients, times `other` (k for dq, q for dk).
 
-    A query that sees a single key has gradients of zero. Plain attention subtracts a number from itself. We subtract
-    rowsum(dout * out) from a product that has the same terms in the same order, unless dropout has rescaled out.
+    A query with a single visible key has zero gradients. Plain attention subtracts equal numbers. The kernels subtract
+    rowsum(dout * out) from dP, which has the same terms in the same order, unless dropout has rescaled out.
     """
     if case.dropout_p == 0:
         return 0.0
@@ -152,20 +152,20 @@ def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> 
     single = torch.zeros(sizes.shape[:-1], dtype=torch.bool, device=sizes.device)
     for s in sequences(case):
         shape = (s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start)
-        s.of(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device, case.attention_chunk).sum(1) == 1
+        s.take(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device, case.attention_chunk).sum(1) == 1
     largest = max(other.abs().double().nan_to_num(0).flatten().tolist(), default=0.0)
     return case.scale * sizes[single].norm().item() * largest
 
 
 def check_forward(case: Case) -> None:
-    """out, softmax_lse and the weights."""
+    """Check out, softmax_lse and the attention weights."""
     x = make_inputs(case)
     with poisoned_memory():
         run = run_forward(case, x)
     ref, plain = attention(case, x, run.keep), plain_attention(case, x, run.keep)
     assert_finite("out", ref.out, case.name)
     compare("out", run.out, ref.out, [p.out for p in plain], context=case.name)
-    # An error of eps in a sum is one of eps in its logarithm, however near to zero that is: hence the size of 1.
+    # A relative error eps of a sum is an absolute error eps of its logarithm, even near 0: so size is at least 1.
     lse = [p.softmax_lse for p in plain]
     compare("softmax_lse", run.softmax_lse, ref.softmax_lse, lse, size=1.0, context=case.name)
     assert run.out.dtype == x.q.dtype
@@ -176,14 +176,14 @@ def check_forward(case: Case) -> None:
 
 
 def check_backward(case: Case, deterministic: bool = True) -> None:
-    """dq, dk, dv with a random dout and, if the case says so, dlse; and dsoftmax_sum.
+    """Check dq, dk, dv for a random dout (and dlse, if the case has it), and dsoftmax_sum.
 
-    If not deterministic, of the op alone: autograd would ask for it, since memory is poisoned.
+    Not deterministic: through the op only, since autograd uses deterministic gradients while memory is poisoned.
     """
     x = make_inputs(case)
     with poisoned_memory():
         if case.only_in_op or not deterministic:
-            run = run_forward(case, x, by_op=True)  # of dropout, the state that op_bwd gets
+            run = run_forward(case, x, by_op=True)  # also returns the dropout state that op_bwd needs
             *grads, dsoftmax_sum = op_bwd(case, x, run.out, run.softmax_lse, deterministic=deterministic)
         else:
             run, grads = _public_backward(case, x)
@@ -211,7 +211,7 @@ def _public_backward(case: Case, x: Inputs) -> tuple[Run, Tensors]:
 
 
 def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Tensor) -> None:
-    """Of rows that see no key it is 0, whatever dlse: softmax_lse has no derivative there."""
+    """dsoftmax_sum is 0 for rows without visible keys, whatever dlse: softmax_lse has no derivative there."""
     assert dsoftmax_sum.dtype == run.softmax_lse.dtype
     assert dsoftmax_sum.shape == run.softmax_lse.shape
     dlse = x.dlse if case.lse_grad else torch.zeros_like(x.dlse)
@@ -227,7 +227,7 @@ def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Ten
 
 
 def main() -> None:
-    """Runs tables of cases, for tests that need a process of their own; says how many passed.
+    """Run tables of cases in a process of its own; prints the number of passed cases.
 
     check.py: the small table; check.py whole: all others; check.py 60 7: 60 cases of those, chosen by the seed 7.
     """

@@ -1,4 +1,4 @@
-"""Comparison of a result with its reference: first where NaN and infinities are, then how large the error is."""
+"""Comparison of results with references: first the positions of NaN and infinities, then the error."""
 
 import torch
 
@@ -8,11 +8,10 @@ def _first(where: torch.Tensor) -> tuple[int, ...]:
 
 
 def compare(what: str, got, ref, plain=(), factor: float = 2.0, size: float = 0.0, context: str = "") -> None:
-    """Raises AssertionError unless got is as near to ref as the rule says.
+    """Raise AssertionError unless `got` is close to `ref`.
 
-    The largest error may be factor times that of plain (the same computation, done plainly in the same type, in several
-    orders of summation) plus 2 eps of the type times the largest reference value, or times size if that is more. NaN,
-    inf and -inf must stand where they stand in ref.
+    Maximum error: factor times that of `plain` (plain operations in the same dtype, in several summation orders)
+    + 2 eps of the dtype * max(max|ref|, size). NaN, inf and -inf must be at the same positions as in ref.
     """
     where = f"{what} of {context}" if context else what
     if got.shape != ref.shape:
@@ -41,14 +40,14 @@ def compare(what: str, got, ref, plain=(), factor: float = 2.0, size: float = 0.
 
 
 def assert_finite(what: str, tensor: torch.Tensor, context: str = "") -> None:
-    """A reference that is not finite would agree with anything broken in the same way."""
+    """Check that a reference is finite: NaN or inf in it could match a broken result."""
     if not torch.isfinite(tensor).all():
         at = _first(~torch.isfinite(tensor))
         raise AssertionError(f"reference {what} of {context} is not finite at {at}: {tensor[at].item()}")
 
 
 def assert_bitwise(what: str, got: torch.Tensor, expected: torch.Tensor, context: str = "") -> None:
-    """The same bits, NaN counting as equal to NaN."""
+    """Equal bits; any two NaN are equal."""
     where = f"{what} of {context}" if context else what
     if got.shape != expected.shape or got.dtype != expected.dtype:
         text = f"got {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}"

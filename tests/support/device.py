@@ -1,7 +1,7 @@
-"""Where tests run: pytest --device=cpu, the default, or --device=cuda.
+"""The device under test: pytest --device=cpu (default) or --device=cuda.
 
-A test that takes the fixture `device`, or is marked on_device, runs on either; all others concern the CPU alone, and
-are left out on a GPU. One that is marked needs_gpu runs there only.
+Tests with the fixture `device` or the mark on_device run on either device; the mark needs_gpu: on a GPU only. All other
+tests run on the CPU only.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch
 
 from cases import Case
 
-# tests/conftest.py sets it by the option, before any test is imported; processes that tests start inherit it.
+# Set by tests/conftest.py from the option, before tests are imported; inherited by child processes.
 DEVICE = os.environ.get("FLASH_ATTN_TEST_DEVICE", "cpu")
 IS_GPU = DEVICE == "cuda"
 MAX_HEAD_DIM = 256 if IS_GPU else 512
@@ -22,16 +22,16 @@ MAX_HEAD_DIM = 256 if IS_GPU else 512
 on_device = pytest.mark.usefixtures("device")
 needs_gpu = pytest.mark.gpu
 
-# Which kernels: on Hopper the best for each problem, and the generic ones for all; "" lets the package choose.
+# Kernel families: on Hopper, the best backend per problem and sm80 for all; "" lets the package choose.
 HAS_SM90 = IS_GPU and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 BACKENDS = {"best": "", "sm80": "sm80"} if HAS_SM90 else {DEVICE: ""}
 
-# The element types of the GPU's kernels, in place of those that only the CPU has.
+# The dtypes of the GPU kernels that replace the CPU-only dtypes.
 NARROW = {"float32": "bfloat16", "float64": "float16"}
 
 
 def unavailable_reason() -> str:
-    """Why nothing can be run on a GPU here, in one line; empty if it can."""
+    """Why nothing can run on a GPU here, in one line; empty if it can."""
     import flash_attn
 
     if torch.version.cuda is None:
@@ -48,19 +48,19 @@ def unavailable_reason() -> str:
 
 
 def narrow(case: Case) -> Case:
-    """The same problem in a type that the device takes."""
+    """The same problem in a dtype that the device supports."""
     return dataclasses.replace(case, dtype=NARROW.get(case.dtype, case.dtype)) if IS_GPU else case
 
 
 def for_device(cases: list[Case]) -> list[Case]:
-    """Those that the device takes, each once."""
+    """The cases in dtypes that the device supports, without duplicates."""
     fitting = [case for case in cases if max(case.head_dim, case.head_dim_v) <= MAX_HEAD_DIM]
     return list(dict.fromkeys(map(narrow, fitting)))
 
 
 @contextlib.contextmanager
 def gpu_memory(gigabytes: float) -> Iterator[None]:
-    """For tests that need so much of it: they are skipped where less is free, and what they took is given back."""
+    """Skip the test if less GPU memory is free; afterwards release what the test allocated."""
     if not IS_GPU:
         yield
         return
@@ -72,11 +72,11 @@ def gpu_memory(gigabytes: float) -> Iterator[None]:
 
 
 def is_lost() -> bool:
-    """Whether the GPU refuses everything from here on: an error of one call is told once, this one always."""
+    """Whether the GPU no longer works: errors of a single call are reported once, sticky errors always."""
     for _ in range(2 * IS_GPU):
         try:
             torch.cuda.synchronize()
-        except Exception:  # noqa: BLE001 (whatever it is, the device does not answer)
+        except Exception:  # noqa: BLE001 (whatever the error, the device does not respond)
             continue
         return False
     return IS_GPU

@@ -1,8 +1,8 @@
-"""Runs cases on tensors that touch memory which must not be touched: any access beside them ends the process.
+"""Runs cases on tensors between protected pages: any out-of-bounds access ends the process.
 
     python guarded.py end|start
 
-puts each tensor at the end of its pages, or at their start, with a forbidden page on either side.
+places each tensor at the end, or the start, of its accessible pages, with a protected page on either side.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ CASES = [
 
 
 def guarded(t: torch.Tensor | None, at_end: bool) -> torch.Tensor | None:
-    """A copy of t between forbidden pages."""
+    """A copy of t between protected pages."""
     if t is None or t.numel() == 0:
         return t
     size = t.numel() * t.element_size()
@@ -54,7 +54,7 @@ def guarded(t: torch.Tensor | None, at_end: bool) -> torch.Tensor | None:
 
 
 def results(case: Case, x: Inputs, guard) -> tuple[torch.Tensor, ...]:
-    """Everything that the ops compute; guard is applied to what they read and write."""
+    """All results of the ops; guard is applied to every tensor that they read or write."""
     out, lse = op_fwd(case, x)
     if case.page_size:
         return out, lse, op_probs(case, x, lse)

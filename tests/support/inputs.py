@@ -1,4 +1,4 @@
-"""The tensors of a Case, and how its sequences lie in them."""
+"""The tensors of a Case, and the rows of its sequences."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from device import DEVICE, narrow
 
 @dataclass
 class Inputs:
-    """What an op is given. k_rows and v_rows are k and v as rows, also where k and v are pools of pages."""
+    """The inputs of an op. k_rows and v_rows: k and v as rows, also if k and v are paged."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -32,19 +32,19 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Rows of one sequence of the batch. batch is None where the tensors are packed."""
+    """The rows of one sequence. batch is None for packed tensors."""
 
     index: int
     batch: int | None
     rows_q: slice
     rows_k: slice
 
-    def of(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
         return tensor[rows] if self.batch is None else tensor[self.batch, rows]
 
 
 def sequences(case: Case) -> list[Sequence]:
-    """Where each sequence lies, with the keys that seqused_k and leftpad_k leave."""
+    """All sequences of a case, with the keys that remain after seqused_k and leftpad_k."""
     starts_q = [0, *accumulate(case.seqlens_q)]
     starts_k = [0, *accumulate(case.seqlens_k)]
     found = []
@@ -69,9 +69,9 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def make_inputs(case: Case, padding: float = math.nan) -> Inputs:
-    """Random tensors on the device of the tests, in a type that it takes: the same numbers on every device.
+    """Random tensors on the device under test, in a dtype that it supports; the same values on every device.
 
-    Rows that no sequence uses hold padding: it must not matter what that is.
+    Rows outside all sequences are filled with `padding`, which must not affect results.
     """
     with torch.device("cpu"):
         return _make_inputs(narrow(case), padding, DEVICE)
@@ -92,8 +92,8 @@ def _make_inputs(case: Case, padding: float, device: str) -> Inputs:
     dlse = rows(case.seqlens_q, case.seqlen_q, case.num_heads)
     used_q, used_k = torch.zeros(q.shape[:-2], dtype=torch.bool), torch.zeros(k.shape[:-2], dtype=torch.bool)
     for s in sequences(case):
-        s.of(used_q, s.rows_q)[:] = True
-        s.of(used_k, s.rows_k)[:] = True
+        s.take(used_q, s.rows_q)[:] = True
+        s.take(used_k, s.rows_k)[:] = True
     for tensor, used in [(q, used_q), (k, used_k), (v, used_k), (dout, used_q), (dlse, used_q)]:
         tensor[~used] = padding
     dlse = dlse.transpose(-1, -2).contiguous().to(device, lse_dtype(dtype))
@@ -123,7 +123,7 @@ def _alibi_slopes(case: Case, generator: torch.Generator, device: str) -> torch.
 
 
 def _to_pages(case: Case, k: torch.Tensor, v: torch.Tensor, padding: float, generator: torch.Generator):
-    """The rows of k and v in shuffled pages of a pool that has two pages more than are needed."""
+    """Scatter the rows of k and v into shuffled pages of a pool with two unused pages."""
     needed = [-(-n // case.page_size) for n in case.seqlens_k]
     num_pages = sum(needed) + 2
     order = torch.randperm(num_pages, generator=generator).tolist()
@@ -141,7 +141,7 @@ def _to_pages(case: Case, k: torch.Tensor, v: torch.Tensor, padding: float, gene
 
 
 def random_qkv(batch_size=2, seqlen=200, num_heads=4, head_dim=64, dtype=torch.bfloat16, num_heads_k=None):
-    """q, k and v on the device of the tests, which want gradients."""
+    """q, k and v on the device under test, with requires_grad."""
     shape = (batch_size, seqlen, num_heads, head_dim)
     shape_k = (batch_size, seqlen, num_heads_k or num_heads, head_dim)
     return [torch.randn(s, dtype=dtype, device=DEVICE).requires_grad_() for s in (shape, shape_k, shape_k)]

@@ -1,23 +1,23 @@
-"""The same values laid out differently in memory."""
+"""Tensors with the same values and different memory layouts."""
 
 import torch
 
 
 def _in_padded(t: torch.Tensor, *padding: int) -> torch.Tensor:
-    """t inside of a larger tensor that is otherwise NaN: padding elements more at the end of each dimension."""
+    """t as a view into a larger tensor of NaN, with `padding` extra elements at the end of each dimension."""
     larger = t.new_full([n + p for n, p in zip(t.shape, padding, strict=True)], torch.nan)
     view = larger[tuple(slice(0, n) for n in t.shape)]
     return view.copy_(t)
 
 
 def _permuted(t: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """t stored as if its dimensions came in another order."""
+    """t stored with its dimensions permuted."""
     back = [order.index(i) for i in range(t.dim())]
     return t.permute(order).contiguous().permute(back)
 
 
 def _at_offset(t: torch.Tensor, offset: int, gap: int) -> torch.Tensor:
-    """t at an odd place in its storage, with gap elements between one row of head_dim and the next."""
+    """t at a storage offset, with `gap` elements between consecutive rows of head_dim."""
     width = t.shape[-1] + gap
     storage = t.new_full((offset + t[..., 0].numel() * width,), torch.nan)
     return storage[offset:].view(*t.shape[:-1], width)[..., : t.shape[-1]].copy_(t)
@@ -42,7 +42,7 @@ def _last_dim_transposed(t: torch.Tensor) -> torch.Tensor:
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-# Each keeps the values; what is written through one of them is written once.
+# Layouts without overlapping elements: they can also be written.
 WRITABLE = {
     "heads before rows": lambda t: _permuted(t, (0, 2, 1, 3)),
     "rows before batches": lambda t: _permuted(t, (1, 0, 2, 3)),
@@ -60,7 +60,7 @@ WRITABLE = {
     "every second element": lambda t: _every_second(t, -1),
     "last dimension not contiguous": _last_dim_transposed,
 }
-# These share memory between elements, so the values are made to agree.
+# Layouts with overlapping (expanded) elements: the values are made equal.
 SHARED = {
     "one head for all": lambda t: t[..., :1, :].expand_as(t),
     "one sequence for all": lambda t: t[:1].expand_as(t),

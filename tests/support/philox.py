@@ -1,4 +1,4 @@
-"""Dropout's random numbers, written down a second time: Philox4x32 in numpy, and the mask that comes of it."""
+"""An independent implementation of dropout's random numbers: Philox4x32 in numpy, and the resulting mask."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ HALF = np.uint64(32)
 
 
 def philox4x32(counter, key, rounds: int):
-    """Four arrays of 32-bit numbers from four counters and two keys, by the definition of Salmon et al. (2011)."""
+    """Four arrays of 32-bit words from four counter words and two key words: Salmon et al. (2011)."""
     c = [np.asarray(x, dtype=np.uint64) for x in counter]
     k = [int(x) for x in key]
     for _ in range(rounds):
@@ -24,8 +24,8 @@ def philox4x32(counter, key, rounds: int):
 def random_bits(batch_head: int, rows: int, keys: int, seed: int, offset: int) -> np.ndarray:
     """The 16 random bits of each weight of one head: (rows, keys).
 
-    One call serves rows r and r + 8 (low and high half of a word) and keys j, j + 8, j + 16, j + 24 (the words), for r
-    and j in the first eight of a block of 16 rows and 32 keys.
+    One Philox call covers rows r, r + 8 (low and high half of a word) and keys j, j + 8, j + 16, j + 24 (the words),
+    for r and j in the first octet of a block of 16 rows and 32 keys.
     """
     row, key = np.meshgrid(np.arange(rows), np.arange(keys), indexing="ij")
     counter = (row // 16 * 8 + row % 8, key // 32 * 8 + key % 8, np.full_like(row, batch_head), offset & 0xFFFFFFFF)

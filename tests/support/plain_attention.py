@@ -1,4 +1,4 @@
-"""Attention written out with plain torch operations, in the type of its inputs, differentiable: small and slow."""
+"""Attention in plain torch operations, in the dtype of its inputs, differentiable: small and slow."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,10 +8,10 @@ from compare import assert_bitwise
 
 
 def attention(q, k, v, keep=None, bias=None, scale=None, dropped=None, dropout_p=0.0):
-    """Attention of (batch, seqlen, heads, head_dim) tensors and the logarithm of its softmax sums.
+    """out and softmax_lse of (batch, seqlen, heads, head_dim) tensors.
 
-    keep: boolean, True where a query may see a key; bias: added to the scores; dropped: boolean, True where a weight is
-    dropped; each broadcasts to (batch, heads, seqlen_q, seqlen_k). A query that sees no key gives 0 and -inf.
+    keep: bool, True where a query sees a key; bias: added to the scores; dropped: bool, True where a weight is dropped.
+    Each broadcasts to (batch, heads, seqlen_q, seqlen_k). A query without visible keys gives 0 and -inf.
     """
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -27,23 +27,23 @@ def attention(q, k, v, keep=None, bias=None, scale=None, dropped=None, dropout_p
 
 
 def visible(seqlen_q, seqlen_k, causal=False, window=(-1, -1)):
-    """Boolean (seqlen_q, seqlen_k): which keys a query sees, aligned to the bottom right corner."""
+    """Bool (seqlen_q, seqlen_k): the keys that each query sees, bottom-right aligned."""
     return reference.visible(seqlen_q, seqlen_k, (window[0], 0) if causal else window)
 
 
 def alibi_bias(slopes, seqlen_q, seqlen_k):
-    """Minus slope times distance: (heads, seqlen_q, seqlen_k), or with a batch in front for (batch, heads) slopes."""
+    """-slope * distance: (heads, seqlen_q, seqlen_k), with a leading batch dimension if the slopes have one."""
     return -slopes.double()[..., None, None] * reference.distances(seqlen_q, seqlen_k)
 
 
 def leaves(*shapes, dtype=torch.float64, seed=0):
-    """Random tensors that want gradients."""
+    """Random leaf tensors that require grad."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
 def gradients(out, inputs, seed=1, retain_graph=False):
-    """Gradients of the inputs for one fixed random gradient of out (a tensor or a sequence of them)."""
+    """Gradients of the inputs for a fixed random gradient of out (a tensor or a sequence of tensors)."""
     outputs = [out] if isinstance(out, torch.Tensor) else list(out)
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
@@ -51,20 +51,20 @@ def gradients(out, inputs, seed=1, retain_graph=False):
 
 
 def assert_same(actual, expected):
-    """Bit for bit, tensor by tensor."""
+    """Bitwise equal, tensor by tensor."""
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_bitwise(f"tensor {i}", a, e)
 
 
 def assert_near(actual, expected, atol=1e-10):
-    """Within atol, tensor by tensor, infinities at the same places; the types may differ."""
+    """Equal within atol, tensor by tensor, with infinities at the same positions; dtypes may differ."""
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a.isinf(), e.isinf()), f"tensor {i}: infinities misplaced"
         torch.testing.assert_close(a.detach().double(), e.detach().double(), rtol=0, atol=atol)
 
 
 class OpCalls(TorchDispatchMode):
-    """While it is entered, keeps the calls of the operators of this package as (name, {argument: value})."""
+    """A mode that records calls of this package's ops as (name, {argument: value})."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Attention as the formula says: the whole matrix, an explicit mask, gradients by autograd.
+"""Reference attention: the full matrix, an explicit mask, gradients by autograd.
 
-In float64 it is what results are compared with; in the type of the inputs it is the plain attention whose error
-measures how large an error may be.
+In float64 it is the reference of all comparisons; in the dtype of the inputs it is the plain attention whose error
+sets the tolerance.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from inputs import Inputs, Sequence, lse_dtype, sequences
 
 @dataclass
 class Result:
-    """Outputs and, if asked for, gradients, laid out as the op lays them out."""
+    """Outputs and, if requested, gradients, in the shapes of the op."""
 
     out: torch.Tensor
     softmax_lse: torch.Tensor
@@ -26,7 +26,7 @@ class Result:
 def visible(
     seqlen_q: int, seqlen_k: int, window: tuple[int, int], device="cpu", attention_chunk: int = 0
 ) -> torch.Tensor:
-    """Which keys each query sees: (seqlen_q, seqlen_k), True where it does. -1 is unbounded."""
+    """Visible keys of each query: bool (seqlen_q, seqlen_k). -1: unbounded."""
     row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
     key = torch.arange(seqlen_k, device=device)[None, :]
     mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
@@ -40,24 +40,24 @@ def visible(
 
 
 def distances(seqlen_q: int, seqlen_k: int, device="cpu") -> torch.Tensor:
-    """How far each key is from each query, aligned at the end of both: what ALiBi multiplies."""
+    """Bottom-right aligned distances between queries and keys, (seqlen_q, seqlen_k), for ALiBi."""
     row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
     return (row - torch.arange(seqlen_k, device=device)[None, :]).abs()
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """Weights are dropped with probability threshold / 65536: the nearest to dropout_p that is below 1."""
+    """Weights are dropped with probability threshold / 65536: the nearest value to dropout_p below 1."""
     return min(round(dropout_p * 65536), 65535)
 
 
 @dataclass(frozen=True)
 class Order:
-    """In which order sums are added up and when scores are scaled: it changes nothing but rounding."""
+    """Order of summation and of scaling: affects rounding only."""
 
     keys_reversed: bool = False
     dims_reversed: bool = False
     scale_first: bool = False
-    rows_added: bool = False  # products of one row are sums of another kind than those of many
+    rows_added: bool = False  # pad q: BLAS sums products of a single row in another order
 
 
 USUAL = Order()
@@ -70,9 +70,10 @@ ORDERS = [
 
 
 def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USUAL):
-    """q (seqlen_q, num_heads, head_dim) and so on: out (seqlen_q, num_heads, head_dim_v), softmax_lse and weights.
+    """Attention of one sequence: q (seqlen_q, num_heads, head_dim), k and v accordingly.
 
-    keep (num_heads, seqlen_q, seqlen_k) is False where a weight is dropped.
+    Returns out (seqlen_q, num_heads, head_dim_v), softmax_lse and weights. keep (num_heads, seqlen_q, seqlen_k): False
+    where a weight is dropped.
     """
     group = q.shape[1] // k.shape[1]
     q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
@@ -106,12 +107,12 @@ def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USU
 def attention(
     case: Case, x: Inputs, keep=None, dtype: torch.dtype = torch.float64, grads: bool = False, order: Order = USUAL
 ) -> Result:
-    """The whole batch, computed in dtype. keep (batch_size, num_heads, seqlen_q, seqlen_k) comes from dropout."""
+    """Attention of the whole batch in dtype. keep: dropout mask (batch_size, num_heads, seqlen_q, seqlen_k)."""
     q, k, v = (t.detach().to(dtype).requires_grad_(grads) for t in (x.q, x.k_rows, x.v_rows))
     outs, lses = [], []
     for s in sequences(case):
         own_keep = None if keep is None else _part(keep, s)
-        tensors = (s.of(q, s.rows_q), s.of(k, s.rows_k), s.of(v, s.rows_k))
+        tensors = (s.take(q, s.rows_q), s.take(k, s.rows_k), s.take(v, s.rows_k))
         out, lse, _ = one_sequence(case, *tensors, slopes_of(x, s), own_keep, order)
         outs.append(out)
         lses.append(lse)
@@ -138,7 +139,7 @@ def _part(matrix: torch.Tensor, s: Sequence) -> torch.Tensor:
 
 
 def _join(case: Case, x: Inputs, outs: list, lses: list, dtype: torch.dtype):
-    """One tensor from those of the sequences; unused rows of packed tensors are like those of an empty sequence."""
+    """Join the sequences' results; unused rows of packed tensors get those of a query without visible keys."""
     if not case.packed:
         shape = (*x.q.shape[:3], x.v_rows.shape[-1])
         out = torch.stack(outs) if outs else x.q.new_zeros(shape, dtype=dtype, requires_grad=True)
@@ -152,9 +153,11 @@ def _join(case: Case, x: Inputs, outs: list, lses: list, dtype: torch.dtype):
 
 
 def attn_probs(case: Case, x: Inputs) -> torch.Tensor:
-    """The softmax weights of float64 before dropout: (batch_size, num_heads, seqlen_q, seqlen_k), 0 outside."""
+    """float64 softmax weights before dropout: (batch_size, num_heads, seqlen_q, seqlen_k), 0 outside sequences."""
     probs = torch.zeros(case.batch_size, case.num_heads, case.seqlen_q, case.seqlen_k, dtype=torch.float64)
     for s in sequences(case):
-        tensors = [s.of(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))]
+        tensors = [
+            s.take(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))
+        ]
         _part(probs, s)[:] = one_sequence(case, *tensors, slopes_of(x, s))[2]
     return probs

@@ -1,7 +1,7 @@
-"""Runs that end before they are done, and go on: pytest --resume=FOLDER --stop-after=SECONDS.
+"""Resumable test runs: pytest --resume=FOLDER --stop-after=SECONDS.
 
-FOLDER/results.jsonl gets a line for every test as soon as it has ended. The next run with the same code repeats what
-failed and leaves out the rest. A test that takes the GPU down ends its process, and pytest-xdist starts another.
+FOLDER/results.jsonl gets a line for every test as soon as it has finished. The next run with the same code repeats
+failed tests and skips the others. A test that crashes the GPU ends its process, and pytest-xdist starts another.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ def pytest_configure(config):
 
 
 def fingerprint() -> str:
-    """Changes with the code, torch and the device."""
+    """A hash of the code, the torch version and the device."""
     parts = [version("torch").encode(), os.environ.get("FLASH_ATTN_TEST_DEVICE", "").encode()]
     parts += [path.read_bytes() for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 class Resume:
-    """What one run knows of those before it. With pytest-xdist only the controller reads and writes the file."""
+    """Results of earlier runs. With pytest-xdist only the controller reads and writes the file."""
 
     def __init__(self, config):
         self.config, self.started = config, time.monotonic()
@@ -49,13 +49,13 @@ class Resume:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+")
         self.file.seek(0)
-        known = [json.loads(line) for line in self.file if line.endswith("}\n")]  # the last may have been cut off
+        known = [json.loads(line) for line in self.file if line.endswith("}\n")]  # the last line may be truncated
         last = {each["test"]: each["outcome"] for each in known if each["code"] == self.code}
         self.done = {test for test, outcome in last.items() if outcome != "failed"}
         self.file.write("\n")
 
     def pytest_configure_node(self, node):
-        node.workerinput["done"] = sorted(self.done)  # the same for workers that start later
+        node.workerinput["done"] = sorted(self.done)  # also for workers that are restarted
 
     def pytest_collection_modifyitems(self, config, items):
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.done])
@@ -64,7 +64,7 @@ class Resume:
     def pytest_runtest_logreport(self, report):
         if self.is_worker or (report.when != "call" and report.passed):
             return
-        outcome = "crashed" if report.when == "???" else report.outcome  # as pytest-xdist reports it
+        outcome = "crashed" if report.when == "???" else report.outcome  # "???": a crashed worker
         line = {"test": report.nodeid, "outcome": outcome, "text": report.longreprtext[-2000:], "code": self.code}
         self.file.write(json.dumps({**line, "seconds": round(report.duration, 2)}) + "\n")
         self.file.flush()
@@ -76,7 +76,7 @@ class Resume:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        device = sys.modules.get("device")  # a process that has not imported it has used none
+        device = sys.modules.get("device")  # not imported: this process has not used the device
         if report.failed and self.is_worker and device is not None and device.is_lost():
-            os._exit(70)  # an orderly end would wait for the device
+            os._exit(70)  # an orderly exit would wait for the device
         return report

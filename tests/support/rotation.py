@@ -1,10 +1,10 @@
-"""Rotary embeddings as multiplication of complex numbers in float64."""
+"""Rotary embeddings by complex multiplication in float64."""
 
 import torch
 
 
 def rotated(x, angle, interleaved=False, scale=1.0):
-    """x (..., seqlen, heads, head_dim) by angle (..., seqlen, rotary_dim / 2): each pair is one complex number."""
+    """Rotate x (..., seqlen, heads, head_dim) by angle (..., seqlen, rotary_dim / 2): each pair is a complex number."""
     half = angle.shape[-1]
     first, second = (
         (x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]) if interleaved else x[..., : 2 * half].chunk(2, -1)

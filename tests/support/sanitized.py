@@ -1,10 +1,10 @@
-"""A small set of calls for compute-sanitizer: every kernel once or more, hostile lengths among them.
+"""A small set of calls for compute-sanitizer: every kernel at least once, also with invalid lengths.
 
     export PYTHONPATH=$PWD:$PWD/tests/support FLASH_ATTN_TEST_DEVICE=cuda
     compute-sanitizer --tool memcheck python3 tests/support/sanitized.py
     compute-sanitizer --tool racecheck python3 tests/support/sanitized.py 12
 
-The number says of how many cases at most.
+The number limits the number of cases.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ EXTRA = [
 
 
 def run(case: Case, x: Inputs) -> None:
-    """Every op; those that add up dQ both ways."""
+    """Run every op; backward with and without deterministic."""
     out, lse = op_fwd(case, x)
     op_probs(case, x, lse)
     if not case.page_size:
@@ -35,7 +35,7 @@ def run(case: Case, x: Inputs) -> None:
 
 
 def hostile(case: Case) -> Inputs:
-    """Lengths that lead far out of every tensor, were they believed."""
+    """Lengths that would cause out-of-bounds accesses if they were not clamped."""
     x = make_inputs(case)
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table"):
         tensor = getattr(x, name)
@@ -51,7 +51,7 @@ def main() -> None:
     for case in cases:
         print(case.name, flush=True)
         run(case, make_inputs(case))
-        if IS_GPU:  # the CPU refuses them
+        if IS_GPU:  # the CPU rejects them
             run(case, hostile(case))
     if IS_GPU:
         torch.cuda.synchronize()

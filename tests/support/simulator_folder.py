@@ -1,4 +1,4 @@
-"""The folder that the simulator is compiled into, for one process at a time."""
+"""A lock on the build folder of the simulator, for one process at a time."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ FOLDER = ROOT / "build" / "sim"
 
 @contextlib.contextmanager
 def simulator_folder() -> Iterator[None]:
-    """Waits until no other process of the tests has it: one would run what another is just linking."""
+    """Hold the lock, so that no process runs a program that another one is linking."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Derivatives of the ops: which tensors autograd keeps, what it is given back, and in whose memory."""
+"""Autograd of the ops: saved tensors, gradients, and the memory that they are written to."""
 
 import gc
 import weakref
@@ -32,7 +32,7 @@ def arguments_of(case, x):
 @with_cases
 @pytest.mark.parametrize("through", ["out", "softmax_lse", "both"])
 def test_fwd_is_differentiable(name, through):
-    """Its gradients are what bwd computes of the gradients of its results, none of which need be there."""
+    """The gradients are those of bwd for the gradients of the results, each of which may be missing."""
     case = CASES[name]
     x = make_inputs(case, padding=0.0)
     inputs = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
@@ -49,7 +49,7 @@ def test_fwd_is_differentiable(name, through):
 
 @with_cases
 def test_all_backward_ops_are_one(name):
-    """The one that returns gradients, the one that writes them, and those of 2.8.3, bit for bit."""
+    """The backward op that returns gradients, the one that writes them, and those of 2.8.3 agree bitwise."""
     case = CASES[name]
     x = make_inputs(case, padding=0.0)
     out, lse = op_fwd(case, x)
@@ -92,7 +92,7 @@ PACKED = {
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("form", PACKED)
 def test_packed_gradients_are_written_in_one_piece(form, with_lse):
-    """The backward op writes to views of what autograd is given: nothing is stacked and nothing copied."""
+    """The backward op writes to views of the returned gradient: no stacking and no copies."""
     function, shapes, lengths = PACKED[form]
     inputs = leaves(*shapes, dtype=torch.float32)
     with OpCalls() as recorded:
@@ -107,7 +107,7 @@ def test_packed_gradients_are_written_in_one_piece(form, with_lse):
 
 @pytest.mark.parametrize("form", PACKED)
 def test_packed_gradients_in_a_graph(form):
-    """With create_graph they are the same, and refuse to be differentiated again."""
+    """With create_graph the gradients are the same, and differentiating them raises."""
     function, shapes, lengths = PACKED[form]
     inputs = leaves(*shapes)
     expected = torch.autograd.grad(function(*inputs, *lengths, causal=True).square().sum(), inputs)
@@ -139,7 +139,7 @@ def gradients_of(function, inputs, **kwargs):
 
 @with_functions
 def test_saved_tensors_go_through_hooks(function):
-    """q, k, v, out and softmax_lse, and nothing of the size of the weights."""
+    """Saved are q, k, v, out and softmax_lse, and nothing of size seqlen_q x seqlen_k."""
     inputs = inputs_of()
     expected = gradients_of(function, inputs)
     packed, unpacked = [], []
@@ -155,8 +155,8 @@ def test_saved_tensors_go_through_hooks(function):
     with saved_tensors_hooks(pack, unpack):
         found = gradients_of(function, inputs)
     assert_same(found, expected)
-    wanted = [*(tuple(x.shape) for x in inputs), (2, 5, HEADS, HEAD_DIM), (2, HEADS, 5)]
-    assert sorted(packed) == sorted(unpacked) == sorted(wanted)
+    shapes = [*(tuple(x.shape) for x in inputs), (2, 5, HEADS, HEAD_DIM), (2, HEADS, 5)]
+    assert sorted(packed) == sorted(unpacked) == sorted(shapes)
     with save_on_cpu():
         assert_same(gradients_of(function, inputs), expected)
 
@@ -199,7 +199,7 @@ def test_the_graph_is_freed_and_can_be_kept(function):
 
 @with_functions
 def test_only_what_is_asked_for(function):
-    """Inputs without requires_grad get nothing; gradients of any strides are taken; hooks see what arrives."""
+    """Inputs without requires_grad get no gradient; incoming gradients may have any strides; hooks see them."""
     inputs = inputs_of()
     expected = gradients_of(function, inputs)
     q, k, v = inputs[0].detach(), inputs[1], inputs[2].detach()
@@ -216,7 +216,7 @@ def test_only_what_is_asked_for(function):
 
 @with_functions
 def test_strided_inputs(function):
-    """Expanded and transposed inputs get the sums of their gradients."""
+    """Expanded and transposed inputs get summed gradients."""
     base = leaves((1, HEADS, 5, HEAD_DIM), (1, 7, 1, HEAD_DIM), (2, 2, HEAD_DIM, 7))
     views = [base[0].expand(2, -1, -1, -1).transpose(1, 2), base[1].expand(2, -1, 2, -1), base[2].permute(0, 3, 1, 2)]
     copies = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in views]
@@ -259,11 +259,11 @@ def test_results_live_no_longer_than_they_are_held(return_attn_probs):
     assert not any(x() is not None for x in alive)
 
 
-# Tensors that are more than tensors, and modes that want to see every function.
+# Tensor subclasses, and modes that intercept every function.
 
 
 class Counted(torch.Tensor):
-    """Keeps its class, as subclasses of Tensor do."""
+    """A Tensor subclass whose results keep the class."""
 
 
 def test_subclasses_keep_their_class():
@@ -290,7 +290,7 @@ def test_torch_function_modes_see_the_op():
 
 @pytest.mark.parametrize("form", [*FUNCTIONS, *PACKED])
 def test_compiled_autograd(form):
-    """The backward pass is traced through the node."""
+    """Compiled autograd traces the backward pass through the node."""
     function, shapes, lengths = PACKED.get(form, (None, None, ()))
     inputs = inputs_of() if shapes is None else leaves(*shapes)
 

@@ -1,4 +1,4 @@
-"""What the CUDA implementation of the ops refuses, seen without a GPU: tensors of the CPU are sent to it directly."""
+"""Errors of the ops' CUDA implementation, tested without a GPU by calling it directly with CPU tensors."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="a build without CUDA
 
 
 def call_on_cuda(call: str, arguments: dict):
-    """The op's implementation for CUDA, whatever device the tensors are on."""
+    """The op's CUDA implementation, for tensors on any device."""
     op = op_of(call)
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return op.redispatch(cuda, **arguments)
@@ -34,7 +34,7 @@ def rejection(call: str, arguments: dict) -> str:
 @pytest.mark.skipif(HAS_KERNELS, reason="a build with CUDA kernels")
 @pytest.mark.parametrize("call", CALLS)
 def test_build_without_kernels(call):
-    """Wrong arguments are told first; then what is missing, and what to do."""
+    """Invalid arguments are reported first; then the missing kernels, with the remedy."""
     with pytest.raises(RuntimeError, match="this build has no CUDA kernels; move the tensors to the CPU to run them"):
         call_on_cuda(call, CALLS[call][0]())
     assert "softcap: expected" in rejection(call, {**CALLS[call][0](), "softcap": float("inf")})
@@ -56,7 +56,7 @@ def test_types(call, dtype):
 
 @needs_kernels
 def test_head_dims():
-    """Every reason is told, and the sizes that both backends refuse are told as by the CPU."""
+    """All reasons are reported; sizes that both backends reject give the same message as on the CPU."""
 
     def wide(make, head_dim, head_dim_v):
         call = in_bfloat16(make())
@@ -79,6 +79,6 @@ def test_head_dims():
 @needs_kernels
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_runs_elsewhere(call):
-    """What no kernel can read ends before any launch."""
+    """Tensors that kernels cannot read are rejected before any launch."""
     with pytest.raises(RuntimeError, match="CUDA"):
         call_on_cuda(call, in_bfloat16(CALLS[call][0]()))

@@ -1,4 +1,4 @@
-"""utils.distributed: what two processes compute together, and the gradients of it."""
+"""utils.distributed: results and gradients in two processes."""
 
 import importlib.util
 import sys
@@ -11,22 +11,22 @@ from flash_attn.utils import distributed
 from plain_attention import assert_same, leaves
 
 WORLD_SIZE = 2
-FUNCTIONS = {"all_gather": (8, 3), "reduce_scatter": (2, 3), "all_reduce": (4, 3)}  # What (4, 3) becomes.
+FUNCTIONS = {"all_gather": (8, 3), "reduce_scatter": (2, 3), "all_reduce": (4, 3)}  # input (4, 3) to this shape
 MARKS = {"first": "_shared_params", "second": None, "third": "_sequence_parallel", "fourth": "_sequence_parallel"}
 
 
 def leaf(rank):
-    """Transposed it is the input, (4, 3), of a rank: not contiguous."""
+    """A leaf whose transpose, not contiguous, is the input (4, 3) of a rank."""
     return leaves((3, 4), seed=10 + rank)[0]
 
 
 def upstream(name, rank):
-    """The gradient of what a function returns on a rank."""
+    """The gradient of the function's output on a rank."""
     return leaves(FUNCTIONS[name], seed=20 + rank)[0].detach()
 
 
 def model(rank):
-    """Parameters of other values on each rank, gradients of 1 and 2."""
+    """Parameters with different values on each rank, and gradients of 1 and 2."""
     module = torch.nn.Module()
     for i, (name, mark) in enumerate(MARKS.items()):
         parameter = torch.nn.Parameter(leaves((2, 3), seed=30 + 10 * i + rank)[0].detach().t())
@@ -88,14 +88,14 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of the ranks found."""
+    """The results of each rank."""
     folder = tmp_path_factory.mktemp("distributed")
     torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
     return [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
 def expected_of(name):
-    """Values and gradients of the function on each rank, by one process."""
+    """Expected values and gradients on each rank, computed in one process."""
     inputs = [leaf(rank).detach().t() for rank in range(WORLD_SIZE)]
     grads = [upstream(name, rank) for rank in range(WORLD_SIZE)]
     total = inputs[0] + inputs[1]

@@ -1,4 +1,4 @@
-"""Attention within PyTorch on any device: torch.compile, opcheck, autocast, checkpoints, training, errors."""
+"""PyTorch features on any device: torch.compile, opcheck, autocast, checkpointing, training, errors."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ KEPT = {"softmax_lse", "dlse", "alibi_slopes"}
 
 
 def on_the_device(arguments: dict, device: str = DEVICE) -> dict:
-    """A call of bad_calls.py in bfloat16, with all tensors on the device."""
+    """The arguments of a call of bad_calls.py in bfloat16, on the device under test."""
 
     def move(name, x):
         if not isinstance(x, torch.Tensor):
@@ -48,7 +48,7 @@ def loss_and_gradients(function, x, **options):
 )
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(options, dynamic):
-    """One graph, with the bits of a plain call."""
+    """One graph, with the same bits as eager mode."""
     options = {**options, "deterministic": True}
     torch.compiler.reset()
     compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -60,7 +60,7 @@ def test_compile(options, dynamic):
 
 
 def test_autocast():
-    """float32 goes in, bfloat16 is computed, gradients are float32."""
+    """float32 inputs are computed in bfloat16; gradients are float32."""
     x = random_qkv(dtype=torch.float32)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = flash_attn.flash_attn_func(*x, causal=True)
@@ -89,7 +89,7 @@ def test_checkpoint_drops_the_same_weights(use_reentrant):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_training(masked):
-    """A layer learns on the device as it does on the CPU."""
+    """A layer trains on the device as on the CPU."""
     losses = {}
     for device in {"cpu", DEVICE}:
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_training(masked):
 
 @needs_gpu
 def test_what_the_kernels_do_not_take():
-    """One line with what to do, and the next call works."""
+    """A one-line error with the remedy; the next call works."""
     wide = [torch.ones(1, 3, 2, 300, dtype=torch.bfloat16) for _ in range(3)]
     with pytest.raises(ValueError, match=r"q: expected head_dim of at most 256 on a CUDA device"):
         flash_attn.flash_attn_func(*wide)
@@ -146,7 +146,7 @@ print("checked", len(VALUES))
 
 @needs_gpu
 def test_values_are_checked_on_request():
-    """FLASH_ATTN_CHECK=1 has lengths and tables looked at as on the CPU."""
+    """FLASH_ATTN_CHECK=1 validates lengths and tables as on the CPU."""
     here = Path(__file__).parent
     env = environment(FLASH_ATTN_CHECK="1")
     command = [sys.executable, "-c", CHECK]
@@ -158,7 +158,7 @@ def test_values_are_checked_on_request():
 @pytest.mark.last
 @pytest.mark.parametrize(("call", "changes", "reasons"), VALUES)
 def test_wrong_values_do_no_harm(call, changes, reasons):
-    """Without that, they give some wrong answer, and the next call a right one."""
+    """Without it, invalid values give wrong results but no invalid accesses; the next call is correct."""
     op_of(call)(**on_the_device({**CALLS[call][0](), **changes}))
     torch.cuda.synchronize()
     q = torch.ones(1, 3, 2, 8, dtype=torch.bfloat16)

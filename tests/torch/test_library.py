@@ -1,4 +1,4 @@
-"""The ops as PyTorch knows them: schema, fake tensors, torch.compile, and the derivatives that exist or must not."""
+"""PyTorch integration of the ops: schemas, fake tensors, torch.compile, existing and missing derivatives."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def fwd_arguments(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
-    """Schema, autograd registration, fake tensors and tracing with dynamic shapes, for all of our ops."""
+    """opcheck of all of our ops: schema, autograd registration, fake tensors, tracing with dynamic shapes."""
     case, x, arguments = fwd_arguments(name)
     torch.library.opcheck(torch.ops.flash_attn.fwd.default, (), arguments)
     out, lse = torch.ops.flash_attn.fwd(**arguments)
@@ -130,7 +130,7 @@ def loss_and_gradients(function, inputs, options):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compile(name):
-    """One graph, forward and backward, with the bits of eager execution; also without gradients."""
+    """One graph, forward and backward, with the same bits as eager mode; also without gradients."""
     function, make, options = FUNCTIONS[name]
     inputs = make()
     torch.compiler.reset()
@@ -145,7 +145,7 @@ def test_compile(name):
 
 
 def test_compile_with_inductor():
-    """Generated code around the op changes nothing but rounding."""
+    """Inductor's code around the op changes only rounding."""
     q, k, v = dense_of()
     torch.compiler.reset()
 
@@ -159,7 +159,7 @@ def test_compile_with_inductor():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_compile_with_dynamic_shapes(causal):
-    """What is compiled for the first lengths serves all others."""
+    """The graph compiled for the first lengths is valid for all others."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, dynamic=True, backend=counter)
@@ -181,7 +181,7 @@ def test_compile_draws_a_new_mask_every_call():
 
 
 def test_export():
-    """torch.export sees one op."""
+    """torch.export keeps a single op."""
 
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):
@@ -193,7 +193,7 @@ def test_export():
     assert_bitwise("out", program.module()(*inputs), flash_attn.flash_attn_func(*inputs, causal=True))
 
 
-# Derivatives that do not exist raise: torch's default for an unknown op is to go on with zeros.
+# Missing derivatives raise: by default torch would continue with zeros.
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -244,7 +244,7 @@ def test_vmap_raises(requires_grad):
 
 @pytest.mark.parametrize("through", ["out", "softmax_lse"])
 def test_double_backward_raises(through):
-    """However it is asked for: there are no zeros, and no first-order part alone."""
+    """Double backward raises in every form: no zeros, and no first-order part alone."""
     x = dense_of(dtype=torch.float64)
 
     def value(*x):
@@ -261,7 +261,7 @@ def test_double_backward_raises(through):
 
 
 def test_func_grad():
-    """torch.func.grad and vjp give the gradients of autograd."""
+    """torch.func.grad and vjp give the same gradients as autograd."""
     x = dense_of()
     expected = torch.autograd.grad(flash_attn.flash_attn_func(*x, causal=True).sum(), x)
     plain = tuple(t.detach() for t in x)
@@ -282,7 +282,7 @@ def test_backward_through_attn_probs_raises():
 
 
 def test_backward_through_pages_raises():
-    """Pages of keys get no gradients; the public function gathers them first."""
+    """Paged keys get no gradients from the op; the public function gathers the pages first."""
     call = paged()
     call["k"] = call["k"].requires_grad_()
     for result in torch.ops.flash_attn.fwd(**call):
@@ -292,7 +292,7 @@ def test_backward_through_pages_raises():
 
 
 def test_writing_gradients_counts_as_a_write():
-    """A tensor that autograd saved and bwd then overwrites is noticed."""
+    """Autograd detects that bwd has overwritten a saved tensor."""
     call = backward()
     weight = torch.ones_like(call["dq"]).requires_grad_()
     product = weight * call["dq"]

@@ -1,4 +1,4 @@
-"""Ways in which programs run attention: deterministic mode, autocast, checkpoints, threads, forked workers."""
+"""How programs run attention: deterministic mode, autocast, checkpointing, threads, forked workers."""
 
 import concurrent.futures
 import functools
@@ -32,7 +32,7 @@ def assert_same(got, expected, context=""):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deterministic_flags(dtype):
-    """The CPU is deterministic whether it is asked to be or not, and on any number of threads."""
+    """The CPU is deterministic with and without the flag, for any number of threads."""
     inputs = leaves(600, dtype)
     expected = gradients(inputs, causal=True, deterministic=True)
     for threads in (1, 2):
@@ -47,7 +47,7 @@ def test_deterministic_flags(dtype):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32, torch.bfloat16), (torch.float16,) * 3])
 def test_autocast(dtypes):
-    """q, k and v are cast to the type of the region, mixed ones too; gradients have the types of the inputs."""
+    """q, k and v, also of mixed dtypes, are cast to the autocast dtype; gradients have the dtypes of the inputs."""
     inputs = [t.detach().to(dtype).requires_grad_() for t, dtype in zip(leaves(), dtypes, strict=True)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, *grads = gradients(inputs)
@@ -70,7 +70,7 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_checkpoint(use_reentrant, dropout_p):
-    """The forward pass that runs again drops the same weights."""
+    """The recomputed forward pass drops the same weights."""
     inputs = leaves()
     function = functools.partial(flash_attn.flash_attn_func, dropout_p=dropout_p, causal=True)
 
@@ -115,7 +115,7 @@ def test_one_tensor_as_query_key_and_value():
 
 @pytest.mark.parametrize("threads_each", [1, 2])
 def test_many_python_threads_at_once(threads_each):
-    """Calls of several Python threads do not disturb each other."""
+    """Concurrent calls from Python threads do not interfere."""
     problems = [leaves(100 + 37 * i, dtype, seed=i) for i in range(4) for dtype in (torch.float32, torch.bfloat16)]
     expected = [gradients_of(x) for x in problems]
 
@@ -130,19 +130,19 @@ def test_many_python_threads_at_once(threads_each):
 
 
 def gradients_of(inputs):
-    """As gradients(), without the generator that all threads share."""
+    """gradients() without the generator, which is shared by all threads."""
     out = flash_attn.flash_attn_func(*inputs, causal=True)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
 
 
 class Attended(Dataset):
-    """Items that a worker process computes by attention."""
+    """Items that a worker process computes with attention."""
 
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
-        # Not by autograd, whose engine refuses to run in a forked process where torch is a CUDA build.
+        # No autograd: in CUDA builds of torch its engine refuses to run in a forked process.
         q, k, v = (x.detach() for x in leaves(64, seed=index))
         out, lse, _ = flash_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -151,7 +151,7 @@ class Attended(Dataset):
 
 
 def test_forked_workers():
-    """Worker processes forked after the parent has used several threads run attention, and with the same result."""
+    """Worker processes forked after the parent used several threads compute the same results."""
     torch.set_num_threads(2)
     gradients_of(leaves(600))
     torch.set_num_threads(1)

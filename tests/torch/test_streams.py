@@ -1,4 +1,4 @@
-"""Streams, CUDA graphs, and calls that never wait for the device."""
+"""Streams, CUDA graphs, and calls that do not synchronise with the device."""
 
 import concurrent.futures
 import contextlib
@@ -18,7 +18,7 @@ pytestmark = on_device
 
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv", "dsoftmax_sum")
 
-# One for every way through the ops.
+# One case per path through the ops.
 CASES = {
     "dense": Case((130, 130), (200, 200), dtype="bfloat16", lse_grad=True),
     "causal": Case((130, 130), (200, 200), dtype="float16", causal=True, head_dim=128, head_dim_v=128),
@@ -91,7 +91,7 @@ def test_functions_do_not_wait(dropout_p, deterministic):
 @needs_gpu
 @of_every_kind
 def test_side_stream(case):
-    """What comes before on the same stream is waited for, and nothing runs on another one."""
+    """A call is ordered after earlier work of its stream, and nothing runs on other streams."""
     x = make_inputs(case)
     expected = run(case, x)
     zeroed = {name: torch.zeros_like(getattr(x, name)) for name in ("q", "k", "v", "dout")}
@@ -109,16 +109,16 @@ def test_side_stream(case):
 
 @of_every_kind
 def test_first_work_of_a_thread(case):
-    """A thread that has done nothing on the device has no context, as autograd's at first. Memory is at hand."""
+    """A new thread has no CUDA context yet, like autograd's. Memory comes from torch's cache."""
     x = make_inputs(case)
-    run(case, x)  # what it frees is handed out again, without a call of CUDA
+    run(case, x)  # its memory is reused without a CUDA call
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         got = thread.submit(run, case, x).result()
     assert_all_bitwise(got, run(case, x), case.name)
 
 
 def captured(function):
-    """A graph of one call, and the tensors that its replays write."""
+    """A CUDA graph of one call, and its output tensors."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -134,7 +134,7 @@ def captured(function):
 @needs_gpu
 @of_every_kind
 def test_graph(case):
-    """A replay computes what a call does, of what the inputs hold by then."""
+    """A replay equals a call with the inputs' current values."""
     x = make_inputs(case)
     graph, results = captured(lambda: run(case, x))
     for scale in (1.0, 0.5, 2.0):
@@ -146,7 +146,7 @@ def test_graph(case):
 
 @needs_gpu
 def test_graph_with_other_lengths():
-    """Lengths lie in device memory, so a replay may be of other sequences than those that were captured."""
+    """Lengths are in device memory, so a replay may use other lengths than the capture."""
     case = Case((100, 100, 100), (150, 150, 150), dtype="bfloat16", packed=True, causal=True)
     x = make_inputs(case, padding=0.0)
     graph, results = captured(lambda: run(case, x))
@@ -160,7 +160,7 @@ def test_graph_with_other_lengths():
 
 @needs_gpu
 def test_graph_with_dropout():
-    """Every replay drops other weights: the state is drawn on the device. A given state gives its own mask."""
+    """Every replay draws another mask, on the device. A given rng_state gives its own mask."""
     q, k, v = (x.detach() for x in random_qkv())
     graph, out = captured(lambda: flash_attn.flash_attn_func(q, k, v, 0.5))
     seen = []
@@ -180,7 +180,7 @@ def test_graph_with_dropout():
 
 @needs_gpu
 def test_graphed_training_step():
-    """Forward and backward through autograd, as torch.cuda.make_graphed_callables captures them."""
+    """Forward and backward through autograd, captured by torch.cuda.make_graphed_callables."""
     x = random_qkv(num_heads_k=2)
 
     def attend(q, k, v):
@@ -194,7 +194,7 @@ def test_graphed_training_step():
 
 @needs_gpu
 def test_gradients_in_place():
-    """Gradients that lie in one packed tensor are written there within a graph as well."""
+    """Gradients that are views of one packed tensor are written in place in a graph as well."""
     case = Case((70, 70), (70, 70), dtype="bfloat16", head_dim=40, head_dim_v=40, causal=True)
     x = make_inputs(case)
     packed = torch.zeros(2, 70, 3, 2, 40, dtype=torch.bfloat16)

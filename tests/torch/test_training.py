@@ -1,4 +1,4 @@
-"""The modules as training code uses them: copied, saved, cast, compiled, checkpointed and spread over processes."""
+"""Modules in training code: copied, saved, cast, compiled, checkpointed and distributed."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ def call(module, x):
 
 
 def results(module, x):
-    """The result and all gradients, of the module's own random numbers if it draws any."""
+    """Output and all gradients of a module with dropout and a fixed seed."""
     torch.manual_seed(9)
     out = call(module, x)
     return [out, *gradients(out, (x, *module.parameters()))]
@@ -80,7 +80,7 @@ def test_state_dict_round_trip(name):
     ("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004), (torch.float32, 1e-5)], ids=str
 )
 def test_types(dtype, tolerance, name):
-    """Modules cast as a whole agree with float64."""
+    """Modules cast to a dtype agree with float64."""
     exact, module = build(name, torch.float64), build(name, torch.float64).to(dtype)
     exact.load_state_dict({key: value.double() for key, value in module.state_dict().items()})
     (x,) = leaves((BATCH, SEQLEN, EMBED), dtype=dtype)
@@ -95,7 +95,7 @@ def test_types(dtype, tolerance, name):
 
 @with_modules
 def test_autocast_training_step(name):
-    """float32 parameters and optimizer, bfloat16 inside: the loss falls about as it does in float32."""
+    """float32 parameters and optimizer with bfloat16 autocast: the loss falls about as in float32."""
     target = torch.randn(BATCH, SEQLEN, EMBED, generator=torch.Generator().manual_seed(3))
     (x,) = leaves((BATCH, SEQLEN, EMBED), dtype=torch.float32)
     losses = {}
@@ -120,7 +120,7 @@ def test_autocast_training_step(name):
 @with_modules
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_with_dropout(use_reentrant, name):
-    """The second forward pass draws the same dropout."""
+    """The recomputation drops the same weights."""
     module, (x,) = build(name, dropout=0.4), leaves((BATCH, SEQLEN, EMBED), dtype=torch.float32)
     found = []
     for checkpointed in (False, True):
@@ -128,7 +128,7 @@ def test_activation_checkpointing_with_dropout(use_reentrant, name):
         x.grad = None
         torch.manual_seed(9)
         out = checkpoint(lambda t: call(module, t), x, use_reentrant=use_reentrant) if checkpointed else call(module, x)
-        torch.rand(3)  # whoever draws in between changes nothing
+        torch.rand(3)  # draws in between must not matter
         out.square().sum().backward()
         found.append([out, x.grad, *(p.grad.clone() for p in module.parameters())])
     assert_same(found[1], found[0])
@@ -137,7 +137,7 @@ def test_activation_checkpointing_with_dropout(use_reentrant, name):
 @with_modules
 @pytest.mark.parametrize("masked", [False, True])
 def test_dropout_and_padding(masked, name):
-    """Dropout and padding together: padded rows stay out of the result and of the gradients."""
+    """Dropout with padding: padding affects neither outputs nor gradients."""
     module, (x,) = build(name, dropout=0.3), leaves((BATCH, SEQLEN, EMBED), dtype=torch.float32)
     keep = torch.ones(BATCH, SEQLEN, dtype=torch.bool)
     if masked:
@@ -153,10 +153,10 @@ def test_dropout_and_padding(masked, name):
 
 
 COMPILED = [
-    # module; backend; with a padding mask; as one graph
+    # module; backend; with padding mask; fullgraph
     ("FlashMHA", "aot_eager", False, True),
     ("FlashMHA", "inductor", False, True),
-    ("FlashMHA", "aot_eager", True, False),  # how many tokens are left depends on the values of the mask
+    ("FlashMHA", "aot_eager", True, False),  # the number of kept tokens depends on the values of the mask
     ("MHA", "aot_eager", True, True),
     ("MHA with everything", "aot_eager", False, True),
     ("MHA with everything", "aot_eager", True, True),
@@ -165,7 +165,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("name", "backend", "masked", "fullgraph"), COMPILED)
 def test_compiled_module(name, backend, masked, fullgraph):
-    """The same numbers forward and backward; for a small graph also after a change of batch size and length."""
+    """Same results forward and backward; small graphs also after a change of batch size and length."""
     torch._dynamo.reset()
     module = build(name)
     compiled = torch.compile(module, fullgraph=fullgraph, backend=backend)
@@ -183,7 +183,7 @@ def test_compiled_module(name, backend, masked, fullgraph):
         assert_near(found[1], found[0], atol=1e-4)
 
 
-# Two processes, gradients averaged: as one process that sees the whole batch.
+# Two processes with averaged gradients equal one process with the whole batch.
 
 
 def ddp_worker(rank, world_size, folder):

@@ -1,5 +1,5 @@
-// After the backward pass: dQ from the fp32 workspace to where it belongs, scaled. One block per tile of queries, with
-// as many threads as computed dQ in the main kernel.
+// Last kernel of the backward pass: converts dQ from the fp32 workspace, scaled, to the element type. One block per
+// query tile, with the threads that held this tile's dQ in the main kernel.
 #pragma once
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/dq_accum.h"
@@ -9,7 +9,7 @@
 
 namespace flash_attn {
 
-// As many as lie side by side, scaled.
+// Loads kCount contiguous sums, scaled.
 template <int kCount> FA_DEVICE void load_sums(float* x, const float* sums, float scale) {
     static_assert(kCount == 1 || kCount == 4);
     if constexpr (kCount == 1) {
@@ -24,7 +24,7 @@ template <int kCount> FA_DEVICE void load_sums(float* x, const float* sums, floa
 
 template <class Config> FA_KERNEL(Config::kPostprocessThreads, 1)
 bwd_postprocess(FA_GRID_CONSTANT BwdKernelParams params) {
-    if constexpr (Config::kOverlap) ptx::grid_wait();
+    if constexpr (Config::kOverlap) ptx::grid_wait();  // the main kernel has written the sums
     using Element = typename Config::Element;
     using GridDq = typename Config::GridDq;
     constexpr int M = Config::kBlockM;

@@ -1,5 +1,5 @@
-// Before the backward pass: dsoftmax_sum = rowsum(dout * out) - dlse, and a workspace with zeros for dQ, and what the
-// main kernel wants to know of each query. One block per tile of queries.
+// First kernel of the backward pass: dsoftmax_sum = rowsum(dout * out) - dlse, zeroes the dQ accumulator, and writes
+// the row statistics that the main kernel needs. One block per query tile.
 #pragma once
 #include "cuda/attention/dq_accum.h"
 #include "cuda/attention/rows.h"
@@ -14,13 +14,13 @@
 
 namespace flash_attn {
 
-// What the kernels of a backward pass are given.
+// Parameters of the kernels of a backward pass.
 struct BwdKernelParams {
     BwdParams pass;
     DqAccum accum;
 };
 
-// The tile's sums and its counters become zero.
+// Zeroes the tile's accumulator and its semaphores.
 template <class Config> FA_DEVICE void clear_dq_tile(const DqAccum& accum, int head, int64_t tile) {
     const uint32_t zero[4] = {};
     float* const sums = dq_sums<Config>(accum, head, tile);
@@ -30,15 +30,15 @@ template <class Config> FA_DEVICE void clear_dq_tile(const DqAccum& accum, int h
         ptx::store(dq_turns<Config>(accum, head, tile) + ptx::thread_idx(), int32_t(0));
 }
 
-// f(row, sum) for every row of the tiles, by one thread: the diagonal of dout * out^T, by the very instructions that
-// make dP of dout and V. For a query that sees one key, out is that row of V, and dP - dsoftmax_sum must be exactly
-// zero.
+// Calls f(row, sum) once per row of the tiles: the diagonal of dout * out^T, computed with the same instructions as dP
+// = dout V^T in the main kernel. For a query that sees a single key, out is that row of V, and dP - dsoftmax_sum must
+// be exactly zero.
 template <class Config, class F>
 FA_DEVICE void for_each_row_product(typename Config::TileOut dout, typename Config::TileOut out, F f) {
     using Element = typename Config::Element;
     if constexpr (Config::kDpByWgmma) {
         const int row0 = warpgroup_id() * kWarpgroupRows, warp_row0 = warp_id() % 4 * 16;
-        // The warpgroup's rows of a tile of one panel are a tile of their own.
+        // The warpgroup's rows of a single-panel tile form a tile.
         static_assert(Config::kBlockM == kWarpgroupRows || Config::TileOut::kPanels == 1);
         const WideTile<kWarpgroupRows, Config::kHeadDim> columns{dout.base + dout.row_offset(row0)};
         AccTile<16, kWarpgroupRows> products;
@@ -82,14 +82,14 @@ bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
     load_tile<kThreads>(sDout, rows_from<Element>(pass.dout, batch, head, row0), valid_rows, p.head_dim_v);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    if constexpr (Config::kDpByWgmma) ptx::fence_proxy_async();
-    ptx::sync_threads();  // both have landed, for every thread's part
+    if constexpr (Config::kDpByWgmma) ptx::fence_proxy_async();  // dout and out are read by wgmma
+    ptx::sync_threads();  // dout and out have landed: every thread's copies are visible
 
     const float* const lse = row_of(pass.softmax_lse, batch, head, row0);
     for_each_row_product<Config>(sDout, sOut, [&](int row, float sum) {
         const bool is_query = row < valid_rows;
         const float row_lse = is_query ? ptx::load(lse + row) : ptx::infinity();
-        // Rows that see no key have a log-sum-exp of -infinity, or +infinity, as others write it.
+        // Rows without visible keys: LSE is -infinity (this package) or +infinity (flash_attn 2.8.3).
         const bool empty = fabsf(row_lse) == ptx::infinity();
         const float dlse = is_query && pass.dlse.data ? ptx::load(row_of(pass.dlse, batch, head, row0) + row) : 0.f;
         const float dsoftmax_sum = empty ? 0.f : sum - dlse;

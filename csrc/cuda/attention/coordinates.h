@@ -1,5 +1,5 @@
-// Where the elements of a register tile lie in the matrix of scores, and what is known of each query. Tiles have
-// queries as rows and keys as columns, or the reverse.
+// Position of a register tile's elements in the score matrix, and per-query values. Rows are queries and columns are
+// keys, or transposed.
 #pragma once
 #include "cuda/ptx/shared.h"
 #include "cuda/tile/lane.h"
@@ -7,9 +7,9 @@
 
 namespace flash_attn {
 
-// Of queries() and keys(), which a lane's elements are among, there may be a few more.
+// queries() and keys(): ranges that contain all of a lane's elements, and possibly more.
 //
-// (row0, key0): the query and the key of the tile's corner.
+// (row0, key0): query and key of the tile's first element.
 struct QueryRows {
     static constexpr bool kByKey = false;  // a lane has few queries and many keys
     int row0, key0;
@@ -35,16 +35,16 @@ private:
     int lane_key_;  // of the lane's first row
 };
 
-// One number per query, for the element in row r and column b of the 8 columns that were selected last.
+// One value per query (queries are rows), for the element in row r and column b of the 8 columns of the last select().
 template <int kLaneRows> struct RowNumbers {
     float x[kLaneRows];
     FA_DEVICE void select(int) {}
     FA_DEVICE float operator()(int r, int) const { return x[r]; }
 };
-class ColumnNumbers {  // fp32, in shared memory
+class ColumnNumbers {  // one fp32 value per query in shared memory; queries are columns
 public:
     FA_DEVICE explicit ColumnNumbers(ptx::SmemPtr numbers) : lane_(ptx::pin(numbers + int(fresh_lane_id() % 4 * 8))) {}
-    // Those that lie at a distance that is known at compile time.
+    // The array at a byte offset that is known at compile time: shares the address register.
     FA_DEVICE ColumnNumbers(const ColumnNumbers& other, int bytes) : lane_(other.lane_ + bytes) {}
     FA_DEVICE void select(int n) { ptx::load_shared_8(pair_, lane_ + n * 32); }
     FA_DEVICE float operator()(int, int b) const { return ptx::bits_float(pair_[b]); }

@@ -1,4 +1,4 @@
-// Pointers into the workspace, for kernels.
+// Typed pointers into the workspace, for kernels.
 #pragma once
 #include "cuda/attention/dq_accum.h"
 #include "cuda/attention/workspace.h"

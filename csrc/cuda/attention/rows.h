@@ -1,4 +1,4 @@
-// Rows of one head of one sequence in global memory.
+// Row pointers and tile loads for one head of one sequence in global memory.
 #pragma once
 #include "cuda/tile/copy_sm80.h"
 #include "policy/paged_kv.h"
@@ -21,8 +21,8 @@ FA_DEVICE StridedRows<Element> rows_from(const TensorView& t, int batch, int hea
     return {row_of<Element>(t, batch, head, row), t.row_stride};
 }
 
-// Starts loading keys or values of a sequence from its row n0 on; what lies past the sequence becomes zero, and so does
-// a row in a page that does not exist.
+// Starts copying rows of K or V of a sequence from row n0 on, with cp.async. Rows past the sequence and rows of invalid
+// pages are zero-filled.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE void load_keys(SmemTile<kRows, kCols> tile, const Problem& p, const TensorView& view, int batch, int head_k,
                          const Sequence& seq, int n0, int columns) {

@@ -1,4 +1,4 @@
-// The scores of a register tile (policy/score.h). PlainScore costs nothing here: what is not asked for is not compiled.
+// Scores of a register tile (policy/score.h). For PlainScore all of this compiles to nothing.
 #pragma once
 #include "cuda/attention/coordinates.h"
 #include "cuda/ptx/math.h"
@@ -8,8 +8,8 @@
 namespace flash_attn {
 
 struct DeviceMath {
-    // To about 1e-7, of itself where it is small. The instruction tanh.approx is off by 5e-4, which a softcap of 50
-    // makes an error of 0.025.
+    // Error about 1e-7, relative to the result where it is small. The instruction tanh.approx is off by 5e-4, which a
+    // softcap of 50 turns into an error of 0.025.
     FA_DEVICE static float tanh(float x) {
         const float square = x * x;
         const float series = 1.f + square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315)));
@@ -18,8 +18,8 @@ struct DeviceMath {
     }
 };
 
-// Products become scores such that exp2(scale_log2 * score - ...) is the softmax: one stage after another, each for the
-// whole tile, so that what does not apply to the head is one branch.
+// Turns products into scores such that exp2(scale_log2 * score - ...) is the softmax. Each stage covers the whole tile,
+// so that a stage that does not apply to the head costs one branch.
 template <int kStage = 0, class Score, int kRows, int kCols, class At>
 FA_DEVICE void transform(AccTile<kRows, kCols>& s, const Score& score, const At& at) {
     if constexpr (Score::kModified) {
@@ -34,10 +34,10 @@ FA_DEVICE void transform(AccTile<kRows, kCols>& s, const Score& score, const At&
     }
 }
 
-// f(value, whether it is dropped) for every element.
+// Calls f(value, is_dropped) for every element.
 template <int kRows, int kCols, class F>
 FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, const DropoutMask& dropout, const QueryRows& at, F f) {
-    // One call of Philox serves 32 keys, of which narrower tiles hold one half.
+    // One Philox call covers 32 keys; narrower tiles hold half of them.
     constexpr int kKeys = kCols % kDropoutBlockKeys == 0 ? kDropoutBlockKeys : 16;
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i)
@@ -57,7 +57,7 @@ FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, const DropoutMask& dropo
                 }
             }
 }
-// A thread has two of the four keys that a call of Philox serves: lane / 4, and the one 8 after it.
+// A lane holds two of the four keys of a Philox call: lane / 4 and lane / 4 + 8.
 template <int kRows, int kCols, class F>
 FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, const DropoutMask& dropout, const KeyRows& at, F f) {
     static_assert(kRows == 16);
@@ -76,7 +76,7 @@ FA_DEVICE void for_each_drawn(AccTile<kRows, kCols>& t, const DropoutMask& dropo
             }
         }
 }
-// Dropped weights become zero.
+// Zeroes dropped weights.
 template <class Score, int kRows, int kCols, class At>
 FA_DEVICE void drop(AccTile<kRows, kCols>& p, const Score& score, const At& at) {
     if constexpr (Score::kModified) {
@@ -84,7 +84,7 @@ FA_DEVICE void drop(AccTile<kRows, kCols>& p, const Score& score, const At& at) 
         for_each_drawn(p, score.dropout, at, [](float& x, bool dropped) { x = dropped ? 0.f : x; });
     }
 }
-// Dropped weights get a set sign bit, kept ones a clear one.
+// Sets the sign bit of dropped weights and clears that of kept ones.
 template <class Score, int kRows, int kCols, class At>
 FA_DEVICE void mark_dropped(AccTile<kRows, kCols>& p, const Score& score, const At& at) {
     if constexpr (Score::kModified) {
@@ -94,10 +94,10 @@ FA_DEVICE void mark_dropped(AccTile<kRows, kCols>& p, const Score& score, const 
         });
     }
 }
-// Whether mark_dropped() marked this weight.
+// Whether mark_dropped() marked this weight as dropped.
 FA_DEVICE bool is_dropped(float weight) { return ptx::float_bits(weight) >> 31; }
 
-// What the kept weights of a row are to be multiplied with.
+// Rescale factor of the kept weights of a row.
 template <class Score> FA_DEVICE float kept_weight_scale(const Score& score) {
     if constexpr (Score::kModified)
         return score.dropout_rescale;

@@ -1,5 +1,5 @@
-// The running softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018),
-// and FlashAttention-2, section 3.1. A thread keeps the statistics of its own rows, in the log2 domain.
+// Online softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and
+// FlashAttention-2, section 3.1. Each thread keeps row max and row sum of its rows, in the log2 domain.
 #pragma once
 #include "cuda/attention/coordinates.h"
 #include "cuda/ptx/math.h"
@@ -9,7 +9,7 @@
 
 namespace flash_attn {
 
-// What is_hidden(query, key) is true of gets the score -infinity.
+// Sets scores with is_hidden(query, key) to -infinity.
 template <int kRows, int kCols, class At, class IsHidden>
 FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidden) {
     const auto hide = [&](int r, int column, float& x) {
@@ -21,7 +21,7 @@ template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
 }
-// The same with half of the comparisons for most tiles, which one edge of the mask crosses. Takes a few registers.
+// The same result with half of the comparisons for most tiles, which a single mask edge crosses. Needs a few registers.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
@@ -31,7 +31,7 @@ FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, co
         hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
 }
 
-// Over the four lanes that share a row.
+// Max over the four lanes that share a row.
 FA_DEVICE float quad_max(float x) {
     x = fmaxf(x, ptx::shfl_xor(x, 1));
     return fmaxf(x, ptx::shfl_xor(x, 2));
@@ -42,9 +42,9 @@ FA_DEVICE float quad_sum(float x) {
 }
 
 template <int kLaneRows> struct OnlineSoftmax {
-    float row_max[kLaneRows], row_sum[kLaneRows];  // sums are of this lane's columns only, until finish()
-    float offset[kLaneRows];                       // row_max in the log2 domain
-    float rescale_factor[kLaneRows];               // what was summed up before the last update_max() is to be scaled by
+    float row_max[kLaneRows], row_sum[kLaneRows];  // row_sum covers this lane's columns only, until finish()
+    float offset[kLaneRows];                       // row_max * scale_log2
+    float rescale_factor[kLaneRows];               // factor for the row sum and O from before the last update_max()
 
     FA_DEVICE OnlineSoftmax() {
 #pragma unroll
@@ -53,8 +53,8 @@ template <int kLaneRows> struct OnlineSoftmax {
             row_sum[r] = offset[r] = 0.f;
         }
     }
-    // Takes account of the greatest of these scores. What was summed up before is rescaled, which rescale() has to do
-    // to the output as well.
+    // Updates row max with these scores and rescales the row sum. The caller must then rescale the accumulator of O
+    // with rescale().
     template <int kRows, int kCols> FA_DEVICE void update_max(const AccTile<kRows, kCols>& s, float scale_log2) {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) rescale_factor[r] = row_max[r];
@@ -62,10 +62,10 @@ template <int kLaneRows> struct OnlineSoftmax {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
             row_max[r] = quad_max(row_max[r]);
-            // Where nothing is visible yet, infinity - infinity must not come up.
+            // A row without visible keys so far must not compute infinity - infinity.
             offset[r] = row_max[r] == -ptx::infinity() ? 0.f : row_max[r] * scale_log2;
-            // Exactly 1 where the maximum stays: a product less a rounded product is off by a rounding error, the same
-            // one in every tile.
+            // Exactly 1 if the max is unchanged: otherwise the product minus a rounded product leaves a rounding error,
+            // the same one in every tile.
             rescale_factor[r] =
                 rescale_factor[r] == row_max[r] ? 1.f : ptx::exp2(rescale_factor[r] * scale_log2 - offset[r]);
             row_sum[r] *= rescale_factor[r];
@@ -74,14 +74,14 @@ template <int kLaneRows> struct OnlineSoftmax {
     template <int kRows, int kCols> FA_DEVICE void rescale(AccTile<kRows, kCols>& out) const {
         out.for_each([&](int r, int, float& x) { x *= rescale_factor[r]; });
     }
-    // Turns scores into weights relative to the greatest, and adds them up.
+    // Turns scores into weights exp2(scale_log2 * score - offset), and adds them to row_sum.
     template <int kRows, int kCols> FA_DEVICE void exp_and_sum(AccTile<kRows, kCols>& s, float scale_log2) {
         s.for_each([&](int r, int, float& x) {
             x = ptx::exp2(x * scale_log2 - offset[r]);
             row_sum[r] += x;
         });
     }
-    // Divides by the sums; a row without a visible key becomes 0. lse: natural logarithm of the sum of exponentials.
+    // Divides by the row sums; a row without visible keys becomes 0. lse: natural log-sum-exp of the scores.
     template <int kRows, int kCols>
     FA_DEVICE void finish(AccTile<kRows, kCols>& out, float weight_scale, float (&lse)[kLaneRows]) {
         float factor[kLaneRows];

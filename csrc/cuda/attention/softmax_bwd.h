@@ -1,5 +1,4 @@
-// The softmax of the backward pass: FlashAttention-2, algorithm 2. What a query has to know of its other keys is in two
-// numbers, its log-sum-exp and dsoftmax_sum.
+// Softmax of the backward pass: FlashAttention-2, algorithm 2. The row statistics are LSE and dsoftmax_sum.
 #pragma once
 #include "cuda/attention/score_tile.h"
 #include "cuda/attention/softmax.h"
@@ -9,12 +8,12 @@
 
 namespace flash_attn {
 
-// In the log2 domain. What sees no key has -infinity, or +infinity, as others write it: +infinity makes every weight
-// zero.
+// LSE in the log2 domain. A row without visible keys has -infinity, or +infinity from flash_attn 2.8.3; returns
+// +infinity for both, which makes every weight zero.
 FA_DEVICE float lse_log2_of(float lse) { return lse == -ptx::infinity() ? ptx::infinity() : lse * float(kLog2e); }
 
-// Scores become weights: zero where lse_log2 is +infinity. kSelect: and where scores are -infinity, even for a query
-// with a log-sum-exp that is NaN, because one of the keys that it does see is.
+// Scores become weights; zero where lse_log2 is +infinity. kSelect: also zero where the score is -infinity, even if LSE
+// is NaN because a visible key is NaN.
 template <bool kSelect, int kRows, int kCols, class Numbers>
 FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, Numbers lse_log2, float scale_log2) {
     s.for_each_octet([&](int n) { lse_log2.select(n); },
@@ -24,8 +23,8 @@ FA_DEVICE void recompute_weights(AccTile<kRows, kCols>& s, Numbers lse_log2, flo
                      });
 }
 
-// dP becomes dS, the gradient of scaled products; weights that mark_dropped() marked become what dV is made of.
-// kSelect: pairs that do not attend may have a dP that is not finite.
+// dP becomes dS, the gradient of scaled products; P becomes the weights of dV: dropped or rescaled. kSelect: dP of
+// hidden pairs may be NaN or infinity.
 template <bool kSelect, class Score, class At, class Numbers, int kRows, int kCols>
 FA_DEVICE void score_gradient(AccTile<kRows, kCols>& p, AccTile<kRows, kCols>& dp, Numbers dsoftmax_sum,
                               Numbers lse_log2, const Score& score, const At& at) {

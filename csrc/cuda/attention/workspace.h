@@ -1,4 +1,4 @@
-// The workspace of the backward pass (cuda/attention/dq_accum.h) in one piece of memory.
+// Layout of the backward workspace (cuda/attention/dq_accum.h), a single allocation.
 #pragma once
 #include <cstdint>
 #include "policy/tile_order.h"
@@ -6,11 +6,11 @@
 namespace flash_attn::cuda {
 
 struct WorkspaceShape {
-    int block_m, tile_elements, turns;  // of a tile of dQ
+    int block_m, tile_elements, turns;  // of a dQ tile; turns: number of semaphores
     bool pads_rows;
 };
 
-// Where the parts start, in bytes.
+// Byte offsets of its parts.
 struct WorkspaceOffsets {
     static constexpr int64_t kNumberBytes = 4, kAlignment = 16;
     int64_t tiles, turns, lse_log2, dsoftmax_sum, end;

@@ -1,6 +1,6 @@
-// Four 8x8 matrices of 16-bit elements between shared memory and the fragments of a warp. Lane l gives the address of
-// row l % 8 of matrix l / 8, 16 bytes and 16-byte aligned; register m of lane l holds elements 2 (l % 4) and
-// 2 (l % 4) + 1 of row l / 4 of matrix m, or with kTranspose of its transpose.
+// Four 8x8 matrices of 16-bit elements between shared memory and warp fragments. Lane l passes the 16-byte aligned
+// address of row l % 8 of matrix l / 8; register m of lane l holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of
+// matrix m, or of its transpose with kTranspose.
 #pragma once
 #include "cuda/ptx/types.h"
 

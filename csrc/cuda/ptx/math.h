@@ -1,5 +1,5 @@
-// The approximate functions of the special function unit. PTX ISA, "Floating Point Instructions: ex2, lg2, rcp".
-// Denormal inputs and results count as zero (.ftz), which spares the scaling around each of them.
+// Approximate functions of the special function unit (MUFU). PTX ISA, "Floating Point Instructions: ex2, lg2, rcp".
+// Denormal inputs and results are flushed to zero (.ftz), which avoids scaling instructions around each of them.
 #pragma once
 #include "cuda/ptx/types.h"
 
@@ -19,7 +19,7 @@ FA_DEVICE float log2(float x) {
     return y;
 }
 
-// 1 / x, at most 1 unit in the last place off; reciprocal(0) is infinity.
+// 1 / x, error at most 1 ulp; reciprocal(0) is infinity.
 FA_DEVICE float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

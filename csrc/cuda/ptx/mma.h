@@ -1,11 +1,11 @@
-// Matrix products of one warp.
+// Warp-level matrix products.
 #pragma once
 #include "cuda/ptx/types.h"
 
 namespace flash_attn::ptx {
 
-// acc[16, 8] += a[16, 16] * b[16, 8], fp32 accumulators. acc points at four registers. With g = lane / 4 and
-// c = 2 (lane % 4), a register holds a pair of neighbours:
+// acc[16, 8] += a[16, 16] * b[16, 8], fp32 accumulators acc[0 .. 3]. With g = lane / 4 and c = 2 (lane % 4), a register
+// of a or b holds two adjacent elements:
 //   a[0], a[1]: rows g and g + 8, columns c and c + 1;  a[2], a[3]: the same rows, columns c + 8 and c + 9
 //   b0: rows c and c + 1 of column g;  b1: rows c + 8 and c + 9
 //   acc[0], acc[1]: row g, columns c and c + 1;  acc[2], acc[3]: row g + 8

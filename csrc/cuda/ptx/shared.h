@@ -1,4 +1,4 @@
-// Plain accesses to shared memory by its 32-bit address. PTX ISA, "Data Movement and Conversion Instructions: ld, st".
+// Shared memory accesses by 32-bit address. PTX ISA, "Data Movement and Conversion Instructions: ld, st".
 #pragma once
 #include "cuda/ptx/types.h"
 
@@ -13,7 +13,7 @@ FA_DEVICE void store_shared(SmemPtr p, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(p.address), "r"(value) : "memory");
 }
 
-// 8 and 16 bytes, at multiples of that.
+// 8 and 16 bytes, aligned to their size.
 FA_DEVICE void load_shared_8(uint32_t (&r)[2], SmemPtr p) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(p.address) : "memory");
 }

@@ -1,6 +1,6 @@
-// sm_90. Boxes of a tensor between global and shared memory, issued by one thread. coord[0] counts along the contiguous
-// dimension. Elements outside of the tensor read as zero and are not written. Stores join the groups of bulk.h.
-// PTX ISA, "Asynchronous copy: Tensor copy: cp.async.bulk.tensor".
+// sm_90. TMA: copies boxes of a tensor between global and shared memory, issued by one thread. coord[0] is the
+// contiguous dimension. Out-of-bounds elements are loaded as zero and not stored. Stores join the bulk groups of
+// bulk.h. PTX ISA, "Asynchronous copy: Tensor copy: cp.async.bulk.tensor".
 #pragma once
 #include <cuda.h>
 
@@ -10,7 +10,7 @@ namespace flash_attn::ptx {
 
 using TensorMap = CUtensorMap;  // a kernel parameter: FA_GRID_CONSTANT ptx::TensorMap
 
-// smem_dst is a multiple of 128; 1024 with the 128-byte swizzle.
+// smem_dst is 128-byte aligned; 1024-byte aligned with the 128-byte swizzle.
 template <int kRank>
 FA_DEVICE void tma_load(SmemPtr smem_dst, const TensorMap& map, SmemPtr bar, const int (&coord)[kRank]) {
     static_assert(kRank >= 2 && kRank <= 5);
@@ -63,8 +63,7 @@ template <int kRank> FA_DEVICE void tma_store(const TensorMap& map, SmemPtr smem
             : "memory");
 }
 
-// The box into the level-2 cache, and no further: a hint for what will be loaded soon. PTX ISA,
-// "cp.async.bulk.prefetch.tensor".
+// Prefetches the box into the L2 cache only. PTX ISA, "cp.async.bulk.prefetch.tensor".
 FA_DEVICE void tma_prefetch(const TensorMap& map, const int (&coord)[4]) {
     asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(coord[0]),
                  "r"(coord[1]), "r"(coord[2]), "r"(coord[3])

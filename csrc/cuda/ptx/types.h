@@ -1,4 +1,4 @@
-// Element types, thread coordinates, shared memory and conversions between fp32 and pairs of 16-bit elements.
+// Element types, thread coordinates, shared memory addresses and conversions from fp32 to pairs of 16-bit elements.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -6,25 +6,25 @@
 #include "policy/host_device.h"
 
 #define FA_DEVICE __device__ __forceinline__
-// Blocks of max_threads threads; ptxas keeps to as few registers as min_blocks of them on one multiprocessor need.
+// __launch_bounds__: ptxas limits the registers so that min_blocks blocks of max_threads threads fit on one SM.
 #define FA_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define FA_GRID_CONSTANT const __grid_constant__
 
 namespace flash_attn {
 
-// Plain bits: the headers that define CUDA's own types cost a second of compile time per file.
+// Plain bits: the headers of CUDA's own types cost a second of compile time per file.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
 namespace ptx {
 
-// The dynamic shared memory of the block. 1024 bytes is what the widest swizzle of TMA and wgmma repeats after.
+// Dynamic shared memory of the block, aligned to 1024 bytes: the period of the 128-byte swizzle of TMA and wgmma.
 extern __shared__ __align__(1024) char dynamic_smem[];
 FA_DEVICE char* smem() { return dynamic_smem; }
-// PTX ISA, "State Spaces": instructions on shared memory take a 32-bit address within its window.
+// PTX ISA, "State Spaces": instructions on shared memory take a 32-bit address in its window.
 FA_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Where something lies in shared memory, as those instructions take it.
+// A shared memory address as those instructions take it.
 struct SmemPtr {
     uint32_t address;
 
@@ -33,13 +33,13 @@ struct SmemPtr {
     FA_DEVICE SmemPtr operator+(int bytes) const { return SmemPtr(address + static_cast<uint32_t>(bytes)); }
 };
 FA_DEVICE SmemPtr flip_bits(SmemPtr p, int bits) { return SmemPtr(p.address ^ static_cast<uint32_t>(bits)); }
-// The same address, opaque to the compiler, so that constants added to it become immediate offsets of loads and
-// stores. Otherwise it folds them into several base addresses, each in a register.
+// The same address, opaque to the compiler, so that constants added to it become immediate offsets of loads and stores.
+// Otherwise the compiler folds them into several base addresses, each in a register.
 FA_DEVICE SmemPtr pin(SmemPtr p) {
     asm("" : "+r"(p.address));
     return p;
 }
-// The same number, opaque to the compiler, so that what is derived from it is not hoisted out of a loop into registers.
+// The same number, opaque to the compiler, so that values derived from it are not hoisted out of a loop into registers.
 FA_DEVICE uint32_t opaque(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -53,10 +53,10 @@ template <class T> FA_DEVICE T* opaque(T* x) {
     asm volatile("" : "+l"(x));
     return x;
 }
-// Tells the compiler that a number is the same in all lanes of a warp, so that it may use a uniform register.
+// Broadcasts lane 0's value: tells the compiler that it is warp-uniform, so that it may use a uniform register.
 FA_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-// Reconverges the lanes of a warp after a branch that the compiler takes for divergent. Uniform registers are kept only
-// across convergent code.
+// Reconverges a warp after a branch that the compiler considers divergent: it keeps uniform registers only in
+// convergent code.
 FA_DEVICE void converge() { __syncwarp(); }
 
 FA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
@@ -66,8 +66,8 @@ FA_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 FA_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 FA_DEVICE float infinity() { return bits_float(0x7f800000u); }
 
-// PTX ISA, "Data Movement and Conversion Instructions: cvt". To nearest, ties to even; denormals are kept, NaN becomes
-// 0x7fff, and what is too large for the type becomes infinity.
+// PTX ISA, "Data Movement and Conversion Instructions: cvt". Rounds to nearest even; denormals are kept, NaN becomes
+// 0x7fff, and overflow becomes infinity.
 template <class Element> FA_DEVICE uint32_t pack(float lo, float hi) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     uint32_t pair;
@@ -90,7 +90,7 @@ template <class Element> FA_DEVICE float unpack_hi(uint32_t pair) {
     return unpack_lo<Element>(pair >> 16);
 }
 
-// Whether either half is an infinity or a NaN: its exponent is all ones, and one more carries into the sign.
+// Whether either half is infinity or NaN: all exponent bits are set, so adding one carries into the sign.
 template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     constexpr uint32_t kExponents = std::is_same_v<Element, bf16> ? 0x7f807f80u : 0x7c007c00u;
@@ -98,8 +98,8 @@ template <class Element> FA_DEVICE bool any_nonfinite(uint32_t pair) {
     return (((pair & kExponents) + kOnes) & 0x80008000u) != 0;
 }
 
-// marks, in which a half becomes NaN, and stays so, when that of the pair is an infinity or a NaN: with one instruction
-// zero times the pair, plus marks. They begin as 0. PTX ISA, "Half Precision Floating Point Instructions: fma".
+// marks, with each half set to NaN if that half of pair is infinity or NaN; a NaN stays. One fma: 0 * pair + marks.
+// Start from marks = 0. PTX ISA, "Half Precision Floating Point Instructions: fma".
 template <class Element> FA_DEVICE uint32_t mark_nonfinite(uint32_t marks, uint32_t pair) {
     static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
     if constexpr (std::is_same_v<Element, bf16>)

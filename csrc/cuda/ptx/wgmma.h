@@ -1,39 +1,39 @@
-// sm_90a. Products of a warpgroup: acc[64, N] (+)= A[64, 16] * B[16, N], fp32 accumulators, executed asynchronously.
-// A comes from shared memory (ss) or registers (rs), B always from shared memory. In warp w of the warpgroup, register
-// 4 j + 2 i + e of lane l is element (16 w + l / 4 + 8 i, 8 j + 2 (l % 4) + e) of the accumulator; registers of A are
-// as in mma_m16n8k16. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+// sm_90a. Asynchronous warpgroup products: acc[64, N] (+)= A[64, 16] * B[16, N], fp32 accumulators. A is in shared
+// memory (ss) or registers (rs), B in shared memory. In warp w of the warpgroup, accumulator register 4 j + 2 i + e of
+// lane l is element (16 w + l / 4 + 8 i, 8 j + 2 (l % 4) + e); registers of A are as in mma_m16n8k16. PTX ISA,
+// "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 #pragma once
 #include "cuda/ptx/types.h"
 
 namespace flash_attn::ptx {
 
-enum class Major { kK, kMN };  // the index that is contiguous in shared memory: the one summed over, or the other
+enum class Major { kK, kMN };  // which index is contiguous in shared memory: k (the summed one), or m / n
 enum class Swizzle { kNone = 0, k128B = 1, k64B = 2, k32B = 3 };
 
-// PTX ISA, "Matrix Descriptor Format". Bytes between parts of an operand:
+// PTX ISA, "Matrix Descriptor Format". Byte offsets within an operand:
 //   K-major, swizzled: stride between groups of 8 rows; leading is ignored
-//   MN-major, swizzled: stride between groups of 8 k; leading between runs of mn that are as wide as the swizzle
+//   MN-major, swizzled: stride between groups of 8 k; leading between swizzle-wide panels of m or n
 FA_DEVICE uint64_t wgmma_descriptor(SmemPtr start, int leading_bytes, int stride_bytes, Swizzle swizzle) {
     return static_cast<uint64_t>((start.address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
            static_cast<uint64_t>(stride_bytes >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
-// Orders earlier accesses to accumulator and A registers before the products that follow.
+// Orders earlier accesses to the accumulator and A registers before the wgmma that follow.
 FA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Closes the group of the products issued since the last commit.
+// Closes the group of the wgmma issued since the last commit.
 FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most kPending groups are in flight.
 template <int kPending> FA_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// After a wait: registers that a product wrote must not be read by code that the compiler moved above it.
+// After a wait: keeps the compiler from moving reads of accumulator registers above it.
 template <int kCount> FA_DEVICE void pin_registers(float (&r)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
-// The operands of an asm statement cannot be built from a parameter pack, so what follows spells them out: registers of
-// the accumulator in eights, then the widths in use.
+// The operands of an asm statement cannot be built from a parameter pack, so these macros spell them out: accumulator
+// registers in groups of eight, then the widths in use.
 #define FA_ACC8(i)                                                                                              \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
@@ -77,7 +77,7 @@ template <int kCount> FA_DEVICE void pin_registers(float (&r)[kCount]) {
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FA_ACC_128 FA_ACC_96, FA_ACC8(96), FA_ACC8(104), FA_ACC8(112), FA_ACC8(120)
-// n: width; regs, acc: its registers; then the numbers of the operands that follow them.
+// X(width n, registers, accumulators, then the numbers of the operands that follow them).
 #define FA_WGMMA_WIDTHS(X)                                                       \
     X(32, FA_REGS_16, (FA_ACC_16), "16", "17", "18", "19", "20", "21", "22")     \
     X(40, FA_REGS_20, (FA_ACC_20), "20", "21", "22", "23", "24", "25", "26")     \

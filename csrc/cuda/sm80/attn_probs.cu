@@ -1,4 +1,4 @@
-// The matrix of weights, for one FA_ELEMENT and FA_HEAD_DIM.
+// The attention matrix, for one FA_ELEMENT and FA_HEAD_DIM.
 #include "cuda/instances.h"
 #include "cuda/launch.h"
 #include "cuda/sm80/attn_probs.h"

@@ -1,5 +1,5 @@
-// P = exp(S - softmax_lse) as a full matrix in global memory, for tests and return_attn_probs. One block per tile of
-// queries, S recomputed tile by tile as in the backward pass. One instance serves every variant: speed does not matter.
+// P = exp(S - softmax_lse) as a full matrix in global memory, for tests and return_attn_probs. One block per query
+// tile; S is recomputed tile by tile as in the backward pass. One instance serves all variants: speed does not matter.
 #pragma once
 #include "cuda/attention/rows.h"
 #include "cuda/attention/softmax_bwd.h"
@@ -42,7 +42,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
         load_keys<Element, kThreads>(sK, p, p.k, batch, head / (p.num_heads / p.num_heads_k), seq, n0, p.head_dim);
         ptx::cp_async_commit();
         ptx::cp_async_wait<0>();
-        ptx::sync_threads();  // Q and K have landed, for every thread's part
+        ptx::sync_threads();  // Q and K have landed: every thread's copies are visible
         AccTile<Config::kWarpRows, N> acc_s;
         acc_s.clear();
         mma_abt<Element>(acc_s, sQ, warp_row0, sK, 0);
@@ -56,7 +56,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
             const uint32_t pair = mask.keep(row, key) ? ptx::pack<Element>(x, 0.f) : 0;
             ptx::store(probs + int64_t(row) * p.seqlens.seqlen_k + key, Element{uint16_t(pair)});
         });
-        ptx::sync_threads();  // all warps are done with K
+        ptx::sync_threads();  // all warps have finished reading K
     }
 }
 

@@ -1,4 +1,4 @@
-// The kernels for compute capability 8.0 and later, which take every problem.
+// The backend for compute capability 8.0 and later: runs every problem.
 #include "cuda/backend.h"
 #include "cuda/instances.h"
 #include "cuda/sm80/config.h"

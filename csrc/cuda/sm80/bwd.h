@@ -1,8 +1,8 @@
 // Main kernel of the backward pass for compute capability 8.0 and later: FlashAttention-2, algorithm 2. A block owns a
-// tile of keys of one head of K and V and walks over the tiles of queries of all query heads that share it, so dK and
-// dV stay in registers and are summed in a fixed order. P and dS pass through shared memory, since dV and dK need their
-// rows as columns and every warp needs all of them. Q and dO have one buffer each: the next dO is loaded from when dV
-// is done, the next Q from when dK is done.
+// key tile of one head of K and V and loops over the query tiles of all query heads that share it, so dK and dV stay in
+// registers and are summed in a fixed order. P and dS go through shared memory: dV and dK need them transposed, and
+// every warp needs all of them. Q and dO have one buffer each: the next dO is loaded once dV is computed, the next Q
+// once dK is.
 #pragma once
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/softmax_bwd.h"
@@ -14,7 +14,7 @@
 
 namespace flash_attn {
 
-// Adds a part of a tile of dQ to the workspace.
+// Adds one part of a dQ tile to the workspace.
 template <class Config> FA_DEVICE void add_dq(const typename Config::GridDq::Acc& dq, float* sums) {
 #pragma unroll
     for (int i = 0; i < dq.kRowBlocks; ++i)
@@ -84,7 +84,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         const typename Variant::Score score(p, seq, batch, head);
         ptx::cp_async_wait<0>();
         bool nonfinite = false;
-        // K, V, Q and dO have landed, for every thread's part; all warps are done with P and dS.
+        // K, V, Q and dO have landed: every thread's copies are visible. All warps have finished reading P and dS.
         if (Variant::kMasked && !is_full) {
             if (!k_searched) k_nonfinite = holds_nonfinite<Element, kThreads>(sK);
             k_searched = true;
@@ -112,33 +112,33 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         score_gradient<Variant::kMasked>(acc_s, acc_dp, dsoftmax_sum, lse_log2, score, at);
         store_shared<Element>(acc_s, sP, GridS::row0(), GridS::col0());
         store_shared<Element>(acc_dp, sDS, GridS::row0(), GridS::col0());
-        ptx::sync_threads();  // P and dS are complete; all warps are done with S and dP
+        ptx::sync_threads();  // P and dS are complete; all warps have computed S and dP
 
         if (Variant::kMasked && nonfinite) {
             const auto attends = [&](int r, int k) { return mask.keep(m0 + k, n0 + GridDkv::row0() + lane_row(r)); };
             add_nonfinite<Element>(acc_dv, sDout, GridDkv::col0(), attends);
-            // Where Q is not finite, dS of what attends is not either, and carries it to dK.
-            ptx::sync_threads();  // all warps have seen what is about to be cleared
+            // A nonfinite Q makes dS of the pairs that see it nonfinite too, and dS carries it to dK.
+            ptx::sync_threads();  // all warps have read the values that are cleared next
             clear_nonfinite<Element, kThreads>(sQ);
             clear_nonfinite<Element, kThreads>(sDout);
             ptx::sync_threads();  // Q and dO are finite
         }
         const int next_m = m + 1 < tiles.end ? m + 1 : tiles.begin, next_head = m + 1 < tiles.end ? head : head + 1;
         mma_atb<Element>(acc_dv, sP, GridDkv::row0(), sDout, GridDkv::col0());
-        ptx::sync_threads();  // all warps are done with dO
+        ptx::sync_threads();  // all warps have finished reading dO
         if (next_head < end_head) load_dout(next_head, next_m);
         mma_atb<Element>(acc_dk, sDS, GridDkv::row0(), sQ, GridDkv::col0());
-        ptx::sync_threads();  // all warps are done with Q
+        ptx::sync_threads();  // all warps have finished reading Q
         if (next_head < end_head) load_q(next_head, next_m);
 
         const int64_t dq_tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
         float* const sums = dq_sums<Config>(params.accum, head, dq_tile) + Config::dq_thread();
-        // In a fixed order, tiles of keys add theirs in ascending order. Those that precede this one belong to blocks
-        // with smaller indices, which start earlier, so that waiting ends.
+        // Deterministic: key tiles add to dQ in ascending order. The blocks of the earlier tiles have smaller indices
+        // and start earlier, so the wait cannot deadlock.
         int32_t* const turn = dq_turns<Config>(params.accum, head, dq_tile);
         if (pass.deterministic) {
             if (ptx::thread_idx() == 0) ptx::wait_for_turn(turn, n - tiles_of(mask.kv_range(rows), N).begin);
-            ptx::sync_threads();  // the tile is this block's
+            ptx::sync_threads();  // it is this block's turn to add
         }
         if (Variant::kMasked && nonfinite) {
             const auto attends = [&](int r, int k) { return mask.keep(m0 + GridDq::row0() + lane_row(r), n0 + k); };
@@ -149,7 +149,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
                 add_nonfinite<Element>(acc_dq, sK, Config::dq_col0(part), attends);
                 add_dq<Config>(acc_dq, sums + Config::dq_element(part, 0, 0));
             }
-            ptx::sync_threads();  // all warps have seen what is about to be cleared
+            ptx::sync_threads();  // all warps have read the values that are cleared next
             clear_nonfinite<Element, kThreads>(sK);
             ptx::sync_threads();  // K is finite
         }
@@ -165,7 +165,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
             if (ptx::thread_idx() == 0) ptx::pass_turn(turn);
         }
         if (Variant::kMasked && nonfinite && next_head < end_head) {
-            ptx::sync_threads();  // all warps are done with the finite K
+            ptx::sync_threads();  // all warps have finished reading the cleared K
             load_k();
         }
         head = next_head;

@@ -1,4 +1,4 @@
-// A tile shape of the backward pass for compute capability 8.0 and later, as its three kernels take it.
+// Compile-time configuration of the backward pass for compute capability 8.0 and later, from one tile shape.
 #pragma once
 #include "cuda/sm80/config.h"
 #include "cuda/tile/acc_tile.h"
@@ -8,7 +8,7 @@
 
 namespace flash_attn {
 
-// How the warps of a block divide a tile: kRowWarps times kColWarps rectangles.
+// Partition of a tile among the warps of a block: kRowWarps x kColWarps rectangles.
 template <int kRows_, int kCols_, int kWarps, int kRowWarps> struct WarpGrid {
     static constexpr int kColWarps = kWarps / kRowWarps;
     static constexpr int kRows = kRows_ / kRowWarps, kCols = kCols_ / kColWarps;
@@ -30,7 +30,7 @@ template <class Element_, BwdShapeSm80 kShape> struct BwdConfigSm80 {
     FA_DEVICE static int dq_col0(int part) { return part * kDqPartCols + GridDq::col0(); }
     static constexpr cuda::WorkspaceShape kWorkspace = workspace_shape(kShape);
     static constexpr int kDqTileElements = kWorkspace.tile_elements, kDqTurns = kWorkspace.turns;
-    // Element j of row block i of a part, within a tile of dQ: one element of all threads, then the next.
+    // Offset in a dQ tile of element j of row block i of a part: consecutive threads are consecutive.
     FA_DEVICE static int dq_thread() { return ptx::thread_idx(); }
     FA_DEVICE static constexpr int dq_element(int part, int i, int j) {
         return part * kBlockM * kDqPartCols + (i * GridDq::Acc::kPerBlock + j) * kThreads;

@@ -1,9 +1,9 @@
-// Tile shapes for compute capability 8.0 and later. Plain data that the host reads as well: a workspace has to be made
+// Tile shapes for compute capability 8.0 and later. Plain data, also read by the host: it allocates the workspace
 // before any kernel runs.
 //
-// Of the rows for a head_dim the last that fits is taken. Those with large_smem are for devices that give a block
-// 163 KB of shared memory, as 8.0 does, and 9.0 more; 8.6, 8.9 and 12.x give 99 KB, which the others keep within. Those
-// with plain_scores have no registers left for softcap, ALiBi and dropout.
+// The last row that fits a head_dim is used. Rows with large_smem need 163 KB of shared memory per block, as on 8.0 and
+// 9.0; the others fit the 99 KB of 8.6, 8.9 and 12.x. Rows with plain_scores have no registers left for softcap, ALiBi
+// and dropout.
 #pragma once
 #include "cuda/attention/workspace.h"
 #include "cuda/shape_table.h"
@@ -16,8 +16,8 @@ constexpr int kHeadDimsSm80[] = {
 
 constexpr int kSmallSmemBytes = 99 * 1024, kLargeSmemBytes = 163 * 1024;
 
-// Warps of 32 queries load each tile of keys half as often from shared memory as warps of 16; from head_dim 192 on
-// their accumulators would not fit into registers.
+// Warps of 32 queries load each key tile from shared memory half as often as warps of 16; from head_dim 192 on their
+// accumulators would not fit into registers.
 struct FwdShapeSm80 {
     int head_dim, block_m, block_n, warps;
     bool large_smem = false;
@@ -25,7 +25,7 @@ struct FwdShapeSm80 {
 constexpr FwdShapeSm80 kFwdShapesSm80[] = {
     {.head_dim = 64, .block_m = 128, .block_n = 64, .warps = 4},
     {.head_dim = 96, .block_m = 128, .block_n = 64, .warps = 4},
-    {.head_dim = 128, .block_m = 128, .block_n = 32, .warps = 4},  // 64 keys need more registers than there are
+    {.head_dim = 128, .block_m = 128, .block_n = 32, .warps = 4},  // 64 keys would spill registers
     {.head_dim = 192, .block_m = 128, .block_n = 64, .warps = 8},
     {.head_dim = 256, .block_m = 64, .block_n = 64, .warps = 4},
     {.head_dim = 256, .block_m = 128, .block_n = 64, .warps = 8, .large_smem = true},
@@ -37,8 +37,8 @@ constexpr FwdShapeSm80 fwd_shape_sm80(int head_dim, bool large_smem) {
     });
 }
 
-// rows_*: how many of the warps lie above each other in S and dP, in dK and dV, and in dQ. dQ is computed in dq_parts
-// parts of its columns, one after the other, where its accumulators would not fit beside those of dK and dV.
+// rows_*: number of warps along the rows of S and dP, of dK and dV, and of dQ. dQ is computed in dq_parts column parts,
+// one after the other, where its accumulators do not fit beside those of dK and dV.
 struct BwdShapeSm80 {
     int head_dim, block_m, block_n, warps;
     int rows_s, rows_dkv, rows_dq, dq_parts = 1;

@@ -1,6 +1,6 @@
-// Forward pass for compute capability 8.0 and later: FlashAttention-2, algorithm 1. A block computes a tile of queries,
-// each warp some of its rows, and walks over the tiles of keys from the last to the first. K and V have one buffer
-// each: V is loaded while Q K^T is computed, the next K during softmax and P V.
+// Forward pass for compute capability 8.0 and later: FlashAttention-2, algorithm 1. A block computes a query tile, each
+// warp some of its rows, and loops over the key tiles from last to first. K and V have one buffer each: V is loaded
+// during Q K^T, the next K during softmax and P V.
 #pragma once
 #include "cuda/attention/rows.h"
 #include "cuda/attention/score_tile.h"
@@ -17,14 +17,14 @@ namespace flash_attn {
 template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(FA_GRID_CONSTANT FwdParams params) {
     using Element = typename Config::Element;
     constexpr int M = Config::kBlockM, N = Config::kBlockN, D = Config::kHeadDim, kThreads = Config::kThreads;
-    // How many keys get their weights at a time, shortly before their product: fewer need fewer registers, but random
-    // numbers are drawn for whole tiles.
+    // Number of keys whose weights are computed at a time, just before their product: fewer keys need fewer registers,
+    // but dropout draws random numbers for whole tiles.
     constexpr int kStepKeys = Variant::kModified ? N : min(N, 32);
     const Problem& p = params.problem;
     const TileGrid grid = query_grid(p, M);
     const auto [tile, head, batch] = grid.at(ptx::block_idx());
     const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
-    const int m0 = (grid.num_tiles - 1 - tile) * M;  // under a causal mask the last tiles have most to do
+    const int m0 = (grid.num_tiles - 1 - tile) * M;  // under a causal mask the last tiles have the most work
     if (m0 >= seq.seqlen_q) return;
     const Variant variant(p, seq, batch, head);
     const auto& mask = variant.mask;
@@ -58,7 +58,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
         const int n0 = n * N;
         const bool is_full = mask.is_full_block(rows, {n0, n0 + N});
         ptx::cp_async_wait<0>();
-        ptx::sync_threads();  // K has landed, for every thread's part; all warps are done with the previous V
+        ptx::sync_threads();  // K has landed, every thread's copies; all warps have finished reading the last V
         load_v(n);
         AccTile<Config::kWarpRows, N> acc_s;
         acc_s.clear();
@@ -66,7 +66,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
 
         ptx::cp_async_wait<0>();
         bool nonfinite = false;
-        // V has landed, for every thread's part; all warps are done with K.
+        // V has landed: every thread's copies are visible. All warps have finished reading K.
         if (Variant::kMasked && !is_full)
             nonfinite = ptx::sync_threads_or(holds_nonfinite<Element, kThreads>(sV));
         else
@@ -83,7 +83,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
                 return mask.template keep<true>(ptx::opaque(at.row0) + lane_row(r), n0 + k);
             };
             add_nonfinite<Element>(acc_o, sV, 0, attends);
-            ptx::sync_threads();  // all warps have seen what is about to be cleared
+            ptx::sync_threads();  // all warps have read the values that are cleared next
             clear_nonfinite<Element, kThreads>(sV);
             ptx::sync_threads();  // V is finite
         }

@@ -1,4 +1,4 @@
-// A tile shape of the forward pass for compute capability 8.0 and later, as its kernels take it.
+// Compile-time configuration of the forward pass for compute capability 8.0 and later, from one tile shape.
 #pragma once
 #include "cuda/sm80/config.h"
 #include "cuda/tile/smem_plan.h"

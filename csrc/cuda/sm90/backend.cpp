@@ -1,4 +1,4 @@
-// The kernels for compute capability 9.0, which take what TMA can read and write.
+// The backend for compute capability 9.0: runs problems whose tensors TMA can access.
 #include "cuda/backend.h"
 #include <initializer_list>
 #include "cuda/instances.h"

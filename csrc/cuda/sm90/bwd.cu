@@ -31,7 +31,7 @@ const char* launch_bwd(const BwdParams& params, void* workspace, const Device& d
     kernel_params.common = {params, place_workspace(workspace, p, Config::kWorkspace)};
     const int64_t query_blocks = query_grid(p, Config::kBlockM).num_blocks();
     const TileGrid key_tiles = key_grid(p, Config::kBlockN);
-    // Q and dO, and dQ in fp32.
+    // Bytes per query that a key head reads: Q and dO, and dQ in fp32.
     const int64_t row_bytes = (p.head_dim + p.head_dim_v) * TmaStrides::kElementBytes + p.head_dim * int64_t(4);
     const int64_t head_bytes = p.num_heads / p.num_heads_k * int64_t(p.seqlens.seqlen_q) * row_bytes;
     if (const char* error = check_tiles(key_tiles.num_blocks())) return error;

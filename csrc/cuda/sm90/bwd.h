@@ -1,6 +1,6 @@
 // Main kernel of the backward pass for compute capability 9.0: FlashAttention-3 (2024), section 3.1 and appendix B.1. A
-// block owns a tile of keys of one head of K and V and walks over the tiles of queries of all query heads that share
-// it. One warp loads them by TMA, and two or three warpgroups, the consumers, compute.
+// block owns a key tile of one head of K and V and loops over the query tiles of all query heads that share it. One
+// producer warp loads them by TMA; two or three consumer warpgroups compute.
 #pragma once
 #include "cuda/ptx/grid.h"
 #include "cuda/sm90/bwd_columns.h"
@@ -8,8 +8,8 @@
 
 namespace flash_attn {
 
-// Prefetches into L2 the first tiles of the block that will probably be scheduled after this one on the same
-// multiprocessor. Blocks of a wave start together, and would all wait for global memory at once.
+// Prefetches into L2 the first tiles of the block that probably runs next on this SM. The blocks of a wave start
+// together and would all wait for global memory at the same time.
 template <class Config, class Variant> FA_DEVICE void prefetch_next_block(const BwdKernelParamsSm90& params) {
     const int64_t next = int64_t(ptx::block_idx()) + params.blocks_at_a_time;
     if (next >= params.order.grid.num_blocks()) return;
@@ -24,8 +24,8 @@ template <class Config, class Variant> FA_DEVICE void prefetch_next_block(const 
     tile.query_rows(params.dout, tile.first_head).template prefetch<TileQ>(m0);
 }
 
-// The producer, one thread: loads Q and dO of every tile of queries. K shares the barrier of the first Q, and V that of
-// the first dO, so that S = Q K^T can start before V has come.
+// The producer thread: loads Q and dO of every query tile. K shares the mbarrier of the first Q, and V that of the
+// first dO, so that S = Q K^T can start before V has landed.
 template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm90<Config>& smem,
                                                                  const BwdKernelParamsSm90& params,
                                                                  const BwdTileSm90<Config, Variant>& tile) {
@@ -40,7 +40,7 @@ template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm
     for (int i = 0; i < params.heads_per_key_head; ++i) {
         const int head = tile.first_head + i;
         const TmaRows q = tile.query_rows(params.q, head), dout = tile.query_rows(params.dout, head);
-#pragma unroll 1  // this thread has 24 registers
+#pragma unroll 1  // the producer has 24 registers
         for (int m = tile.tiles().begin; m < tile.tiles().end; ++m, at_q.advance(), at_dout.advance()) {
             const int64_t row = dq_rows<Config>(accum, head, first_tile + m);
             const int key_bytes = is_first ? Config::TileK::kBytes : 0;
@@ -56,7 +56,7 @@ template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm
                 dout.load(smem.dout(at_dout.stage), full, m * M);
                 ptx::bulk_load(smem.dsoftmax_sum(at_dout.stage), accum.dsoftmax_sum + row, Config::kRowBytes, full);
             };
-            // After the first tile the stage of dO is released before that of Q, unless dO has fewer stages.
+            // After the first tile dO is released before Q and is loaded first, unless it has fewer stages than Q.
             const bool q_first = Config::kStagesDout < Config::kStagesQ || is_first;
             if (q_first) load_q();
             load_dout();
@@ -67,10 +67,10 @@ template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm
     if (!Config::kOwnsColumns) prefetch_next_block<Config, Variant>(params);
 }
 
-// The scan warps, the other three of the producer's warpgroup: in masked blocks they look for NaN and infinity in K, Q
-// and dO, which a weight of 0 would not keep out of a product. K is scanned before consumers first read the result,
-// since afterwards they clear and restore it. Consumers wait for the result and then fence before TMA overwrites the
-// tiles, which orders the reads of the scan warps too.
+// The scan warps, the other three of the producer warpgroup: in masked blocks they search K, Q and dO for NaN and
+// infinity, which a weight of 0 would not keep out of a product. K is scanned before consumers first read the result,
+// because they may clear and restore it afterwards. Consumers wait for the result and fence before TMA overwrites the
+// tiles, which also orders the reads of the scan warps.
 template <class Config, class Variant>
 FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params) {
     using Element = typename Config::Element;
@@ -108,9 +108,9 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1)
 bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
     using Consumer =
         std::conditional_t<Config::kOwnsColumns, BwdColumnsSm90<Config, Variant>, BwdKeysSm90<Config, Variant>>;
-    ptx::grid_launch_dependents();  // their blocks cannot become resident before all of these are
+    ptx::grid_launch_dependents();  // its blocks become resident only after all blocks of this kernel
     const BwdSmemSm90<Config> smem(ptx::smem());
-    const BwdTileSm90<Config, Variant> tile(params);  // the other roles recompute theirs: registers
+    const BwdTileSm90<Config, Variant> tile(params);  // for the producer; the other roles recompute theirs: registers
     if (!tile.is_outside() && ptx::thread_idx() == 0) {
         smem.init_barriers(Variant::kMasked ? kScanWarps : 0);
         const int64_t first =
@@ -118,9 +118,9 @@ bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
         for (int i = 0; i < Config::kConsumers; ++i) ptx::store_shared(smem.times_cleared(i), 0);
         smem.store_first_query_tile(tile.first_head * params.common.accum.num_tiles + first);
     }
-    ptx::grid_wait();  // the workspace is ready
+    ptx::grid_wait();  // the preprocess kernel has written the workspace
     if (tile.is_outside()) return;
-    ptx::sync_threads();  // barriers are initialised, and the number is there
+    ptx::sync_threads();  // mbarriers, times_cleared and first_query_tile are initialised
     warp_specialize<Config::kConsumers, Variant::kMasked>([&] { load_tiles<Config, Variant>(smem, params, tile); },
                                                           [&] { scan_tiles<Config, Variant>(smem, params); },
                                                           [&] { Consumer(smem, params).run(); });

@@ -1,5 +1,5 @@
-// A tile shape of the backward pass for compute capability 9.0, as its kernels take it, and where things lie in shared
-// memory.
+// Compile-time configuration of the backward pass for compute capability 9.0, from one tile shape, and its shared
+// memory layout.
 #pragma once
 #include "cuda/ptx/shared.h"
 #include "cuda/sm90/config.h"
@@ -17,8 +17,8 @@ template <class Element_, BwdShapeSm90 kShape> struct BwdConfigSm90 {
     static constexpr int kConsumers = kShape.consumers, kThreads = (1 + kConsumers) * kWarpgroupThreads;
     static_assert(kOwnsColumns ? kHeadDim % (64 * kConsumers) == 0 : kBlockN == 64 * kConsumers);
 
-    // A tile of dQ consists of as many blocks, of 64 rows, as there are consumers: half of all rows, or a share of the
-    // columns. Consumers that own columns compute one each, others all of them, and take turns.
+    // A dQ tile consists of kConsumers blocks of 64 rows: halves of the rows, or shares of the columns. Consumers that
+    // own columns compute one block each; otherwise one consumer computes all blocks of a tile, and they alternate.
     static constexpr bool kDqHalvesRows = kBlockM == 128;
     static_assert(kBlockM == (kDqHalvesRows ? 128 : 64));
     static constexpr int kDqCols = kDqHalvesRows ? kHeadDim : kHeadDim / kConsumers;
@@ -28,14 +28,14 @@ template <class Element_, BwdShapeSm90 kShape> struct BwdConfigSm90 {
     static_assert(kDqTileElements == kConsumers * kDqBlockElements);
     FA_DEVICE static constexpr int dq_row0(int block) { return kDqHalvesRows ? 64 * block : 0; }
     FA_DEVICE static constexpr int dq_column0(int block) { return kDqHalvesRows ? 0 : kDqCols * block; }
-    // Element j of a thread, within a block, or, if it has all blocks one after another, within the tile: 16 bytes of
-    // all threads, then the next.
+    // Offset of element j of a thread, within a block or, for a thread with all blocks, within the tile: consecutive
+    // threads hold consecutive chunks of 16 bytes.
     FA_DEVICE static constexpr int dq_element(int j) { return j / 4 * 4 * kWarpgroupThreads + j % 4; }
 
-    using TileK = WideTile<kBlockN, kHeadDim>;     // V too
-    using TileQ = WideTile<kBlockM, kHeadDim>;     // dO too
-    using TileDs = WideTile<kBlockM, kBlockN>;     // two of them: of this step and the last, or P and dS
-    static constexpr int kRowBytes = kBlockM * 4;  // one number per query
+    using TileK = WideTile<kBlockN, kHeadDim>;     // also V
+    using TileQ = WideTile<kBlockM, kHeadDim>;     // also dO
+    using TileDs = WideTile<kBlockM, kBlockN>;     // two: dS of this and the previous step, or P and dS
+    static constexpr int kRowBytes = kBlockM * 4;  // one fp32 value per query
 
     template <int kStagesQ, int kStagesDout> struct Tiles {
         Place<TileK> k, v;
@@ -43,7 +43,7 @@ template <class Element_, BwdShapeSm90 kShape> struct BwdConfigSm90 {
         Place<TileQ, kStagesDout> dout;
         Place<TileDs, 2> ds;
     };
-    // A tile of dQ on its way to the workspace.
+    // With a staging buffer for dQ on its way to the workspace.
     template <int kStagesQ, int kStagesDout> struct TilesAndDq {
         Tiles<kStagesQ, kStagesDout> tiles;
         float dq[kDqTileElements];
@@ -60,7 +60,7 @@ template <class Element_, BwdShapeSm90 kShape> struct BwdConfigSm90 {
         int64_t first_query_tile;
         uint32_t times_cleared[kConsumers];
     };
-    // dO has a second stage where there is room for it.
+    // dO gets a second stage if it fits.
     static constexpr int kStagesQ = 2, kStagesDout = sizeof(Plan<kStagesQ, 2>) <= kSm90SmemBytes ? 2 : 1;
     using PipelineQ = Pipeline<kStagesQ>;
     using PipelineDout = Pipeline<kStagesDout>;
@@ -73,10 +73,10 @@ template <class Element_, BwdShapeSm90 kShape> struct BwdConfigSm90 {
     static constexpr int kSmemBytes = sizeof(Smem);
     static_assert(kSmemBytes <= kSm90SmemBytes);
 
-    // Rows of dK and dV that are stored at a time.
+    // Rows of dK and dV per TMA store.
     static constexpr int kOutRows = kOwnsColumns ? kBlockN : kWarpgroupRows;
 
-    // Of the kernels before and after the main one. The one after has as many threads as there are consumers.
+    // For the preprocess and postprocess kernels. Postprocess uses as many threads as there are consumer threads.
     using TileOut = WideTile<kBlockM, kHeadDim>;
     static constexpr int kPreprocessThreads = kBlockM / 16 * kWarpThreads;
     struct PreprocessSmem { Place<TileOut> out, dout; };
@@ -100,9 +100,9 @@ template <class Config> struct BwdSmemSm90 {
     using TileDs = typename Config::TileDs;
     using Smem = typename Config::Smem;
     TileK k, v;
-    ptx::SmemPtr k_restored;                  // completes whenever K has come again after the first time
-    typename Config::PipelineQ pipe_q;        // with softmax_lse
-    typename Config::PipelineDout pipe_dout;  // with dsoftmax_sum
+    ptx::SmemPtr k_restored;                  // completes each time K has been reloaded
+    typename Config::PipelineQ pipe_q;        // Q and lse_log2
+    typename Config::PipelineDout pipe_dout;  // dO and dsoftmax_sum
 
     FA_DEVICE explicit BwdSmemSm90(ptx::SmemPtr base)
         : k{base}, v{base + offsetof(Smem, large.tiles.v)}, k_restored(base + offsetof(Smem, k_restored)),
@@ -114,20 +114,20 @@ template <class Config> struct BwdSmemSm90 {
     FA_DEVICE ptx::SmemPtr lse_log2(int stage) const {
         return at(offsetof(Smem, lse_log2)) + stage * Config::kRowBytes;
     }
-    // Of the same stage, where both have as many.
+    // Valid for equal stages, if Q and dO have the same number of them.
     static constexpr int kDsoftmaxSumOffset = offsetof(Smem, dsoftmax_sum) - offsetof(Smem, lse_log2);
     FA_DEVICE ptx::SmemPtr dsoftmax_sum(int stage) const { return lse_log2(stage) + kDsoftmaxSumOffset; }
-    // Of each stage of dO: a barrier that completes when its tiles have been scanned, and a word, the result.
+    // Per stage of dO: an mbarrier that completes when the tiles have been scanned, and a word with the result.
     FA_DEVICE ptx::SmemPtr scanned(int stage) const {
         return at(offsetof(Smem, scanned)) + stage * ptx::kMbarrierBytes;
     }
     FA_DEVICE ptx::SmemPtr has_nonfinite(int stage) const { return at(offsetof(Smem, has_nonfinite)) + stage * 4; }
 
-    // How often anything that is not finite was cleared for a consumer.
+    // How often nonfinite values have been cleared, counted per consumer.
     FA_DEVICE ptx::SmemPtr times_cleared(int consumer) const {
         return at(offsetof(Smem, times_cleared)) + 4 * consumer;
     }
-    // Number of the first tile in the workspace, of the first head, which is needed too rarely to keep it in registers.
+    // First dQ tile in the workspace, for the first head: read too rarely to keep it in registers.
     FA_DEVICE void store_first_query_tile(int64_t tile) const {
         ptx::store_shared(first_query_tile(), static_cast<uint32_t>(tile));
         ptx::store_shared(first_query_tile() + 4, static_cast<uint32_t>(tile >> 32));
@@ -138,7 +138,7 @@ template <class Config> struct BwdSmemSm90 {
         return static_cast<int64_t>(words[1]) << 32 | words[0];
     }
 
-    // One thread. Q and dO are released by the warps that scan them as well.
+    // One thread. Scan warps also release Q and dO.
     FA_DEVICE void init_barriers(int scan_warps) const {
         ptx::mbarrier_init(k_restored, 1);
         pipe_q.init(4 * Config::kConsumers + scan_warps);
@@ -149,7 +149,7 @@ template <class Config> struct BwdSmemSm90 {
 
 private:
     FA_DEVICE ptx::SmemPtr at(int offset) const { return k.base + offset; }
-    // Of Q and dO, which are scanned beside K: added to another base, they leave that of K alone.
+    // Bases of Q and dO are relative to V, so that the scan loop keeps the base of K in a register of its own.
     FA_DEVICE ptx::SmemPtr from_v(int offset) const { return v.base + (offset - int(offsetof(Smem, large.tiles.v))); }
     FA_DEVICE ptx::SmemPtr first_query_tile() const { return at(offsetof(Smem, first_query_tile)); }
 };
@@ -158,10 +158,10 @@ private:
 struct BwdBarriersSm90 {
     enum : int {
         kBlock = 0,      // all threads
-        kConsumers = 1,  // among all consumers
-        kGroup = 2,      // one for each consumer, among its threads
+        kConsumers = 1,  // all consumers
+        kGroup = 2,      // one per consumer: its threads
         kScanWarps = 5,
-        kDs = 6,  // one for each stage: its dS is complete
+        kDs = 6,  // one per stage: its dS is complete
     };
     FA_DEVICE static constexpr int group(int consumer) { return kGroup + consumer; }
     FA_DEVICE static constexpr int ds(int stage) { return kDs + stage; }

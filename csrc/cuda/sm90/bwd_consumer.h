@@ -1,9 +1,9 @@
-// What the consumers of the backward pass for compute capability 9.0 have in common: the tile that they work on, the
-// barriers between them, and what becomes of NaN and infinity that a mask hides.
+// Shared by the consumers of the backward pass for compute capability 9.0: their tile, the barriers between them, and
+// the handling of NaN and infinity in hidden pairs.
 //
-// Where the scan warps have found any in K, Q or dO of a tile of queries, zeros take their place in products. Where Q
-// is not finite, dS of what attends is not either, and carries it to dK. What dO and K are to add to dV and dQ follows
-// at the end, from global memory.
+// If the scan warps find NaN or infinity in K, Q or dO for a query tile, these are zeroed before the products. A
+// nonfinite Q makes dS of the pairs that see it nonfinite, which carries it to dK. The contributions of dO to dV and of
+// K to dQ are added at the end, from global memory.
 #pragma once
 #include "cuda/attention/softmax_bwd.h"
 #include "cuda/sm90/bwd_tile.h"
@@ -21,40 +21,39 @@ protected:
     FA_DEVICE BwdConsumerSm90(const BwdSmemSm90<Config>& smem, const BwdKernelParamsSm90& params)
         : smem_(smem), params_(params), tile_(params), consumer_(warpgroup_id() - 1) {}
 
-    // step(i, m) for every tile of queries, of the i-th head.
+    // Calls step(i, m) for every query tile m of the i-th head.
     template <class Step> FA_DEVICE void for_each_tile(Step step) {
         for (int i = 0; i < params_.heads_per_key_head; ++i)
             for (int m = tile_.tiles().begin; m < tile_.tiles().end; ++m, at_q_.advance(), at_dout_.advance())
                 step(i, m);
     }
 
-    // Where the mask hides something: whether anything in K, Q or dO of this tile of queries is not finite, and has
-    // been cleared.
+    // For masked blocks: whether K, Q or dO of this query tile has nonfinite values, which it then zeroes.
     FA_DEVICE bool clear_if_nonfinite() const {
         ptx::mbarrier_wait(smem_.scanned(at_dout().stage), at_dout().parity);
         if (ptx::load_shared(smem_.has_nonfinite(at_dout().stage)) == 0) return false;
         const int thread = int(fresh_thread_idx()) - kWarpgroupThreads;
-        sync_consumers();  // all have multiplied with what is about to be cleared, and know how often it was before
+        sync_consumers();  // all consumers have read times_cleared and the values that are cleared next
         if (is_leader()) ptx::store_shared(smem_.times_cleared(consumer_), times_cleared() + 1);
         clear_nonfinite_share<Element, kThreads>(smem_.q(at_q_.stage), thread);
         clear_nonfinite_share<Element, kThreads>(smem_.dout(at_dout().stage), thread);
         clear_nonfinite_share<Element, kThreads>(smem_.k, thread);
-        ptx::fence_proxy_async();
-        sync_consumers();  // Q, dO and K are finite
+        ptx::fence_proxy_async();  // the tiles are read by wgmma and overwritten by TMA
+        sync_consumers();          // Q, dO and K are finite
         return true;
     }
     FA_DEVICE uint32_t times_cleared() const { return ptx::load_shared(smem_.times_cleared(consumer_)); }
-    // After clear_if_nonfinite(), and all products with K.
+    // Reloads K, after clear_if_nonfinite() and all products with K.
     FA_DEVICE void restore_keys() const {
-        sync_consumers();  // all are done with the finite K
+        sync_consumers();  // all consumers have finished reading the cleared K
         if (consumer_ == 0 && is_leader()) {
             ptx::mbarrier_arrive_expect_tx(smem_.k_restored, Config::TileK::kBytes);
             Tile(params_).key_rows(params_.k).load(smem_.k, smem_.k_restored, tile_.n0);
         }
         ptx::mbarrier_wait(smem_.k_restored, (times_cleared() - 1) % 2);
     }
-    // f(tile, m, dO from its first row on, number of its rows, dQ) for all tiles in which something may have been
-    // cleared.
+    // Calls f(tile, m, dO from its first row on, valid rows) for all query tiles that may have been cleared, and adds
+    // their nonfinite K to dQ.
     template <class F> FA_DEVICE void for_each_cleared(F f) const {
         if (!Variant::kMasked || times_cleared() == 0) return;
         const BwdParams& pass = params_.common.pass;
@@ -74,7 +73,7 @@ protected:
             }
     }
 
-    // Elements that are not finite of a tile of K, to this consumer's block of a tile of dQ.
+    // Adds the nonfinite values of a K tile to this consumer's block of a dQ tile.
     FA_DEVICE void add_nonfinite_keys(const Tile& tile, int m, float* sums) const {
         const Problem& p = params_.common.pass.problem;
         const int row0 = m * M + Config::dq_row0(consumer_) + warp_row0();
@@ -94,7 +93,7 @@ protected:
         }
     }
 
-    // at_dout_, or at_q_ where it is the same: that saves registers.
+    // at_dout_, or at_q_ if they are equal: saves registers.
     FA_DEVICE auto at_dout() const {
         if constexpr (Config::kStagesDout == Config::kStagesQ)
             return at_q_;
@@ -106,9 +105,9 @@ protected:
     }
     FA_DEVICE static void sync_consumers() { ptx::barrier_sync(BwdBarriersSm90::kConsumers, kThreads); }
     FA_DEVICE void sync_group() const { ptx::barrier_sync(BwdBarriersSm90::group(consumer_), kWarpgroupThreads); }
-    // The warp's first row of its warpgroup's 64.
+    // First row of the warp within its warpgroup's 64.
     FA_DEVICE static int warp_row0() { return int(fresh_thread_idx() / kWarpThreads % 4) * 16; }
-    // The thread that stores for its warpgroup, and waits for what it has stored.
+    // The thread that issues its warpgroup's TMA stores, and waits for them.
     FA_DEVICE static bool is_leader() { return ptx::thread_idx() % kWarpgroupThreads == 0; }
 
     const BwdSmemSm90<Config>& smem_;

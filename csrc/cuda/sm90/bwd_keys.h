@@ -1,8 +1,7 @@
-// Consumers that own 64 keys each, rows of dK and dV. Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so
-// that P^T and dS^T are in registers just as the products dV += P^T dO and dK += dS^T Q take them. Only dS passes
-// through shared memory, for dQ = dS K. The consumers take turns at computing dQ of a tile of queries, which they have
-// added to the workspace by a bulk reduction. So dS and K are read from shared memory by one of them, and the other
-// goes on without waiting.
+// Consumers that own 64 keys each: rows of dK and dV. Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T, so
+// that P^T and dS^T are in registers in the layout of the A operands of dV += P^T dO and dK += dS^T Q. Only dS goes
+// through shared memory, for dQ = dS K. The consumers alternate in computing dQ of a query tile, which is added to the
+// workspace by a bulk reduction. So only one of them reads dS and K from shared memory, and the other continues.
 #pragma once
 #include "cuda/sm90/bwd_consumer.h"
 
@@ -40,7 +39,7 @@ public:
     }
 
 private:
-    // One tile of queries of the i-th head. kBlockMasked: the mask hides some of its pairs, which few tiles pay for.
+    // Processes query tile m of the i-th head. kBlockMasked: the mask hides some of its pairs, as in few tiles.
     template <bool kBlockMasked> FA_DEVICE void step(int i, int m) {
         const typename Variant::Score score(params_.common.pass.problem, tile_.seq, tile_.batch, tile_.first_head + i);
         const KeyRows at(m * M, tile_.n0 + row0());
@@ -50,7 +49,7 @@ private:
         wgmma_abt<Element, D>(acc_s, smem_.k, consumer_ * kWarpgroupRows, smem_.q(stage), 0);
         smem_.pipe_dout.wait(this->at_dout());
         wgmma_abt<Element, D>(acc_dp, smem_.v, consumer_ * kWarpgroupRows, smem_.dout(stage), 0);
-        ptx::wgmma_wait<1>();  // S is there, dP goes on
+        ptx::wgmma_wait<1>();  // S is complete, dP in flight
         pin_tile(acc_s);
         const ColumnNumbers lse_log2(smem_.lse_log2(stage)), dsoftmax_sum(lse_log2, smem_.kDsoftmaxSumOffset);
         transform(acc_s, score, at);
@@ -65,12 +64,12 @@ private:
         const Packed weights(acc_s), ds(acc_dp);
         wgmma_ab<Element>(acc_dv_, weights, smem_.dout(stage));
         store_matrices_transposed(ds, smem_.ds(stage).panel(consumer_));
-        ptx::fence_proxy_async();  // for dS, and for the numbers per query, which TMA will overwrite
-        ptx::sync_warp();          // before one lane releases what all have read
+        ptx::fence_proxy_async();  // dS is read by wgmma; lse_log2 and dsoftmax_sum overwritten by TMA
+        ptx::sync_warp();          // all lanes have read before one lane releases the stages
         wgmma_ab<Element>(acc_dk_, ds, smem_.q(stage));
         const bool adds_dq = stage == consumer_;
         if (!adds_dq) hand_over_ds();
-        ptx::wgmma_wait<1>();  // dV is done, dK goes on
+        ptx::wgmma_wait<1>();  // dV is complete, dK in flight
         this->release(smem_.pipe_dout, this->at_dout());
         ptx::wgmma_wait<0>();
         pin_tile(acc_dk_);
@@ -81,19 +80,19 @@ private:
         if (kBlockMasked && cleared) this->restore_keys();
     }
 
-    // The barrier that says that dS is complete. Stages have one each: who arrives for one tile may be waiting for the
-    // next before the other consumer has come to wait for the first.
+    // The barrier that signals that dS is complete. One per stage: a consumer may arrive for the next tile before the
+    // other one waits for this one.
     FA_DEVICE int ds_barrier() const { return BwdBarriersSm90::ds(at_q_.stage); }
-    // This consumer's half of dS is there for the other one, and the last dQ has left shared memory.
+    // This consumer's half of dS is complete, and its previous dQ has left the staging buffer.
     FA_DEVICE void hand_over_ds() const {
         ptx::bulk_wait_read<0>();
         ptx::barrier_arrive(ds_barrier(), Base::kThreads);
     }
 
-    // dQ = dS K of a tile of queries, to the workspace.
+    // Computes dQ = dS K of a query tile and adds it to the workspace.
     FA_DEVICE void add_dq(int i, int m) const {
-        AccTile<16, D> dq[kDqParts];  // 64 rows each
-        ptx::barrier_sync(ds_barrier(), Base::kThreads);
+        AccTile<16, D> dq[kDqParts];                      // [64, D] each
+        ptx::barrier_sync(ds_barrier(), Base::kThreads);  // both halves of dS are complete; the staging buffer is free
 #pragma unroll
         for (int part = 0; part < kDqParts; ++part)
             wgmma_ab<Element>(dq[part], smem_.ds(at_q_.stage), part * kWarpgroupRows, smem_.k, 0);
@@ -110,39 +109,39 @@ private:
                     {ptx::float_bits(x[0]), ptx::float_bits(x[1]), ptx::float_bits(x[2]), ptx::float_bits(x[3])});
             }
         }
-        ptx::fence_proxy_async();
-        this->sync_group();  // dQ is there
+        ptx::fence_proxy_async();  // dQ is read by the bulk reduction
+        this->sync_group();        // dQ is complete
         if (!this->is_leader()) return;
         const DqAccum& accum = params_.common.accum;
         const bool in_turn = params_.common.pass.deterministic;
-        const int64_t dq_tile = smem_.load_first_query_tile() + m;  // counted from the first head
+        const int64_t dq_tile = smem_.load_first_query_tile() + m;  // relative to the first head
         int32_t* const turn = dq_turns<Config>(accum, i, dq_tile);
         if (in_turn) {
             ptx::wait_for_turn(turn, Tile(params_).turn(params_, m));
-            ptx::fence_proxy_async_global();  // what others have added comes before what is added here
+            ptx::fence_proxy_async_global();  // the preceding blocks' additions to dQ come first
         }
         ptx::bulk_reduce_add(dq_sums<Config>(accum, i, dq_tile), smem_.dq(), Config::kDqTileElements * 4);
         ptx::bulk_commit();
         if (!in_turn) return;
-        ptx::bulk_wait<0>();  // it has been added
+        ptx::bulk_wait<0>();  // the addition is complete
         ptx::pass_turn(turn);
     }
 
-    // dV and dK, by way of the memory of V and K. The other consumer may be at its last dQ still, which takes K: dV
+    // Stores dV and dK, staged in the shared memory of V and K. The other consumer may still read K for its last dQ; dV
     // need not wait for that.
     FA_DEVICE void store() {
-        store_rows_of(acc_dv_, smem_.v, params_.dv);  // of V each consumer has read its own rows only
+        store_rows_of(acc_dv_, smem_.v, params_.dv);  // each consumer reads only its own rows of V
         const float scale = params_.common.pass.problem.scalars.scale;
         acc_dk_.for_each([&](int, int, float& x) { x *= scale; });
-        this->sync_consumers();  // all are done with K
+        this->sync_consumers();  // all consumers have finished reading K
         store_rows_of(acc_dk_, smem_.k, params_.dk);
-        if (this->is_leader()) ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+        if (this->is_leader()) ptx::bulk_wait_read<0>();  // TMA must have read shared memory before the block exits
     }
-    // This consumer's rows.
+    // Stores this consumer's rows.
     FA_DEVICE void store_rows_of(const AccTile<16, D>& acc, typename Config::TileK staged, const TmaTensor& to) const {
         store_matrices(PackedTile<Element, 16, D>(acc), staged, row0());
-        ptx::fence_proxy_async();
-        this->sync_group();  // they are there
+        ptx::fence_proxy_async();  // the rows are read by TMA
+        this->sync_group();        // the rows are complete
         if (!this->is_leader()) return;
         const Tile tile(params_);
         const int first_row = consumer_ * kWarpgroupRows;
@@ -150,7 +149,7 @@ private:
         ptx::bulk_commit();
     }
 
-    // The warp's first row of the tile of keys.
+    // First row of the warp within the key tile.
     FA_DEVICE int row0() const { return int(fresh_thread_idx() / kWarpThreads - 4) * 16; }
 
     AccTile<16, D> acc_dk_, acc_dv_;

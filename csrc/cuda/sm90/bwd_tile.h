@@ -1,4 +1,4 @@
-// What a block of the backward pass for compute capability 9.0 is given, and which tiles it works on.
+// Parameters and tile coordinates of the backward pass for compute capability 9.0.
 #pragma once
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/rows.h"
@@ -10,19 +10,19 @@ namespace flash_attn {
 struct BwdKernelParamsSm90 {
     BwdKernelParams common;
     TmaTensor q, k, v, dout;  // boxes of kBlockM, kBlockN, kBlockN and kBlockM rows
-    TmaTensor dk, dv;         // of kOutRows
+    TmaTensor dk, dv;         // boxes of kOutRows rows
     TileOrder order;
     int heads_per_key_head;
-    int blocks_at_a_time;  // as many as there are multiprocessors
+    int blocks_at_a_time;  // number of SMs
 };
 
-// The tile of keys of a block, and which tiles of queries see it, for each of the heads that share it.
+// The key tile of a block, and the query tiles that see it, for each of the heads that share it.
 template <class Config, class Variant> struct BwdTileSm90 {
     int n0, head_k, batch, first_head;
     Sequence seq;
     typename Variant::Mask mask;
 
-    // Computed anew wherever it is needed apart from the main loop: registers are short there.
+    // Recomputed where it is needed outside the main loop, which has no registers to spare.
     FA_DEVICE explicit BwdTileSm90(const BwdKernelParamsSm90& params, int block = ptx::opaque(ptx::block_idx())) {
         const Problem& p = params.common.pass.problem;
         const WorkTile at = params.order.at(block);
@@ -32,27 +32,26 @@ template <class Config, class Variant> struct BwdTileSm90 {
         seq = sequence_at(p.seqlens, p.paged_kv, batch);
         mask = Variant::Mask::of(p, seq, batch, first_head);
     }
-    // Rows of keys, of K and of what has its shape.
+    // Rows of this head of K and of tensors shaped like it.
     FA_DEVICE TmaRows key_rows(const TmaTensor& t) const {
         return TmaRows(t, batch, head_k, seq.first_row_k, seq.seqlen_k);
     }
-    // Rows of the queries of a head.
+    // Rows of one query head.
     FA_DEVICE TmaRows query_rows(const TmaTensor& t, int head) const {
         return TmaRows(t, batch, head, seq.first_row_q, seq.seqlen_q);
     }
     FA_DEVICE Range tiles() const { return tiles_of(mask.q_range(keys()), Config::kBlockM); }
-    FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // sequences differ in length
+    FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // the grid is sized for the longest sequence
     FA_DEVICE Range keys() const { return {n0, n0 + Config::kBlockN}; }
     FA_DEVICE Range rows(int m) const { return {m * Config::kBlockM, (m + 1) * Config::kBlockM}; }
     FA_DEVICE bool is_full_block(int m) const { return mask.template is_full_block<true>(rows(m), keys()); }
-    // Tiles of keys that are seen by a tile of queries add to its dQ, in a fixed order, in ascending order. Under a
-    // mask in descending order: causal tiles of queries are seen by the tile on the diagonal first, which so need not
-    // wait.
+    // Deterministic: the key tiles that a query tile sees add to its dQ in a fixed order. Ascending; under a mask
+    // descending, so that causal query tiles start with the tile on the diagonal, which then need not wait.
     FA_DEVICE static bool adds_backwards(const BwdKernelParamsSm90& params) {
         return Variant::kMasked && params.common.pass.deterministic;
     }
-    // How many tiles of keys come before this one. They belong to blocks with smaller indices, which start earlier, so
-    // that waiting for them ends.
+    // Number of key tiles that add before this one. Their blocks have smaller indices and start earlier, so the wait
+    // cannot deadlock.
     FA_DEVICE int turn(const BwdKernelParamsSm90& params, int m) const {
         const int n = n0 / Config::kBlockN;
         return adds_backwards(params) ? tiles_of(mask.kv_range(rows(m)), Config::kBlockN).end - 1 - n : n;

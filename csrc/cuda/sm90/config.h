@@ -1,8 +1,8 @@
-// Tile shapes for compute capability 9.0. Plain data that the host reads as well: a workspace has to be made before any
+// Tile shapes for compute capability 9.0. Plain data, also read by the host: it allocates the workspace before any
 // kernel runs.
 //
-// Of the rows for a head_dim the last that fits is taken. Those with plain_scores have no registers left for softcap,
-// ALiBi and dropout; those with long_sequences are slower where prefers_short() says so.
+// The last row that fits a head_dim is used. Rows with plain_scores have no registers left for softcap, ALiBi and
+// dropout; rows with long_sequences are slower where prefers_short() is true.
 #pragma once
 #include "cuda/attention/workspace.h"
 #include "cuda/shape_table.h"
@@ -15,7 +15,7 @@ constexpr int kHeadDimsSm90[] = {
 #include "cuda/sm90/head_dims.inl"
 };
 
-constexpr int kSm90SmemBytes = 227 * 1024;  // that a block may have
+constexpr int kSm90SmemBytes = 227 * 1024;  // shared memory limit of a block
 
 struct FwdShapeSm90 {
     int head_dim, head_dim_v, block_m, block_n, stages;
@@ -44,7 +44,7 @@ constexpr FwdShapeSm90 fwd_shape_sm90(int head_dim, int head_dim_v, bool modifie
                !(row.long_sequences && is_short);
     });
 }
-// The least head_dim_v that the kernels have beside a head_dim, if it is enough.
+// The smallest head_dim_v >= needed that is compiled for a head_dim; head_dim if there is none.
 constexpr int fwd_head_dim_v_sm90(int head_dim, int needed) {
     int least = head_dim;
     for (const FwdShapeSm90& row : kFwdShapesSm90)
@@ -52,8 +52,8 @@ constexpr int fwd_head_dim_v_sm90(int head_dim, int needed) {
     return least;
 }
 
-// Microseconds on an H200 (benchmarks/results/nvidia-h200, experiment 12) for a tile of queries of head_dim 64, and for
-// every tile of keys that it sees.
+// Time in microseconds on an H200 (benchmarks/results/nvidia-h200, experiment 12): per query tile of head_dim 64, plus
+// per key tile that it sees.
 inline double estimated_time(const Problem& p, const FwdShapeSm90& shape) {
     const bool is_large = shape.block_m == 192;
     const double tile_time = is_large ? 1.96 : 1.74, keys_time = is_large ? 1.51 : 1.15;
@@ -66,7 +66,7 @@ inline double estimated_time(const Problem& p, const FwdShapeSm90& shape) {
     return time;
 }
 
-// Whether tiles of fewer queries are quicker. Long sequences are always better off with the larger ones.
+// Whether smaller query tiles are faster. Long sequences are always faster with the larger ones.
 inline bool prefers_short(const Problem& p, int head_dim, int head_dim_v) {
     constexpr int kLongestShort = 2048;
     const FwdShapeSm90 brief = fwd_shape_sm90(head_dim, head_dim_v, false, true);
@@ -75,8 +75,8 @@ inline bool prefers_short(const Problem& p, int head_dim, int head_dim_v) {
     return estimated_time(p, brief) < estimated_time(p, plain);
 }
 
-// Consumers own rows of dK and dV, 64 keys each, or, where those would not fit into their registers, columns: as many
-// of all keys.
+// Consumers own rows of dK and dV (64 keys each) or, where those do not fit into registers, an equal share of the
+// columns for all keys.
 struct BwdShapeSm90 {
     int head_dim, block_m, block_n, consumers;
     bool plain_scores = false;
@@ -89,7 +89,7 @@ constexpr BwdShapeSm90 kBwdShapesSm90[] = {
     {.head_dim = 96, .block_m = 64, .block_n = 128, .consumers = 2},
     {.head_dim = 128, .block_m = 64, .block_n = 128, .consumers = 2},
     {.head_dim = 192, .block_m = 64, .block_n = 96, .consumers = 3},
-    {.head_dim = 256, .block_m = 64, .block_n = 64, .consumers = 2},  // dropout draws for 32 keys at a time
+    {.head_dim = 256, .block_m = 64, .block_n = 64, .consumers = 2},  // dropout needs a multiple of 32 keys
     {.head_dim = 256, .block_m = 64, .block_n = 80, .consumers = 2, .plain_scores = true},
 };
 
@@ -98,7 +98,7 @@ constexpr BwdShapeSm90 bwd_shape_sm90(int head_dim, bool modifies_scores) {
         return row.head_dim == head_dim && !(row.plain_scores && modifies_scores);
     });
 }
-// Consumers that own columns each have a turn at a tile of dQ.
+// Consumers that own columns have one semaphore each per dQ tile.
 constexpr cuda::WorkspaceShape workspace_shape(const BwdShapeSm90& shape) {
     return {.block_m = shape.block_m,
             .tile_elements = shape.block_m * shape.head_dim,

@@ -1,4 +1,4 @@
-// Tensor maps, made by the driver. libcuda is not linked, since the package has to load where there is none.
+// Encodes tensor maps through the driver API. Does not link libcuda: the package must load on machines without it.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 namespace flash_attn::cuda {
 
 inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
-    constexpr unsigned kSince = 12000;  // of the interface that is called
+    constexpr unsigned kSince = 12000;  // CUDA version of the driver API in use
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
     const cudaError_t status =
@@ -19,7 +19,7 @@ inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
                : nullptr;
 }
 
-// What was refused: whoever reads it has no other way to learn why. Valid until the thread's next refusal.
+// The error text, with all arguments of the call: the driver gives no reason. Valid until the thread's next error.
 inline const char* refusal(const char* name, CUresult result, const void* base, const std::array<int64_t, 4>& sizes,
                            const std::array<int64_t, 3>& stride_bytes, const std::array<int, 4>& box) {
     thread_local char text[336];
@@ -32,8 +32,8 @@ inline const char* refusal(const char* name, CUresult result, const void* base, 
     return text;
 }
 
-// 16-bit elements, swizzled over 128 bytes; what lies outside reads as zero. sizes and box count elements, the
-// contiguous dimension first; strides are those of the others. Returns null, or what went wrong with the tensor of that
+// Encodes a map of 16-bit elements with the 128-byte swizzle and zero fill. sizes and box are in elements, contiguous
+// dimension first; stride_bytes are those of the other dimensions. Returns null or an error text with the tensor's
 // name.
 inline const char* encode_tensor_map(const char* name, CUtensorMap& map, void* base, std::array<int64_t, 4> sizes,
                                      std::array<int64_t, 3> stride_bytes, std::array<int, 4> box) {

@@ -8,8 +8,8 @@
 namespace flash_attn::cuda {
 namespace {
 
-// As many blocks as run at a time divide the tiles. Where all take as long, or there are no more tiles than blocks, the
-// division is fixed; otherwise whoever is done takes the next. taken: counts those.
+// Persistent blocks, one per SM, share the tiles: statically if all tiles take the same time or there is at most one
+// tile per block, otherwise dynamically. taken: counter of the tiles that were taken dynamically.
 const char* divide_tiles(TileShares& shares, const TileGrid& grid, int head_group, const Problem& p, int32_t* taken,
                          const Device& device) {
     const int64_t tiles = grid.num_blocks();
@@ -21,7 +21,7 @@ const char* divide_tiles(TileShares& shares, const TileGrid& grid, int head_grou
     return fixed ? nullptr : clear(taken, sizeof *taken, device);
 }
 
-// Behind the counter of tiles.
+// The repeat list follows the tile counter.
 FwdRepeats place_repeats(const Problem& p, void* workspace) {
     static_assert(sizeof(FwdRepeat) == kFwdRepeatBytes && kFwdRepeatRows == kWarpgroupRows);
     char* const places = static_cast<char*>(workspace) + kFwdCounterBytes;
@@ -57,7 +57,7 @@ const char* run_with(const FwdParams& params, void* workspace, const Device& dev
         using Variant = typename decltype(variant)::type;
         constexpr FwdShapeSm90 kLong = fwd_shape_sm90(kHeadDim, kHeadDimV, Variant::kModified, false);
         constexpr FwdShapeSm90 kShort = fwd_shape_sm90(kHeadDim, kHeadDimV, Variant::kModified, true);
-        // Sums run over the same tiles of keys, or the bits of a sequence would depend on what else is in its batch.
+        // Equal block_n: otherwise the summation order, and the bits of a sequence's result, would depend on its batch.
         static_assert(kShort.block_n == kLong.block_n);
         return !Variant::kModified && prefers_short(params.problem, kHeadDim, kHeadDimV)
                    ? launch_fwd<FwdConfigSm90<Element, kShort>, Variant>(params, workspace, device)

@@ -1,10 +1,9 @@
-// Forward pass for compute capability 9.0: FlashAttention-3 (2024), algorithms 1 and 2. One warp loads tiles by TMA,
-// and two or three warpgroups, the consumers, compute 64 queries each, walking over the tiles of keys from the last to
-// the first. While the tensor cores multiply the weights of one tile with V, the consumer computes the weights of the
-// next.
+// Forward pass for compute capability 9.0: FlashAttention-3 (2024), algorithms 1 and 2. One producer warp loads tiles
+// by TMA; two or three consumer warpgroups compute 64 queries each and loop over the key tiles from last to first.
+// While the tensor cores compute P V of one key tile, the consumer computes the softmax of the next.
 //
-// A block works on tiles of queries until there are none left (cuda/sm90/tile_queue.h), and begins to load for the
-// next before it has stored the last.
+// Blocks are persistent (cuda/sm90/tile_queue.h): the producer starts loading the next query tile before the output of
+// the current one is stored.
 #pragma once
 #include "cuda/attention/rows.h"
 #include "cuda/attention/score_tile.h"
@@ -25,20 +24,20 @@ struct FwdKernelParamsSm90 {
     FwdRepeats repeats;
 };
 
-// What is announced of a tile of queries (TileQueueSm90): kEnd comes after the last, kPause after the last that is
-// computed for the first time.
+// A work item of TileQueueSm90: a query tile. kEnd follows the last one, kPause the last one that is computed for the
+// first time.
 enum class FwdWorkKind : int { kEnd, kTile, kRepeat, kPause };
 struct FwdWorkSm90 {
     Sequence seq;
-    Range tiles;  // of keys that it sees
+    Range tiles;  // key tiles that it sees
     int m0, head, batch;
-    int index;  // in the order in which tiles are begun
+    int index;  // in TileOrder
     FwdWorkKind kind;
 
     FA_DEVICE bool is_end() const { return kind == FwdWorkKind::kEnd; }
 };
 
-// A tile of queries.
+// A work item with its sequence and mask.
 template <class Config, class Variant> struct FwdTileSm90 : FwdWorkSm90 {
     static constexpr int N = Config::kBlockN;
     typename Variant::Mask mask;
@@ -58,13 +57,13 @@ template <class Config, class Variant> struct FwdTileSm90 : FwdWorkSm90 {
     }
     FA_DEVICE Range rows() const { return {m0, m0 + Config::kBlockM}; }
     FA_DEVICE int head_k(const Problem& p) const { return head / (p.num_heads / p.num_heads_k); }
-    FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // sequences differ in length
+    FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // the grid is sized for the longest sequence
     FA_DEVICE bool is_repeat() const { return Variant::kMasked && kind == FwdWorkKind::kRepeat; }
     FA_DEVICE bool is_full_block(int n) const { return mask.is_full_block(rows(), {n * N, (n + 1) * N}); }
     FA_DEVICE bool is_full_block() const { return mask.is_full_block(rows(), {tiles.begin * N, tiles.end * N}); }
 };
 
-// One thread: announces tiles, and loads what they need.
+// The producer thread: announces tiles and loads their Q, K and V.
 template <class Config, class Variant> class FwdLoaderSm90 {
     using Tile = FwdTileSm90<Config, Variant>;
     static constexpr int N = Config::kBlockN;
@@ -87,10 +86,10 @@ private:
         work.kind = kind;
         smem_.queue.announce(at_tile_, work);
     }
-    // After all tiles, those that turned out to need a search of V.
+    // After all tiles: those whose V must be searched for NaN and infinity.
     FA_DEVICE void repeat() {
         announce(FwdWorkKind::kPause);
-        ptx::mbarrier_wait(smem_.repeats_known(), 0);
+        ptx::mbarrier_wait(smem_.repeats_known(), 0);  // the repeat list is complete
         int32_t index = static_cast<int32_t>(params_.shares.order.grid.num_blocks());
         for (;;) {
             index = params_.repeats.take(smem_.repeats(), index);
@@ -98,8 +97,8 @@ private:
             load(index, FwdWorkKind::kRepeat);
         }
     }
-    // The first K, for which there is room before there is for Q, then Q, then V and the other K of the tiles that are
-    // seen, K one tile ahead, which is how they are used.
+    // Loads in the order of use: the first K, whose stage is free before Q's, then Q, then the V and further K of the
+    // visible key tiles, K one tile ahead of V.
     FA_DEVICE void load(int index, FwdWorkKind kind) {
         const Tile tile(index, params_.shares.order.at(index), kind, params_.pass.problem);
         if (tile.is_outside()) return;
@@ -115,7 +114,7 @@ private:
             at_k_.advance();
         };
         if (sees_keys) load_k(tile.tiles.end - 1);
-        // Without keys a tile is done once Q is there, and two phases look like none.
+        // Without key tiles a tile ends as soon as Q's barrier completes: waiting later could miss a phase of out_left.
         if (!sees_keys) wait_until_out_left();
 #pragma unroll
         for (int i = 0; i < Config::kConsumers; ++i, at_q_.advance()) {
@@ -131,7 +130,7 @@ private:
         }
     }
 
-    // The output of the tile before has left the memory of V; at once for the first.
+    // Waits until the previous tile's output, staged over V, has been read; returns at once for the first tile.
     FA_DEVICE void wait_until_out_left() {
         if (Config::kOutApart) return;
         ptx::mbarrier_wait(smem_.out_left(), out_left_ ^ 1);
@@ -143,11 +142,11 @@ private:
     Pipeline<1>::Index at_tile_;
     typename Config::PipelineQ::Index at_q_;
     typename Config::Stages::Index at_k_, at_v_;
-    int out_left_ = 0;  // parity of the phase that this tile's output completes
+    int out_left_ = 0;  // phase parity that this tile's output completes
 };
 
-// Ping-pong scheduling (FlashAttention-3, section 3.1): consumers issue their products one after another, so that the
-// softmax of one runs beside the products of another. The last consumer lets the first one begin.
+// Ping-pong scheduling (FlashAttention-3, section 3.1): consumers issue their products in turns, so that the softmax of
+// one overlaps with the products of another. At the start the last consumer admits the first one.
 template <class Config> class PingPongSm90 {
 public:
     FA_DEVICE explicit PingPongSm90(int consumer) : mine_(consumer), next_((consumer + 1) % Config::kConsumers) {
@@ -159,7 +158,7 @@ public:
     FA_DEVICE void pass() const {
         if (Config::kPingPong) ptx::barrier_arrive(FwdBarriersSm90::ping_pong(next_), 2 * kWarpgroupThreads);
     }
-    // After the last products: the last consumer has let the first one go on.
+    // After the last products: matches the last consumer's final arrival.
     FA_DEVICE void finish() const {
         if (mine_ == 0) wait();
     }
@@ -205,11 +204,11 @@ public:
             for (int i = 0; i < Config::kConsumers; ++i) at_q_.advance();
         });
         ping_pong_.finish();
-        ptx::bulk_wait_read<0>();  // shared memory goes when the block ends
+        ptx::bulk_wait_read<0>();  // TMA must have read shared memory before the block exits
     }
 
 private:
-    // A tile that is repeated has a loop of its own: every branch in the other would be felt.
+    // Repeated tiles have a loop of their own: extra branches would slow down the other one.
     template <bool kRepeats>
     FA_DEVICE void attend(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
         int n = tile.tiles.end - 1;
@@ -228,11 +227,11 @@ private:
             smem_.pipe_v.wait(at_v_);
             gemm_pv(weights);
             ping_pong_.pass();
-            ptx::wgmma_wait<1>();  // the scores are there, the product with V goes on
+            ptx::wgmma_wait<1>();  // S is complete, P V in flight
             keys_done(acc_s);
             update_softmax(acc_s, tile, score, softmax, n);
-            // V of this tile, a little early: this ends the basic block, in which ptxas would hoist the wait for the
-            // product above the softmax, and nothing would run beside it.
+            // Waits for V early, to end the basic block: otherwise ptxas would hoist the wait for P V above the
+            // softmax, and nothing would overlap with it.
             auto next_v = at_v_;
             next_v.advance();
             smem_.pipe_v.wait(next_v);
@@ -241,7 +240,7 @@ private:
             softmax.rescale(acc_o_);
             weights = Weights(acc_s);
         }
-        release(smem_.pipe_q, at_q_);  // all products with Q are done
+        release(smem_.pipe_q, at_q_);  // all products with Q are complete
         const bool cleared = kRepeats && clear_values(tile, n + 1);
         smem_.pipe_v.wait(at_v_);
         gemm_pv(weights);
@@ -258,7 +257,7 @@ private:
         release(smem_.pipe_k, at_k_);
         at_k_.advance();
     }
-    // Scores become weights.
+    // Scores become weights: scale, mask, online softmax, dropout.
     FA_DEVICE void update_softmax(AccTile<16, N>& acc_s, const Tile& tile, const typename Variant::Score& score,
                                   OnlineSoftmax<2>& softmax, int n) const {
         const QueryRows at{tile.m0 + warp_row0_, n * N};
@@ -268,8 +267,8 @@ private:
         softmax.exp_and_sum(acc_s, score.scale_log2);
         drop(acc_s, score, at);
     }
-    // All consumers, before the products of a tile that is repeated: what is not finite in V becomes zero. Returns
-    // whether there was any.
+    // All consumers, before the products of a repeated tile: zeroes NaN and infinity in V. Returns whether there were
+    // any.
     FA_DEVICE bool clear_values(const Tile& tile, int n) const {
         if (tile.is_full_block(n)) return false;
         constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
@@ -278,8 +277,8 @@ private:
         const auto v = smem_.v(at_v_.stage);
         const bool found = holds_nonfinite_share<Element, kThreads>(v, thread);
         if (found) clear_nonfinite_share<Element, kThreads>(v, thread);
-        ptx::fence_proxy_async();  // V is to be read by wgmma, and overwritten by TMA
-        return ptx::barrier_sync_or(FwdBarriersSm90::kConsumers, kThreads, found);
+        ptx::fence_proxy_async();  // V is read by wgmma and overwritten by TMA
+        return ptx::barrier_sync_or(FwdBarriersSm90::kConsumers, kThreads, found);  // V is finite
     }
     // O += P V
     FA_DEVICE void gemm_pv(const Weights& weights) { wgmma_ab<Element>(acc_o_, weights, smem_.v(at_v_.stage)); }
@@ -298,7 +297,7 @@ private:
                            p.v.row_stride, min(N, tile.seq.seqlen_k - n * N), p.head_dim_v, attends);
     }
 
-    // Output and log-sum-exp of the tile.
+    // Stores out and softmax_lse of the tile.
     FA_DEVICE void store(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
         float lse[2];
         softmax.finish(acc_o_, kept_weight_scale(score), lse);
@@ -312,28 +311,28 @@ private:
         const int barrier = FwdBarriersSm90::group(consumer_);
         if (Config::kOutApart) {
             ptx::bulk_wait_read<0>();
-            ptx::barrier_sync(barrier, kWarpgroupThreads);  // this warpgroup's last output has left shared memory
+            ptx::barrier_sync(barrier, kWarpgroupThreads);  // TMA has read this warpgroup's previous output
         } else {
             constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
-            ptx::barrier_sync(FwdBarriersSm90::kConsumers, kThreads);  // all are done with V
+            ptx::barrier_sync(FwdBarriersSm90::kConsumers, kThreads);  // all consumers have finished reading V
         }
         const PackedTile<Element, 16, Config::kHeadDimV> out(acc_o_);
         const auto tile_out = smem_.out(consumer_);
         store_matrices(out, tile_out, warp_row0_ % kWarpgroupRows);
-        ptx::fence_proxy_async();
+        ptx::fence_proxy_async();  // the output is read by TMA
         const bool found = looks() && !tile.is_repeat() && row_holds_nonfinite(out);
-        ptx::barrier_sync(barrier, kWarpgroupThreads);  // the output is there
+        ptx::barrier_sync(barrier, kWarpgroupThreads);  // the output is complete
         if (!is_leader()) return;
         const TmaRows rows(params_.out, tile.batch, tile.head, tile.seq.first_row_q, tile.seq.seqlen_q);
-        if (tile.is_repeat()) ptx::bulk_wait<0>();  // the first output of the tile has been written
+        if (tile.is_repeat()) ptx::bulk_wait<0>();  // the tile's first output has been written
         rows.store(tile_out, 0, tile.m0 + consumer_ * kWarpgroupRows);
         ptx::bulk_commit();
         if (found && !tile.is_full_block()) put_repeat(tile);
         if (Config::kOutApart) return;
-        ptx::bulk_wait_read<0>();
+        ptx::bulk_wait_read<0>();  // TMA has read the output
         ptx::mbarrier_arrive(smem_.out_left());
     }
-    // Whether this warp looks for NaN in the output: one does.
+    // Whether this warp searches its output for NaN and infinity: one warp per block does.
     FA_DEVICE bool looks() const { return Variant::kMasked && warp_row0_ == 0; }
     FA_DEVICE void put_repeat(const Tile& tile) const {
         const int32_t place =
@@ -344,7 +343,7 @@ private:
     template <int kStages> FA_DEVICE static void release(const Pipeline<kStages>& pipe, StageIndex<kStages> at) {
         if (lane_id() == 0) pipe.release(at);
     }
-    // The thread that stores for its warpgroup, and waits for what it has stored.
+    // The thread that issues its warpgroup's TMA stores, and waits for them.
     FA_DEVICE static bool is_leader() { return ptx::thread_idx() % kWarpgroupThreads == 0; }
 
     const FwdSmemSm90<Config>& smem_;
@@ -360,7 +359,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1)
 fwd_sm90(FA_GRID_CONSTANT FwdKernelParamsSm90 params) {
     const FwdSmemSm90<Config> smem(ptx::smem());
     if (ptx::thread_idx() == 0) smem.init();
-    ptx::sync_threads();  // barriers are initialised
+    ptx::sync_threads();  // mbarriers are initialised
     warp_specialize<Config::kConsumers, false>([&] { FwdLoaderSm90<Config, Variant>(smem, params).run(); }, [] {},
                                                [&] { FwdConsumerSm90<Config, Variant>(smem, params).run(); });
 }

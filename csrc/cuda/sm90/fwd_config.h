@@ -1,5 +1,5 @@
-// A tile shape of the forward pass for compute capability 9.0, as its kernel takes it, and where things lie in shared
-// memory.
+// Compile-time configuration of the forward pass for compute capability 9.0, from one tile shape, and its shared memory
+// layout.
 #pragma once
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/fwd_repeats.h"
@@ -17,14 +17,14 @@ template <class Element_, FwdShapeSm90 kShape> struct FwdConfigSm90 {
     static constexpr int kBlockM = kShape.block_m, kBlockN = kShape.block_n, kStages = kShape.stages;
     static constexpr int kConsumers = kBlockM / kWarpgroupRows, kThreads = (1 + kConsumers) * kWarpgroupThreads;
     static_assert(kConsumers == 2 || kConsumers == 3);
-    static_assert(kStages >= 2);  // a consumer waits for the next V before it is done with this one
-    // Ping-pong scheduling is worth it where softmax takes nearly as long as the products.
+    static_assert(kStages >= 2);  // a consumer waits for the next V before it releases this one
+    // Ping-pong scheduling pays off where softmax takes nearly as long as the products.
     static constexpr bool kPingPong = kHeadDim <= 128;
-    // Whether the next K is asked for before V: both are needed at the same time, and this was measured to be quicker
+    // Whether the next K is loaded before V: both are needed at the same time, and this order was measured to be faster
     // (benchmarks/results/nvidia-h200, experiment 11).
     static constexpr bool kNextKFirst = kPingPong;
 
-    // Queries and output of one consumer.
+    // Q and output of one consumer.
     using TileQ = WideTile<kWarpgroupRows, kHeadDim>;
     using TileK = WideTile<kBlockN, kHeadDim>;
     using TileV = WideTile<kBlockN, kHeadDimV>;
@@ -39,7 +39,7 @@ template <class Element_, FwdShapeSm90 kShape> struct FwdConfigSm90 {
         Place<TileV, kStages> v;
         Place<TileOut, kConsumers> out;
     };
-    // Q: a ring, of which each consumer takes every kConsumers-th.
+    // Q slots form a ring; each consumer uses every kConsumers-th slot.
     template <int kSlots, class ValuesAndOut> struct Plan {
         Place<TileQ, kSlots> q;
         Place<TileK, kStages> k;
@@ -50,10 +50,10 @@ template <class Element_, FwdShapeSm90 kShape> struct FwdConfigSm90 {
         MbarrierPlace out_left, repeats_known;
         uint32_t repeats;
     };
-    // Where there is room, the output has a place of its own; otherwise it takes that of V, which is the last that the
+    // If it fits, the output has a staging buffer of its own; otherwise it reuses that of V, the last buffer that the
     // next tile needs.
     static constexpr bool kOutApart = sizeof(Plan<kConsumers, OutBesideV>) <= kSm90SmemBytes;
-    // With more room the next Q are loaded while these are still in use.
+    // If there is more room, the next Q is loaded while the current one is in use.
     static constexpr bool kRoomForNextQ = sizeof(Plan<2 * kConsumers, OutBesideV>) <= kSm90SmemBytes;
     static constexpr int kSlotsQ = kRoomForNextQ ? 2 * kConsumers : kConsumers;
     using PipelineQ = Pipeline<kSlotsQ>;
@@ -87,14 +87,14 @@ template <class Config> struct FwdSmemSm90 {
     FA_DEVICE TileOut out(int consumer) const {
         return {base + (int(offsetof(Smem, values.out)) + consumer * TileOut::kBytes)};
     }
-    // Completes when a tile's output has left the memory of V.
+    // Completes when TMA has read a tile's output from the memory of V.
     FA_DEVICE ptx::SmemPtr out_left() const { return base + offsetof(Smem, out_left); }
-    // Completes when all tiles are in the list that have to be computed again.
+    // Completes when the repeat list is complete.
     FA_DEVICE ptx::SmemPtr repeats_known() const { return base + offsetof(Smem, repeats_known); }
-    // Where the list begins (FwdRepeats).
+    // Head of the repeat list (FwdRepeats).
     FA_DEVICE ptx::SmemPtr repeats() const { return base + offsetof(Smem, repeats); }
 
-    // One thread.
+    // Called by one thread.
     FA_DEVICE void init() const {
         constexpr int kWarps = 4 * Config::kConsumers;
         queue.init(kWarps);
@@ -112,9 +112,9 @@ template <class Config> struct FwdSmemSm90 {
 struct FwdBarriersSm90 {
     enum : int {
         kBlock = 0,      // all threads
-        kPingPong = 1,   // one for each consumer: it may issue its products
-        kGroup = 4,      // one for each consumer, among its threads
-        kConsumers = 7,  // among all consumers
+        kPingPong = 1,   // one per consumer: it may issue its products
+        kGroup = 4,      // one per consumer: its threads
+        kConsumers = 7,  // all consumers
     };
     FA_DEVICE static constexpr int ping_pong(int consumer) { return kPingPong + consumer; }
     FA_DEVICE static constexpr int group(int consumer) { return kGroup + consumer; }

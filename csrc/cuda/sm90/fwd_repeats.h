@@ -1,7 +1,7 @@
-// NaN and infinity in V, for the forward pass. Zero times NaN is NaN, so rows to which the mask hides such a value
-// would not be spared by its weight of 0. To search all of V took 2 to 7% on an H200, so the output is looked at: where
-// it is not finite and the mask hides something, the tile is remembered, and when a block has no others left, it
-// computes those once more, with V searched and cleared (cuda/tile/scan.h).
+// NaN and infinity in V in the forward pass. A weight of 0 does not hide them: zero times NaN is NaN. Searching all of
+// V cost 2 to 7% on an H200, so the output is searched instead: a tile whose output is nonfinite and whose mask hides a
+// pair is put on a list, and the block recomputes the tiles of its list at the end, with nonfinite V zeroed before the
+// products (cuda/tile/scan.h).
 #pragma once
 #include "cuda/attention/softmax.h"
 #include "cuda/ptx/global.h"
@@ -11,31 +11,31 @@
 
 namespace flash_attn {
 
-// A block's list of tiles to be repeated, linked through global memory, where a tile has the place of its first 64
-// queries.
+// A block's list of tiles to be repeated, linked through an array in global memory with one entry per 64 queries of a
+// head. A tile uses the entry of its first queries.
 struct FwdRepeat {
-    int32_t index;  // of a tile, in the order in which tiles are begun: less than that of the entry before
-    int32_t next;   // place of the next entry, kNone after the last
+    int32_t index;  // of the tile in TileOrder; less than that of the previous entry
+    int32_t next;   // place of the next entry; kNone at the end
 };
 struct FwdRepeats {
     static constexpr int32_t kNone = -1;
     FwdRepeat* places;
     int32_t num_places;
 
-    // Of the tile of queries from m0 on.
+    // Entry of the query tile that starts at m0.
     FA_DEVICE static int32_t place(const Problem& p, int batch, int head, int64_t first_row_q, int m0) {
         return static_cast<int32_t>(head * num_query_tiles(p, kWarpgroupRows) +
                                     first_query_tile(p, kWarpgroupRows, batch, first_row_q) + m0 / kWarpgroupRows);
     }
-    // head: a word in shared memory, the place of the list's first entry.
+    // head: word in shared memory with the place of the first entry.
     FA_DEVICE void put(ptx::SmemPtr head, int32_t place, int32_t index) const {
         ptx::store(&places[place].index, index);
         ptx::store(&places[place].next, static_cast<int32_t>(ptx::load_shared(head)));
         ptx::store_shared(head, uint32_t(place));
     }
-    // Takes the first tile; kNone: there is none. limit: indices are less than this. With invalid lengths, two
-    // sequences may share a place. What is found there may be of another block, half of it, or lead back to where the
-    // list has been: that is its end.
+    // Removes and returns the first tile, or kNone. limit: valid indices are less. With invalid lengths, two sequences
+    // may share an entry, which may then belong to another block, be half-written, or link back: the index check then
+    // ends the list.
     FA_DEVICE int32_t take(ptx::SmemPtr head, int32_t limit) const {
         const auto place = static_cast<int32_t>(ptx::load_shared(head));
         if (place < 0 || place >= num_places) return kNone;
@@ -45,8 +45,8 @@ struct FwdRepeats {
     }
 };
 
-// Four lanes: whether the row of an output that they share, lane / 4, holds anything that is not finite. A value in V
-// that is not finite shows in every row of a tile.
+// For the four lanes that share row lane / 4 of the output: whether it holds NaN or infinity. One row is enough: a
+// nonfinite V spreads to every row of a tile.
 template <class Element, int kCols> FA_DEVICE bool row_holds_nonfinite(const PackedTile<Element, 16, kCols>& out) {
     uint32_t marks[2] = {};
 #pragma unroll

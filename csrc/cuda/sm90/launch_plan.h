@@ -1,4 +1,4 @@
-// What the host works out of a problem for the kernels for compute capability 9.0.
+// What the host computes before it launches the kernels for compute capability 9.0.
 #pragma once
 #include <bit>
 #include <limits>
@@ -9,7 +9,7 @@
 
 namespace flash_attn::cuda {
 
-// Sizes of q, of k and of what has their rows, with so many columns.
+// Sizes of q, of k and of tensors with their rows, with the given number of columns.
 inline TensorSize query_size(const Problem& p, int columns) {
     const bool packed = p.seqlens.cu_seqlens_q;
     return {packed ? 1 : p.batch_size, p.num_heads, packed ? p.seqlens.total_q : p.seqlens.seqlen_q, columns};
@@ -23,10 +23,10 @@ inline const char* check_tiles(int64_t tiles) {
     return tiles > std::numeric_limits<int32_t>::max() ? "the problem has more than 2^31 - 1 tiles" : nullptr;
 }
 
-// How many heads of a grid are worked on together. Under a mask tiles differ in work, and the longest of many heads go
-// first: of as many as share half of the L2 cache. Where that is not all of them, a power of two, since that leaves no
-// smaller group at the end of most batches. Otherwise one head follows another. key_head_bytes: of what the heads
-// that share keys and values read again and again; heads_per_key_head: how many of the grid that is.
+// Heads per group of TileOrder. Under a mask tiles differ in work, and the longest tiles of a group come first. A group
+// has as many heads as share half of the L2 cache; if these are not all heads, a power of two, so that most batches
+// have no smaller last group. Without a mask, one head at a time. key_head_bytes: data that the heads of one key head
+// reread; heads_per_key_head: number of those heads in the grid.
 inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& device, int64_t key_head_bytes,
                          int heads_per_key_head) {
     if (!masks_keys(p)) return 1;
@@ -36,8 +36,8 @@ inline int l2_head_group(const Problem& p, const TileGrid& grid, const Device& d
     return int(std::bit_floor(key_heads)) * heads_per_key_head;
 }
 
-// The workspace of the forward pass: how many tiles have been taken and, where a mask hides something, a place for
-// every 64 queries of a head (FwdRepeats).
+// The workspace of the forward pass: the counter of taken tiles and, with a mask, one repeat entry per 64 queries of a
+// head (FwdRepeats).
 constexpr int kFwdCounterBytes = 16, kFwdRepeatBytes = 8, kFwdRepeatRows = 64;
 inline int64_t fwd_repeat_places(const Problem& p) {
     return masks_keys(p) ? p.num_heads * num_query_tiles(p, kFwdRepeatRows) : 0;

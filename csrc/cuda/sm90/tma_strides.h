@@ -1,4 +1,4 @@
-// Which tensors TMA can see, and with which strides: cuda/tile/copy_sm90.h explains the dimensions.
+// Which tensors TMA can access, and their strides in a tensor map: cuda/tile/copy_sm90.h explains the dimensions.
 #pragma once
 #include <cstdint>
 #include <numeric>
@@ -8,13 +8,13 @@
 namespace flash_attn::cuda {
 
 struct TensorSize {
-    int64_t batch, heads, rows;  // packed: a batch of one
+    int64_t batch, heads, rows;  // packed: batch = 1
     int columns;
 };
 
-// Strides of a tensor for TMA. Not every tensor has them: rows must lie apart, everything must start at multiples of 16
-// bytes, and steps must be countable in 31 bits. Rows must end at such a multiple, too: TMA stores whole pieces of 16
-// bytes, and would overwrite what lies beside the tensor.
+// Strides of a tensor for TMA. Requirements: rows do not overlap; base, strides and row ends are multiples of 16 bytes;
+// the number of steps fits in 31 bits. Row ends, because TMA stores whole 16-byte chunks, which would overwrite memory
+// next to the tensor.
 class TmaStrides {
 public:
     TmaStrides(const TensorView& view, const TensorSize& size)
@@ -29,7 +29,7 @@ public:
         return !is_empty_ && used_ <= row_ && row_ < kWrapBytes && is_aligned(base_) && is_aligned(used_) &&
                is_aligned(step_) && span_ / step_ <= kMaxSteps;
     }
-    // Of a tensor that does not fit.
+    // The reason, for a tensor that does not fit.
     std::string why_not() const {
         const auto bytes = [](int64_t n) { return std::to_string(n) + " bytes"; };
         if (is_empty_) return "it is empty";

@@ -1,4 +1,4 @@
-// Tensors as TMA sees them: the host's side of tile/copy_sm90.h.
+// Builds TmaTensor on the host (cuda/tile/copy_sm90.h).
 #pragma once
 #include "cuda/sm90/encode_tensor_map.h"
 #include "cuda/sm90/tma_strides.h"
@@ -6,7 +6,7 @@
 
 namespace flash_attn::cuda {
 
-// Boxes of 64 columns and box_rows rows. The tensor fits. Returns null, or what went wrong, with its name.
+// Boxes of box_rows rows and 64 columns. Requires a tensor that fits. Returns null or an error text with its name.
 inline const char* make_tma_tensor(const char* name, TmaTensor& t, const TensorView& view, const TensorSize& size,
                                    int box_rows) {
     const TmaStrides strides(view, size);

@@ -1,20 +1,19 @@
-// How the warps of a block divide the work for compute capability 9.0: the first warpgroup loads tiles, the others, the
-// consumers, compute.
+// Warp specialization for compute capability 9.0: the first warpgroup is the producer, the others are consumers.
 #pragma once
 #include "cuda/ptx/sync.h"
 #include "cuda/tile/gemm_sm90.h"
 
 namespace flash_attn {
 
-// One of the four warps of the loading warpgroup loads; the others scan tiles for NaN and infinity.
+// One warp of the producer warpgroup loads; the other three scan tiles for NaN and infinity.
 constexpr int kScanWarps = 3;
 
-// How the registers of a multiprocessor are divided, 512 for the four threads, one of each warpgroup, that share them
-// with 2 consumers, or with 3: loading needs few, products and softmax all the others.
+// Registers per thread. An SM has 65,536, so 512 for one thread of each warpgroup: the producer needs few, which leaves
+// more for products and softmax in 2 or 3 consumers.
 FA_HOST_DEVICE constexpr int producer_registers(int consumers) { return consumers == 2 ? 24 : 32; }
 FA_HOST_DEVICE constexpr int consumer_registers(int consumers) { return consumers == 2 ? 240 : 160; }
 
-// All threads of a block: one calls load(), three warps scan(), if there is anything to look for, and the rest
+// Called by all threads of a block: one thread runs load(), three warps scan() if kScans, the other warpgroups
 // consume().
 template <int kConsumers, bool kScans, class Load, class Scan, class Consume>
 FA_DEVICE void warp_specialize(Load load, Scan scan, Consume consume) {

@@ -4,8 +4,8 @@
 
 namespace flash_attn {
 
-// fp32, [kRows, kCols]: element 4 n + 2 h + b of row block i is row 16 i + 8 h + lane / 4, column 8 n + 2 (lane % 4) +
-// b.
+// fp32 accumulators, [kRows, kCols]: element 4 n + 2 h + b of row block i is at row 16 i + 8 h + lane / 4, column 8 n +
+// 2 (lane % 4) + b.
 template <int kRows, int kCols> struct AccTile {
     static_assert(kRows % 16 == 0 && kCols % 8 == 0);
     static constexpr int kRowBlocks = kRows / 16, kPerBlock = kCols / 2;
@@ -18,7 +18,7 @@ template <int kRows, int kCols> struct AccTile {
 #pragma unroll
             for (int j = 0; j < kPerBlock; ++j) x[i][j] = 0.f;
     }
-    // The kWidth columns from column kWidth * i on.
+    // Copy of columns [kWidth * i, kWidth * (i + 1)).
     template <int kWidth> FA_DEVICE AccTile<kRows, kWidth> columns(int i) const {
         AccTile<kRows, kWidth> part;
 #pragma unroll
@@ -27,11 +27,11 @@ template <int kRows, int kCols> struct AccTile {
             for (int j = 0; j < kWidth / 2; ++j) part.x[b][j] = x[b][kWidth / 2 * i + j];
         return part;
     }
-    // f(r, column, value) for every element: lane_row(r) is its row. column: the lane's first.
+    // Calls f(r, column, value) for every element: its row is lane_row(r). column starts at the lane's first column.
     template <class F> FA_DEVICE void for_each(F f, int column = lane_column()) { visit(x, f, column); }
     template <class F> FA_DEVICE void for_each(F f, int column = lane_column()) const { visit(x, f, column); }
-    // select(n) before every 8 columns, then f(r, b, column, value) for their elements: b is 0 or 1, which of the
-    // lane's two columns it is.
+    // Calls select(n) before every 8 columns, then f(r, b, column, value) for their elements: b = 0, 1 is the index
+    // among the lane's two columns.
     template <class Select, class F> FA_DEVICE void for_each_octet(Select select, F f) {
         zip_octets(*this, select, [&](int r, int b, int column, float& value, float&) { f(r, b, column, value); });
     }
@@ -58,7 +58,7 @@ private:
     }
 };
 
-// The same as 16-bit elements, which is how mma.sync takes its A operand: four registers per row block and 16 columns.
+// A tile packed to 16-bit elements, as the A operand of mma.sync: four registers per row block and 16 columns.
 template <class Element, int kRows, int kCols> struct PackedTile {
     static_assert(kCols % 16 == 0);
     static constexpr int kRowBlocks = kRows / 16, kSteps = kCols / 16;

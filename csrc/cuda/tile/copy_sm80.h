@@ -1,4 +1,4 @@
-// Tiles from global to shared memory with cp.async, a thread copying the same chunks of every tile of a shape.
+// Tile copies from global to shared memory with cp.async; each thread copies the same chunks of every tile of a shape.
 #pragma once
 #include "cuda/ptx/cp_async.h"
 #include "cuda/tile/smem_tile.h"
@@ -6,14 +6,14 @@
 
 namespace flash_attn {
 
-// Rows at a fixed distance.
+// Row pointers at a fixed stride.
 template <class Element> struct StridedRows {
     const Element* first;
     int64_t row_stride;
 };
 
-// What one thread of kThreads does to a tile, 16 bytes at a time: neighbouring threads take neighbouring chunks of a
-// row, and the block passes over the rows of a panel, or over several panels at once, in as few steps as there are.
+// The share of one of kThreads threads in a tile, in 16-byte chunks: adjacent threads take adjacent chunks of a row
+// (coalesced), and the block covers the rows of one panel, or of several at once, in as few steps as possible.
 template <int kThreads, class Tile> class TileCopy;
 template <int kThreads, int kRows, int kCols, int kPanelCols>
 class TileCopy<kThreads, SmemTile<kRows, kCols, kPanelCols>> {
@@ -30,8 +30,8 @@ public:
           column_(panel_ * Tile::kPanelCols + thread % Tile::kPanelChunks * 8),
           to_(Tile{tile.base + Tile::panel_offset(panel_)}.chunk(row_, thread % Tile::kPanelChunks)) {}
 
-    // Starts copying the tile's rows. Rows from valid_rows and columns from valid_cols on become zero. To be committed
-    // by the caller.
+    // Starts copying the tile. Rows from valid_rows on and columns from valid_cols on are zero-filled. The caller
+    // commits.
     template <class Element>
     FA_DEVICE void load(const StridedRows<Element>& rows, int valid_rows, int valid_cols) const {
         const Element* from = rows.first + row_ * rows.row_stride;
@@ -41,15 +41,14 @@ public:
             from += kPassRows * rows.row_stride;
         }
     }
-    // The same of rows that row(0), row(1) and so on find; where that is null, the row becomes zero. `good` is any
-    // address that may be read.
+    // As load(), for row pointers row(0), row(1), ...; a null pointer is a row of zeros. `good`: any readable address.
     template <class Element, class FindRow>
     FA_DEVICE void load_found(const Element* good, FindRow row, int valid_rows, int valid_cols) const {
 #pragma unroll 1
         for (int r = 0; r < kRows; r += kPassRows)
             load_row(r, row_ + r < valid_rows ? row(row_ + r) : nullptr, good, valid_cols);
     }
-    // f(address) for every chunk of this thread.
+    // Calls f(address) for every chunk of this thread.
     template <class F> FA_DEVICE void for_each_chunk(F f) const {
 #pragma unroll
         for (int r = 0; r < kRows; r += kPassRows)
@@ -65,7 +64,7 @@ private:
         for (int panel = 0; panel < Tile::kPanels; panel += kPassPanels) {
             const int column = panel * Tile::kPanelCols + column_;
             const int bytes = from ? clamp(2 * (valid_cols - column), 0, 16) : 0;
-            // Where nothing is read the address must be a good one still.
+            // cp.async needs a valid address even if it reads no bytes.
             const Element* const source = bytes > 0 ? from + column : good;
             ptx::cp_async_16(to_ + Tile::row_offset(r) + Tile::panel_offset(panel), source, bytes);
         }

@@ -1,5 +1,5 @@
-// Products of tiles with mma.sync, accumulated in fp32 registers of one warp. Loops are unrolled, and addresses are a
-// lane's part plus a part known at compile time.
+// Tile products with mma.sync, accumulated in fp32 registers of one warp. Loops are unrolled; addresses are a per-lane
+// part plus a compile-time offset.
 #pragma once
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/mma.h"
@@ -8,8 +8,8 @@
 
 namespace flash_attn {
 
-using AFragment = uint32_t[4];  // 16 x 16
-using BFragment = uint32_t[4];  // two of 16 x 8
+using AFragment = uint32_t[4];  // 16 x 16, m x k
+using BFragment = uint32_t[4];  // two of 16 x 8, k x n
 
 // A[m, k] = t[row0 + rows + m, 16 step + k].
 template <int kRows, int kCols>

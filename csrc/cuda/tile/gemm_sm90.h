@@ -1,6 +1,6 @@
-// Products of tiles with wgmma, accumulated in the registers of a warpgroup: each of its four warps has 16 rows, as a
-// register tile of its own. Every function issues one group of products and returns at once. Until the wgmma_wait that
-// orders it, neither its registers nor its tiles may be touched, and operands in registers have to live on.
+// Tile products with wgmma, accumulated in the registers of a warpgroup; each of its four warps holds 16 rows as a
+// register tile. Every function issues one wgmma group and returns at once. Until the matching wgmma_wait, the
+// accumulators and shared tiles must not be touched, and register operands must stay live.
 #pragma once
 #include "cuda/ptx/wgmma.h"
 #include "cuda/tile/acc_tile.h"
@@ -12,8 +12,8 @@ constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
 
 FA_DEVICE int warpgroup_id() { return ptx::uniform(ptx::thread_idx() / kWarpgroupThreads); }
 
-// An operand in shared memory, read in slices 16 deep. They differ in where they start, which is an addition to the
-// lowest field of the descriptor.
+// A shared-memory operand, read in slices of 16 along k. Slices differ in the start address, the lowest field of the
+// descriptor.
 template <class Tile, ptx::Major kMajor_> struct WgmmaOperand {
     static constexpr ptx::Major kMajor = kMajor_;
     uint64_t descriptor;
@@ -24,20 +24,20 @@ template <class Tile, ptx::Major kMajor_> struct WgmmaOperand {
     }
 };
 
-// Rows of t from row0 on, a multiple of 8, with k along the columns. 8 rows are 1024 bytes apart, and the leading
-// offset is not used.
+// Rows of t from row0 on (a multiple of 8), k along the columns. Groups of 8 rows are 1024 bytes apart; the leading
+// offset is unused.
 template <int kRows, int kCols>
 FA_DEVICE WgmmaOperand<SmemTile<kRows, kCols, 64>, ptx::Major::kK> k_major(SmemTile<kRows, kCols, 64> t, int row0) {
     return {ptx::opaque(ptx::wgmma_descriptor(t.base + t.row_offset(row0), 16, t.row_offset(8), ptx::Swizzle::k128B))};
 }
-// Columns of t, with k along the rows: 8 of them are 1024 bytes apart, and runs of 64 columns one panel.
+// Columns of t, k along the rows: groups of 8 k are 1024 bytes apart; a run of 64 columns is one panel.
 template <int kRows, int kCols>
 FA_DEVICE WgmmaOperand<SmemTile<kRows, kCols, 64>, ptx::Major::kMN> mn_major(SmemTile<kRows, kCols, 64> t, int col0) {
     const ptx::SmemPtr start = t.panel(col0 / 64).base + col0 % 64 * 2;
     return {ptx::opaque(ptx::wgmma_descriptor(start, t.kPanelBytes, t.row_offset(8), ptx::Swizzle::k128B))};
 }
 
-// c[64, N] = a b, summed over K, or += with kAdd.
+// c[64, N] = a b, summed over K; with kAdd, c += a b.
 template <class Element, int K, bool kAdd, int N, class A, class B>
 FA_DEVICE void multiply_slices(AccTile<16, N>& c, const A& a, const B& b) {
     static_assert(K % 16 == 0);
@@ -79,7 +79,7 @@ FA_DEVICE void wgmma_ab(AccTile<16, N>& c, const PackedTile<Element, 16, K>& a, 
     ptx::wgmma_commit();
 }
 
-// After a wait: what follows must not be moved above it.
+// After a wait: keeps the compiler from moving reads of c above it.
 template <int N> FA_DEVICE void pin_tile(AccTile<16, N>& c) { ptx::pin_registers(c.x[0]); }
 
 }  // namespace flash_attn

@@ -1,6 +1,6 @@
-// NaN and infinity in the B operand of a product whose A operand holds zeros for pairs that do not attend. Zero times
-// NaN is NaN, so a product would carry it to rows that never look there. Instead, tiles in which a mask hides something
-// are searched; what is found is added to the rows that do look, and replaced by zero before the product.
+// NaN and infinity in the B operand of a product whose A operand is zero for hidden pairs. Zero times NaN is NaN, so
+// the product would spread it to rows that do not see it. Instead, tiles in which the mask hides a pair are searched;
+// nonfinite values are added to the rows that see them, and zeroed before the product.
 #pragma once
 #include "cuda/ptx/shared.h"
 #include "cuda/tile/acc_tile.h"
@@ -8,7 +8,7 @@
 
 namespace flash_attn {
 
-// Whether this thread's own share of the tile, which must have landed, holds any.
+// Whether this thread's share of the tile, once it has landed, holds NaN or infinity.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE bool holds_nonfinite(SmemTile<kRows, kCols> tile) {
     bool found = false;
@@ -26,7 +26,7 @@ template <class Element> FA_DEVICE uint32_t nonfinite_to_zero(uint32_t pair) {
     return low | (ptx::any_nonfinite<Element>(pair & 0xffff0000u) ? 0 : pair & 0xffff0000u);
 }
 
-// Replaces them by zero in this thread's share of the tile.
+// Zeroes NaN and infinity in this thread's share of the tile.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE void clear_nonfinite(SmemTile<kRows, kCols> tile) {
     TileCopy<kThreads, SmemTile<kRows, kCols>>(tile).for_each_chunk([&](ptx::SmemPtr p) {
@@ -38,7 +38,7 @@ FA_DEVICE void clear_nonfinite(SmemTile<kRows, kCols> tile) {
     });
 }
 
-// c[r, column] += what is not finite in b[k, col0 + column], for every k with attends(r, k). Slow, and hardly ever run.
+// c[r, column] += the nonfinite values b[k, col0 + column], for every k with attends(r, k). Slow, and rarely run.
 template <class Element, int kRows, int kCols, int K, int kColsB, class Attends>
 FA_DEVICE void add_nonfinite(AccTile<kRows, kCols>& c, SmemTile<K, kColsB> b, int col0, Attends attends) {
 #pragma unroll 1

@@ -1,13 +1,13 @@
-// NaN and infinity in tiles that TMA has written and wgmma is to read (see cuda/tile/nonfinite.h): scan warps look for
-// them, and zeros take their place before products are issued. Whoever needs the values reads them in global memory.
+// NaN and infinity in tiles loaded by TMA and read by wgmma (see cuda/tile/nonfinite.h): scan warps search tiles, and
+// nonfinite values are zeroed before the products. Their contribution is added from global memory.
 #pragma once
 #include "cuda/ptx/global.h"
 #include "cuda/tile/nonfinite.h"
 
 namespace flash_attn {
 
-// One of kThreads threads: whether its share of the tile, of 16-byte chunks, holds anything that is not finite. Several
-// chunks are under way at a time, as many as fit into the registers of those who only look.
+// For one of kThreads threads: whether its 16-byte chunks of the tile hold NaN or infinity. Several chunks are in
+// flight at a time, as many as fit into the registers of scan warps.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE bool holds_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
     constexpr int kStep = kThreads * 16, kRounds = tile.kBytes / kStep;
@@ -24,7 +24,7 @@ FA_DEVICE bool holds_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread
     if (kRounds * kStep + thread * 16 < tile.kBytes) look(at);
     return ptx::any_nonfinite<Element>(marks[0]) || ptx::any_nonfinite<Element>(marks[1]);
 }
-// Replaces it by zero.
+// Zeroes NaN and infinity in this thread's chunks.
 template <class Element, int kThreads, int kRows, int kCols>
 FA_DEVICE void clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread) {
 #pragma unroll 1
@@ -37,9 +37,9 @@ FA_DEVICE void clear_nonfinite_share(SmemTile<kRows, kCols, 64> tile, int thread
     }
 }
 
-// c[r, column] += what is not finite in row k of b, for every k below K with attends(r, k). b: in global memory; its
-// rows and columns past the valid ones hold nothing. Slow, and hardly ever run. What is NaN stays so: where all is, as
-// in a training that has diverged, there is nothing left to do.
+// c[r, column] += the nonfinite values of row k of b, for every k with attends(r, k). b: in global memory, with
+// valid_rows rows and valid columns. Slow, and rarely run. Results that are already NaN are skipped, which bounds the
+// time if all inputs are NaN, as in a diverged training.
 template <class Element, int kRows, int kCols, class Attends>
 FA_DEVICE void add_nonfinite_rows(AccTile<kRows, kCols>& c, const Element* b, int64_t row_stride, int valid_rows,
                                   int valid_cols, Attends attends) {
@@ -61,7 +61,7 @@ FA_DEVICE void add_nonfinite_rows(AccTile<kRows, kCols>& c, const Element* b, in
     }
 }
 
-// The transpose: c[r, column] += what is not finite in column r of row k of b, for every k with attends(k, column).
+// The transpose: c[r, column] += the nonfinite values b[k, r], for every k with attends(k, column).
 template <class Element, int kRows, int kCols, class Attends>
 FA_DEVICE void add_nonfinite_columns(AccTile<kRows, kCols>& c, const Element* b, int64_t row_stride, int valid_rows,
                                      int valid_cols, Attends attends) {

@@ -1,5 +1,5 @@
-// Plans of shared memory: a struct whose members say what lies where. There is never an object of it: kernels add
-// offsetof() to the beginning of shared memory.
+// Shared memory layouts: a struct whose members describe the layout. It is never instantiated: kernels add offsetof()
+// to the base of shared memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-// Room for so many tiles, rows of numbers or pipelines, one after another.
+// Space for kCount tiles, row arrays or pipelines.
 template <class T, int kCount = 1> struct Place { unsigned char bytes[kCount * T::kBytes]; };
 
 using MbarrierPlace = uint64_t;

@@ -1,4 +1,4 @@
-// One fp32 number per row of a tile, in shared memory.
+// One fp32 value per row of a tile, in shared memory.
 #pragma once
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/shared.h"
@@ -13,14 +13,14 @@ template <int kRows> struct SmemRows {
 
     FA_DEVICE ptx::SmemPtr end() const { return base + kBytes; }
 
-    // Starts loading; rows from valid_rows on become zero. At least kRows threads call it; to be committed by the
-    // caller.
+    // Starts copying with cp.async; rows from valid_rows on are zero-filled. At least kRows threads must call it. The
+    // caller commits.
     FA_DEVICE void load(const float* rows, int valid_rows) const {
         const int row = ptx::thread_idx();
         const bool valid = row < valid_rows;
         if (row < kRows) ptx::cp_async_4(base + 4 * row, valid ? rows + row : rows, valid ? 4 : 0);
     }
-    // The numbers of a lane's rows, of those from row0 on.
+    // The values of a lane's rows, relative to row0.
     template <int kLaneRows> FA_DEVICE void get(float (&x)[kLaneRows], int row0) const {
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) x[r] = ptx::bits_float(ptx::load_shared(base + 4 * (row0 + lane_row(r))));

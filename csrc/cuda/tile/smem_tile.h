@@ -1,6 +1,6 @@
-// A tile of 16-bit elements in shared memory: panels of 64 columns, or 32 where half of the tile is not whole panels of
-// 64, in which the 16-byte chunks of a row are permuted by XOR with the row, so that eight rows of one column of
-// chunks, which is what ldmatrix reads at once, lie in different banks.
+// A tile of 16-bit elements in shared memory: panels of 64 columns, or of 32 if half of the tile is not whole panels of
+// 64. Swizzle: the 16-byte chunks of a row are permuted by XOR with the row, so that the same chunk of eight rows,
+// which is what ldmatrix reads at once, is in different banks.
 #pragma once
 #include "cuda/tile/lane.h"
 
@@ -11,24 +11,23 @@ template <int kRows, int kCols, int kPanelCols_ = kCols == 64 || kCols % 128 == 
     static constexpr int kPanelCols = kPanelCols_;
     static constexpr int kPanels = kCols / kPanelCols, kPanelChunks = kPanelCols / 8;
     static constexpr int kRowBytes = kPanelCols * 2, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
-    static constexpr int kAlignment = kRowBytes;  // flipped bits are those of an address within a row
+    static constexpr int kAlignment = kRowBytes;  // the swizzle flips address bits within a row
     ptx::SmemPtr base;
 
     FA_DEVICE ptx::SmemPtr end() const { return base + kBytes; }
 
-    // An address is a thread's part and what is known at compile time. The permutation repeats every 8 rows, so rows,
-    // as multiples of 8, and panels are added; chunks within a panel are flipped bits. Kept apart like this, one
-    // register serves a whole tile.
+    // An address is a per-thread part plus a compile-time offset. The swizzle repeats every 8 rows, so multiples of 8
+    // rows and panels are added; chunks within a panel are flipped bits. This way one register serves a whole tile.
     FA_DEVICE static constexpr int row_offset(int rows) { return rows * kRowBytes; }
     FA_DEVICE static constexpr int panel_offset(int panel) { return panel * kPanelBytes; }
-    // A chunk of panel 0.
+    // Address of chunk c of panel 0.
     FA_DEVICE ptx::SmemPtr chunk(int row, int c) const {
-        // Rows of 64 bytes fill the banks in pairs.
+        // Two rows of 64 bytes cover all banks once.
         const int key = kPanelCols == 64 ? row % 8 : row / 2 % 4;
         return ptx::pin(base + (row_offset(row) + ((c ^ key) << 4)));
     }
-    // Of the 8 columns 8 c + 8 lane_half of the kWidth columns from col0 on, a multiple of kWidth: c even and known at
-    // compile time, or lane_half zero.
+    // Address of the 8 columns 8 c + 8 lane_half, within kWidth columns from col0, a multiple of kWidth. Either c is
+    // even and a compile-time constant, or lane_half is zero.
     template <int kWidth> FA_DEVICE ptx::SmemPtr chunk_at(int row, int col0, int c, int lane_half) const {
         if constexpr (kPanelCols % kWidth == 0 || kWidth % kPanelCols == 0) {
             const SmemTile columns{base + panel_offset(col0 / kPanelCols)};
@@ -40,14 +39,14 @@ template <int kRows, int kCols, int kPanelCols_ = kCols == 64 || kCols % 128 == 
         }
     }
     FA_DEVICE SmemTile<kRows, kPanelCols, kPanelCols> panel(int i) const { return {base + panel_offset(i)}; }
-    // The pair of elements that a lane of an accumulator of kWidth columns has in row row0 + lane / 4 and the n-th 8
-    // columns.
+    // Address of the pair of elements that a lane holds of an accumulator of kWidth columns: row row0 + lane / 4, the
+    // n-th group of 8 columns.
     template <int kWidth> FA_DEVICE ptx::SmemPtr lane_pair(int row0, int col0, int n) const {
         return chunk_at<kWidth>(row0 + lane_id() / 4, col0, n, 0) + lane_column() * 2;
     }
 };
 
-// Of panels of 64 columns only, which is how TMA with the 128-byte swizzle writes a tile and wgmma reads it.
+// Panels of 64 columns only: the layout that TMA writes with the 128-byte swizzle and wgmma reads.
 template <int kRows, int kCols> using WideTile = SmemTile<kRows, (kCols + 63) / 64 * 64, 64>;
 constexpr int kWideTileAlignment = 1024;
 

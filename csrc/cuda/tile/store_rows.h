@@ -1,4 +1,4 @@
-// Rows of a register tile to global memory, as 16-bit elements.
+// Stores rows of a register tile to global memory as 16-bit elements.
 #pragma once
 #include "cuda/ptx/global.h"
 #include "cuda/ptx/sync.h"
@@ -6,8 +6,8 @@
 
 namespace flash_attn {
 
-// Rows and columns past the valid ones are dropped. dst is the tile's corner and may lie anywhere; where it and its
-// rows start at multiples of four bytes, elements are stored in pairs.
+// Rows and columns past the valid ones are not stored. dst is the tile's first element, at any alignment; if it and the
+// row stride are multiples of four bytes, elements are stored in pairs.
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
                                                                          int64_t row_stride, int valid_rows,
                                                                          int valid_cols) {
@@ -30,7 +30,7 @@ template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const A
     }
 }
 
-// The four lanes that share a row each have a pair of every 8 columns, and get all of one of 32: lane i of the i-th 8.
+// Transposes pairs among the four lanes that share a row: lane i gets all of the i-th 8 of every 32 columns.
 FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
     const int lane = lane_id();
 #pragma unroll
@@ -47,8 +47,7 @@ FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
     }
 }
 
-// As store_rows(), by eights where dst, its rows and the valid columns are multiples of 16 bytes. For kernels that have
-// registers to spare.
+// As store_rows(), in 16-byte stores where dst, row stride and valid columns allow it. Needs some more registers.
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows_by_eights(const AccTile<kRows, kCols>& t,
                                                                                    Element* dst, int64_t row_stride,
                                                                                    int valid_rows, int valid_cols) {

@@ -1,4 +1,4 @@
-// A register tile to shared memory, as 16-bit elements.
+// Stores a register tile to shared memory as 16-bit elements.
 #pragma once
 #include "cuda/ptx/shared.h"
 #include "cuda/tile/acc_tile.h"
@@ -6,7 +6,7 @@
 
 namespace flash_attn {
 
-// To the rows and columns from (row0, col0) on. One store per pair: eight rows of one chunk lie in different banks.
+// To rows and columns from (row0, col0) on. One store per pair: the same chunk of eight rows is in different banks.
 template <class Element, int kRows, int kCols, int kTileRows, int kTileCols, int kPanelCols>
 FA_DEVICE void store_shared(const AccTile<kRows, kCols>& t, SmemTile<kTileRows, kTileCols, kPanelCols> tile, int row0,
                             int col0) {

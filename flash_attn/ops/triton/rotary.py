@@ -1,4 +1,4 @@
-"""The name under which programs import the rotation itself."""
+"""The upstream import path of apply_rotary."""
 
 from flash_attn.layers.rotary import apply_rotary
 

@@ -1,1 +1,1 @@
-"""Rules that the source tree is held to; tests/test_source_rules.py runs them."""
+"""Rules of the source tree; tests/build/test_source_rules.py runs them."""

@@ -1,11 +1,11 @@
-"""Layers only look left: every part of csrc includes itself and the parts that the table names for it."""
+"""Include layering: every part of csrc includes only itself and the parts that the table lists for it."""
 
 import ast
 import re
 
 from .source import Findings, Source
 
-# Parts of csrc by the beginnings of their paths; a file belongs to the longest that fits.
+# Parts of csrc by path prefix; a file belongs to the longest matching prefix.
 POLICY = ("policy/host_device.h", "policy/divisor.h", "problem.h", "policy/")
 TILES = ("policy/host_device.h", "cuda/ptx/", "cuda/tile/")
 BACKEND = ("problem.h", "cuda/api.h", "cuda/backend.h")
@@ -16,7 +16,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "policy/divisor.h": ("policy/host_device.h",),
     "problem.h": ("policy/divisor.h",),
     "policy/": POLICY,
-    "cuda/api.h": ("problem.h",),  # all that ops/ sees of the kernels
+    "cuda/api.h": ("problem.h",),  # the only header of the kernels that ops/ includes
     "cuda/backend.h": BACKEND,
     "cuda/backends.cpp": BACKEND,
     "cuda/instances.h": (*BACKEND, "policy/host_device.h"),
@@ -25,21 +25,21 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "cuda/ptx/": ("policy/host_device.h",),
     "cuda/tile/": TILES,
     "cuda/attention/": ARCHITECTURE,
-    "cpu/backend.h": ("problem.h",),  # all that ops/ sees of the CPU backend
+    "cpu/backend.h": ("problem.h",),  # the only header of the CPU backend that ops/ includes
     "cpu/": (*POLICY, "cpu/backend.h"),
     "ops/": (*POLICY, "cuda/api.h", "cpu/backend.h"),
 }
 
 
 def layer_of(path: str) -> str | None:
-    """The part that a path from the root of csrc belongs to, None if the table has none."""
+    """The part that contains a path relative to csrc; None if the table has none."""
     if folder := re.match(r"cuda/sm\d+/", path):
         return folder[0]
     return max((part for part in MAY_INCLUDE if path.startswith(part)), key=len, default=None)
 
 
 def may_include(layer: str) -> tuple[str, ...]:
-    """What a part may include beside itself. Folders of architectures do not know each other."""
+    """The parts that a part may include besides itself. Architecture folders must not include each other."""
     return MAY_INCLUDE.get(layer, ARCHITECTURE)
 
 

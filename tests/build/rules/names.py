@@ -29,7 +29,7 @@ SYNONYMS = {
     }.items()
     for word in words.split()
 }
-# Names of arguments that flash_attn 2.8.3 has given to its users.
+# Argument names of the public API of flash_attn 2.8.3.
 PUBLIC_NAMES = {
     "flash_attn/modules/mha.py": {"num_heads_kv", "nheads"},
     "flash_attn/layers/rotary.py": {"num_heads_q"},
@@ -45,7 +45,7 @@ def synonyms_in_cpp(source: Source) -> Findings:
 
 
 def synonyms_in_python(source: Source) -> Findings:
-    """Where a name is made. A keyword of a call is the choice of whoever wrote the function."""
+    """Checks definitions only: keywords of calls are names chosen by the callee."""
     for node in ast.walk(source.tree):
         name = None
         if isinstance(node, ast.arg):

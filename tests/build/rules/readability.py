@@ -1,4 +1,4 @@
-"""What keeps a file readable, and a package usable."""
+"""Rules for readable files and for a usable package."""
 
 import ast
 import re
@@ -34,7 +34,7 @@ def is_python_code(comment: str) -> bool:
 
 
 def is_bare_call(node: ast.stmt) -> bool:
-    """Of print or of a method: `rowsum(dout * out)` is a formula, `out.backward(dout)` is code."""
+    """A call of print or of a method: `rowsum(dout * out)` is a formula, `out.backward(dout)` is code."""
     if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return False
     function = node.value.func
@@ -62,7 +62,7 @@ def long_file(source: Source) -> Findings:
 
 
 def long_functions(source: Source) -> Findings:
-    """Without the docstring: a long explanation is no fault."""
+    """The docstring is not counted."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = node.body[0] if ast.get_docstring(node) is not None else None

@@ -1,4 +1,4 @@
-"""Source files as the rules see them, and what a rule is."""
+"""Source files and rules as data structures."""
 
 import ast
 import io
@@ -12,12 +12,12 @@ CPP = (".h", ".inl", ".cpp", ".cu", ".cuh")
 PYTHON = (".py",)
 CODE = CPP + PYTHON
 
-Findings = Iterator[tuple[int, str]]  # line number, what stands there
+Findings = Iterator[tuple[int, str]]  # (line number, text found)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its path from the root of the repository, and its text."""
+    """One file: its path relative to the repository, and its text."""
 
     path: str
     text: str
@@ -32,7 +32,7 @@ class Source:
 
     @cached_property
     def cpp_code(self) -> list[str]:
-        """The lines with comments and the contents of strings blanked, but for the names of included files."""
+        """The lines with comments and string contents blanked, except the names of included files."""
         blanked = CPP_NOT_CODE.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), self.text)
         return [
             line if is_include(line) else blank for line, blank in zip(self.lines, blanked.splitlines(), strict=True)
@@ -40,7 +40,7 @@ class Source:
 
     @cached_property
     def comments(self) -> list[tuple[int, str]]:
-        """Line number and text, without the signs that make it a comment, of every line of every comment."""
+        """(line number, text without comment markers) for every line of every comment."""
         if self.path.endswith(PYTHON):
             tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
             return [(t.start[0], t.string.lstrip("#").strip()) for t in tokens if t.type == tokenize.COMMENT]
@@ -61,13 +61,13 @@ def is_include(line: str) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """What must not be found, where it is looked for, and one file that breaks the rule."""
+    """What is forbidden, where it is checked, and an example file that breaks the rule."""
 
     name: str
     find: Callable[[Source], Findings]
     bad: Source
     suffixes: tuple[str, ...] = CPP
-    within: tuple[str, ...] = ("",)  # beginnings of paths
+    within: tuple[str, ...] = ("",)  # path prefixes
     outside: tuple[str, ...] = ()
 
     def covers(self, source: Source) -> bool:
@@ -84,7 +84,7 @@ class Rule:
 
 
 def pattern(expression: str) -> Callable[[Source], Findings]:
-    """Finds a regular expression in C++ code, not in comments or strings."""
+    """Finds a regular expression in C++ code, outside comments and strings."""
     compiled = re.compile(expression)
 
     def find(source: Source) -> Findings:

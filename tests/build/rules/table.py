@@ -1,4 +1,4 @@
-"""The rules of the source tree that a machine can check."""
+"""The machine-checked rules of the source tree."""
 
 from . import layers, names, readability
 from .source import CODE, PYTHON, Rule, Source, pattern
