@@ -104,7 +104,7 @@ gpu-test: ## the tests on this machine's GPU; run again, it goes on; with python
 	@$(call step,gpu-test); \
 	$(GPU_BUILD); \
 	$(GPU_PATH) $(GPU_PY) -m pytest --device=cuda --resume='$(or $(RESULTS),build/gpu-test)' --stop-after=$(or $(LIMIT),330) \
-	    --numprocesses=$(JOBS) --max-worker-restart=1000 --timeout=60 --timeout-method=thread $(ARGS)
+	    --numprocesses=$(JOBS) --max-worker-restart=50 --maxschedchunk=2 --timeout=60 --timeout-method=thread $(ARGS)
 
 gpu-bench: ## measure the CUDA kernels on this machine's GPU against every attention of torch, for LIMIT seconds
 	@$(call step,gpu-bench); \

@@ -1,1 +1,1 @@
-"""What is no part of the package: compiling the CUDA kernels, reporting on them, and resuming long runs on a GPU."""
+"""Compiles the CUDA kernels, for setup.py and tools/. Not installed."""

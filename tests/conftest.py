@@ -32,6 +32,7 @@ def pytest_configure(config):
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
     """Workers of pytest-xdist sample as their controller does."""
     node.workerinput["seed"] = node.config.seed

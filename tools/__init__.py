@@ -1,1 +1,1 @@
-"""What developers run beside build, tests and benchmarks; no part of an installation."""
+"""What developers run beside build, tests and benchmarks: the report on the kernels, the first look at a GPU."""

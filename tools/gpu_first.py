@@ -1,9 +1,8 @@
 """All that a GPU can tell about the kernels within LIMIT seconds (560), the most telling first: make gpu-first.
 
 Every step is a process of its own and ends when its time is over: what hangs or crashes costs that step alone. What it
-prints is in the folder RESULTS (build/gpu-first), in a file of its name; summary.txt there is a page about all of them,
-written anew after each. Nothing is compiled but the tests of single instructions, unless they were beforehand.
-START says when LIMIT began to count, in seconds since 1970. With --rehearse: what can be run without a GPU.
+prints is in the folder RESULTS (build/gpu-first), in a file of its name; summary.txt there is a page about all of them.
+START is when LIMIT began to count, in seconds since 1970. With --rehearse: what can be run without a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 560.0
 QUERIES = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total,clocks_event_reasons.active"
-PRIMITIVES = ROOT / "build" / "sim" / "device" / "test_primitives-90a"
+SIM_GPU = os.environ.get("SIM_GPU", "90a")  # of the tests of single instructions
+PRIMITIVES = ROOT / f"build/sim/device/test_primitives-{SIM_GPU}"
 # Single instructions, in the order in which one builds on another.
 GROUPS = ("memory", "warp", "numbers", "wgmma", "rows", "tiles", "sm90")
-
 PASSED, FAILED, TIME_OVER, NO_TIME = "passed", "failed", "time over", "no time"
 
 
@@ -43,21 +42,21 @@ def steps(device: str) -> list[Step]:
     pytest = [sys.executable, "-m", "pytest", "-q", f"--device={device}"]
     bench = [sys.executable, "benchmarks/bench.py", "--device", device, "--stage"]
     facts = Step("facts", [sys.executable, "-m", "tools.gpu_facts"], 20)
-    first = Step("first-cases", [*pytest, "tests/attention/test_first.py"], 60)
+    tests = ["make", "--no-print-directory", "gpu-test", f"PYTHON={sys.executable}", "PREBUILT=1"]
     benches = [Step("bench-stage-1", [*bench, "1"], 90), Step("bench-stage-2", [*bench, "2"], 60)]
     if device == "cpu":
-        return [facts, first, *benches, Step("tests", [*pytest, "tests/attention"], 560)]
-    compile_primitives = ["make", "-s", "-f", "simulator/Makefile", "primitives-device", "SIM_GPU=90a"]
-    all_tests = ["make", "--no-print-directory", "gpu-test", f"PYTHON={sys.executable}", "PREBUILT=1"]
+        first = Step("first-cases", [*pytest, "tests/attention/test_first.py"], 60)
+        return [facts, first, benches[0], Step("tests", [*pytest, "tests/attention"], 560)]
+    compile_primitives = ["make", "-s", "-f", "simulator/Makefile", "primitives-device", f"SIM_GPU={SIM_GPU}"]
     return [
         Step("driver", ["nvidia-smi", f"--query-gpu={QUERIES}", "--format=csv"], 10),
         facts,
         *([] if PRIMITIVES.exists() else [Step("compile-primitives", compile_primitives, 60)]),
         *(Step(f"primitives-{group}", [str(PRIMITIVES), group], 12) for group in GROUPS),
-        first,
+        Step("first-cases", [*tests, "ARGS=tests/attention/test_first.py"], 60),
         *benches,
-        Step("tests", all_tests, 560, reserve=60),
-        Step("sanitizer", [*pytest, "-m", "sanitizer"], 60),
+        Step("tests", [*tests, "ARGS=-m 'not sanitizer'"], 560, reserve=60),
+        Step("sanitizer", [*tests, "ARGS=-m sanitizer"], 60),
     ]
 
 
@@ -65,6 +64,7 @@ def run(step: Step, log: Path, seconds: float) -> str:
     """What becomes of a step. When its time is over, all that it has started is interrupted, and then killed."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environment |= {"LIMIT": str(max(int(seconds) - 8, 1)), "RESULTS": str(log.parent)}  # for the steps that read them
+    environment.pop("MAKEFLAGS", None)  # in which make hands on the LIMIT of all steps
     with log.open("w") as output:
         try:
             process = subprocess.Popen(

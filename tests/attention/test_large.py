@@ -84,7 +84,7 @@ def assert_repeated(got: torch.Tensor, expected: torch.Tensor, name: str) -> Non
 
 
 @pytest.mark.last
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_many_sequences():
     case = Case((20,) * 7, (33,) * 7, dtype="bfloat16", head_dim=40, head_dim_v=40, causal=True)
     many, x, few = repeated(case, TIMES)
@@ -96,7 +96,7 @@ def test_many_sequences():
 
 
 @pytest.mark.last
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_many_packed_sequences():
     """Sequences of different lengths, some empty."""
     lengths_q, lengths_k = (20, 0, 3, 1, 65, 7, 0), (33, 5, 0, 1, 65, 129, 0)
@@ -113,7 +113,7 @@ def test_many_packed_sequences():
 
 
 @pytest.mark.last
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_more_than_2_to_the_31_elements():
     """All tensors of both passes; the dQ workspace then has as many 4-byte elements."""
     seqlen, num_heads = (16_400, 128) if IS_GPU else (40, 2)

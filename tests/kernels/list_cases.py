@@ -3,8 +3,7 @@
     export PYTHONPATH=tests/support:tests/kernels
     python3 -m list_cases                 every case
     python3 -m list_cases --table race    a shorter table, for ThreadSanitizer
-    python3 -m list_cases --sample 50     some of them, and every kernel among them
-    python3 -m list_cases --summary       how many cases, values and pairs of values
+    python3 -m list_cases --sample 50     some of them, and every kernel among them; --summary counts them
 
 Keys are the fields of a Case, left out at their defaults, and those of Sim: which check is made of the case, how its
 tensors are laid out, and how much shared memory the device has.
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from build_tools import cuda_objects
 from cases import (
     BATCHES,
-    HEAD_DIMS,
     LENGTHS,
     MASKS,
     SCORES,
@@ -30,6 +28,7 @@ from cases import (
     paged_cases,
     pairwise,
 )
+from cases import HEAD_DIMS as COMMON_DIMS
 from sampling import sample
 
 DTYPES = ["bfloat16", "float16"]
@@ -56,6 +55,8 @@ def round_up(head_dim: int) -> int:
     return -(-head_dim // 8) * 8
 
 
+# With those of kernels that no case of the common table reaches.
+HEAD_DIMS = [*COMMON_DIMS, *((d, d) for d in cuda_objects.all_head_dims() if d not in map(max, COMMON_DIMS))]
 AXES: dict[str, list] = {
     "dtype": DTYPES,
     "heads": [(1, 1), (2, 2), (4, 2), (3, 1)],

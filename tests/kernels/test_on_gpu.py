@@ -44,6 +44,9 @@ def run_group(command: list[str], env: dict[str, str], seconds: float) -> tuple[
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return -signal.SIGKILL, process.communicate()[0] + f"\nkilled after {seconds:.0f} s"
+    except BaseException:  # an interrupt must not leave it on the GPU
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return process.returncode, text
 
 

@@ -6,6 +6,7 @@ tests run on the CPU only.
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from cases import Case
+from paths import ROOT
 
 # Set by tests/conftest.py from the option, before tests are imported; inherited by child processes.
 DEVICE = os.environ.get("FLASH_ATTN_TEST_DEVICE", "cpu")
@@ -64,11 +66,13 @@ def gpu_memory(gigabytes: float) -> Iterator[None]:
     if not IS_GPU:
         yield
         return
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < gigabytes * 1e9:
-        pytest.skip(f"less than {gigabytes:.0f} GB of GPU memory are free")
-    yield
-    torch.cuda.empty_cache()
+    with (ROOT / "build" / ".gpu-memory.lock").open("w") as lock:  # one of these tests at a time, of all processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < gigabytes * 1e9:
+            pytest.skip(f"less than {gigabytes:.0f} GB of GPU memory are free")
+        yield
+        torch.cuda.empty_cache()
 
 
 def is_lost() -> bool:
