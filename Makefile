@@ -153,7 +153,7 @@ format: $(LINT_READY) ## rewrite the sources the way that lint wants them
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist compile_commands.json *.egg-info flash_attn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find flash_attn tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find flash_attn tests examples benchmarks build_tools tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well
 	rm -rf .venv
