@@ -1,9 +1,6 @@
 """Transformations of a problem with a known effect, or none, on its results."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from check import op_bwd, op_fwd, run_forward
 from compare import assert_bitwise, assert_finite, compare
 from device import on_device
 from inputs import Inputs, eps_of, make_inputs, sequences
-from paths import ROOT, environment
 from reference import attention
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
@@ -242,33 +238,6 @@ def test_first_tile_visited_is_masked(dtype):
         assert seen.max() < -90
         size = -seen.min().item() if dtype in ("float32", "float64") else 0.0
         compare("out", run.out, ref.out, [plain.out], size=size, context=case.name)
-
-
-LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_instruction_sets(level):
-    """Each instruction set passes the small table in a process of its own; unsupported ones fall back."""
-    command = [sys.executable, str(ROOT / "tests/support/check.py")]
-    env = environment(FLASH_ATTN_CPU_ISA=level)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    used = done.stdout.split()[-1]
-    assert LEVELS.index(used) <= LEVELS.index(level)
-    assert LEVELS.index(used) <= LEVELS.index(_best_level())
-
-
-def _best_level() -> str:
-    """The best instruction set of this processor, according to the kernel's CPU flags."""
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    needs = {
-        "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
-        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-        "avx2": {"avx2", "fma"},
-    }
-    return next((level for level, flag in needs.items() if flag <= flags), "base")
 
 
 def test_pairwise_covers_every_pair():

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ CODE = {"sm80": "sm_80 compute_80", "sm90": "sm_90a"}
 class Backends:
     """The choice among backends, compiled with g++, with kernels for some architectures, which do nothing."""
 
+    compiled: ClassVar[dict[tuple[str, ...], Path]] = {}  # object files, by name and flags
+
     def __init__(self, folder: Path, *built: str):
         compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fPIC"]
         compiler += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}"]
@@ -28,9 +31,12 @@ class Backends:
         for arch in built:
             instances = [f"-DFA_ARCH={arch[2:]}", f'-DFA_HEAD_DIMS="cuda/{arch}/head_dims.inl"']
             sources[f"kernels_{arch}"] = (ROOT / "tests/kernels/runner/missing.cpp", instances)
-        objects = [folder / f"{name}.o" for name in sources]
-        for path, (source, flags) in zip(objects, sources.values(), strict=True):
-            subprocess.run([*compiler, *flags, "-c", source, "-o", path], check=True)
+        objects = []
+        for name, (source, flags) in sources.items():
+            path = self.compiled.setdefault((name, *flags), folder / f"{name}.o")
+            if not path.exists():
+                subprocess.run([*compiler, *flags, "-c", source, "-o", path], check=True)
+            objects.append(path)
         library = folder / "libbackends.so"
         subprocess.run([*compiler, "-shared", "-Wl,--no-undefined", *objects, "-o", library], check=True)
         self.library = ctypes.CDLL(str(library))

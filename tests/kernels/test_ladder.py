@@ -1,5 +1,6 @@
 """examples/ladder: every rung computes attention, moves what its README says, and breaks as its exercises say."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -75,6 +76,7 @@ def test_any_schedule_will_do(table, landing):
     assert done.stdout == table
 
 
+whole = functools.partial(pytest.param, marks=pytest.mark.whole)  # what takes longest, or is shown by another one
 FIRST_SYNC = "        ptx::sync_threads();  // the tiles are there\n"
 LOAD = "        if (n + 1 < tiles) load_keys(n + 1);\n"
 WAIT = "        ptx::cp_async_wait<0>();\n"
@@ -83,8 +85,8 @@ WAIT = "        ptx::cp_async_wait<0>();\n"
 @pytest.mark.parametrize(
     ("rung", "edits", "arguments", "says"),
     [
-        ("1_naive", {"load(scores + key) - row_max": "load(scores + key)"}, [], None),
-        ("2_online_softmax", {"out[i] * rescale_factor": "out[i]"}, [], "this is not attention"),
+        whole("1_naive", {"load(scores + key) - row_max": "load(scores + key)"}, [], None),
+        whole("2_online_softmax", {"out[i] * rescale_factor": "out[i]"}, [], "this is not attention"),
         ("3_shared_tiles", {FIRST_SYNC: ""}, [], "nan"),
         (
             "3_shared_tiles",
@@ -92,9 +94,9 @@ WAIT = "        ptx::cp_async_wait<0>();\n"
             [],
             f"32 lanes in bar.sync or bar.arrive: barrier 0, 32 of 64 threads arrived|Error {DEADLOCK}",
         ),
-        ("4_tensor_cores", {WAIT: ""}, ["ARGS=1 early"], None),
+        whole("4_tensor_cores", {WAIT: ""}, ["ARGS=1 early"], None),
         ("4_tensor_cores", {WAIT: ""}, ["ARGS=1 late"], "Error"),
-        ("5_double_buffering", {LOAD: "", WAIT: LOAD + WAIT}, ["FLAVOUR=tsan"], f"data race|Error {RACE}"),
+        whole("5_double_buffering", {LOAD: "", WAIT: LOAD + WAIT}, ["FLAVOUR=tsan"], f"data race|Error {RACE}"),
         ("6_causal_tiles", {"if (!a.mask.is_full_block": "if (false && !a.mask.is_full_block"}, [], "not attention"),
     ],
 )

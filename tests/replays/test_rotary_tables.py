@@ -82,7 +82,13 @@ def test_first_call_by_a_stranger(seqlens, stranger, kind):
     assert_same(results(copy.deepcopy(module), x_of(after)), results(module, x_of(after)))
 
 
-@with_kinds
+# Plain attention has the same tables, and its graphs take longest to compile.
+with_kinds_whole = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.whole) if "plain" in kind else kind for kind in KINDS]
+)
+
+
+@with_kinds_whole
 def test_number_of_graphs_for_growing_lengths(kind):
     torch.compiler.reset()
     module, counter = build(kind), CompileCounterWithBackend("aot_eager")

@@ -229,14 +229,14 @@ def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Ten
 def main() -> None:
     """Run tables of cases in a process of its own; prints the number of passed cases.
 
-    check.py: the small table; check.py whole: all others; check.py 60 7: 60 cases of those, chosen by the seed 7.
+    check.py whole: all of them; check.py 60 7: the small table and 60 cases of the others, chosen by the seed 7.
     """
     torch.set_num_threads(1)
-    both_passes, forward_only = [*table(), *edge_cases(), *key_range_cases()], paged_cases()
-    chosen = [*both_passes, *forward_only] if sys.argv[1:] else small_table()
-    if len(sys.argv) == 3:
+    cases = [*table(), *edge_cases(), *key_range_cases(), *paged_cases()]
+    if sys.argv[1:] != ["whole"]:
         size, seed = map(int, sys.argv[1:])
-        chosen = random.Random(seed).sample(chosen, size)
+        cases = random.Random(seed).sample(cases, size)
+    chosen = [*small_table(), *cases]
     for case in chosen:
         check_forward(case)
         if not case.page_size:

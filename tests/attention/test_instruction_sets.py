@@ -1,0 +1,39 @@
+"""Tables of cases by every instruction set of the CPU backend, on memory full of NaN: nothing is read unwritten."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flash_attn
+from paths import ROOT, environment
+
+LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
+
+
+def _best_level() -> str:
+    """The best instruction set of this processor, according to the kernel's CPU flags."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    needs = {
+        "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+        "avx2": {"avx2", "fma"},
+    }
+    return next((level for level, flag in needs.items() if flag <= flags), "base")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_tables(level, request):
+    """The small table and a sample of the others, or all, in a process of its own. Unsupported sets fall back."""
+    assert os.environ["FLASH_ATTN_CPU_POISON"] == "1"
+    which = ["whole"] if request.config.getoption("--whole") else ["40", str(request.config.seed)]
+    command = [sys.executable, str(ROOT / "tests/support/check.py"), *which]
+    env = environment(FLASH_ATTN_CPU_ISA=level)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{which}: {done.stderr[-3000:]}"
+    used, best = done.stdout.split()[-1], flash_attn.build_info()["cpu_instruction_set"]
+    assert LEVELS.index(used) <= LEVELS.index(_best_level())
+    assert LEVELS.index(used) == min(LEVELS.index(level), LEVELS.index(best))
