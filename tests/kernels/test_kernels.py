@@ -20,7 +20,7 @@ from simulator_folder import simulator_folder
 RUN_CASE = ROOT / "build/sim/plain/run_case"
 KERNELS = sorted(f"{path.parent.name}/{path.stem}" for path in ROOT.glob("csrc/cuda/sm*/*.cu"))
 SANITIZERS = {"asan": "sanitize", "tsan": "race"}  # by flavour of the build: what runs in it
-SAMPLE = 100  # cases
+SAMPLE = 60  # cases
 SHARDS, WHOLE_SHARDS = 3, 10
 
 pytestmark = pytest.mark.xdist_group("simulator")  # not all versions of xdist keep to it: hence simulator_folder
