@@ -52,7 +52,7 @@ PreparedKvCache::PreparedKvCache(const KvCacheArgs& args, Held (*readable)(const
     Seqlens& s = problem_.seqlens;
     const int64_t capacity = capacity_of(args).expect_int();
     s.seqlen_new = args.k ? int32_t(args.k->size(1)) : 0;
-    s.seqlen_k = int32_t(std::min<int64_t>(capacity, kMaxSeqlen - 1));
+    s.seqlen_k = append_.length = int32_t(std::min<int64_t>(capacity, kMaxSeqlen - 1));
     if (args.cache_seqlen) {
         append_.length = int32_t(args.cache_seqlen->expect_int());
         s.seqlen_k = length_with_new(append_.length, s.seqlen_new, s.seqlen_k);
