@@ -96,9 +96,9 @@ demo: $(BUILT) ## train a small GPT on real text, measure attention, save the fi
 ladder: ## from naive attention to a tiled kernel in six steps, on the simulator; needs g++ only
 	@$(MAKE) --no-print-directory -f examples/ladder/Makefile
 
-bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
+bench: $(BUILT) ## measure speed, decoding, memory and overhead against every attention of torch
 	@$(call step,bench); \
-	for what in attention memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
+	for what in attention decode memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
 
 gpu-test: ## the tests on this machine's GPU; run again, it goes on; with python3, in no virtual environment
 	@$(call step,gpu-test); \
