@@ -5,7 +5,7 @@ Arguments and results are in the order of the compiled module; flash_attn.flash_
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from flash_attn._kernel_interface import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
+from flash_attn.kv_cache import flash_attn_with_kvcache
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -212,8 +213,42 @@ def varlen_bwd(
     return [dq, dk, dv, softmax_d]
 
 
-def fwd_kvcache(q: Tensor, kcache: Tensor, vcache: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-    """Not implemented: raises the error of flash_attn_with_kvcache."""
-    from flash_attn.flash_attn_interface import flash_attn_with_kvcache  # here: that module imports this one
-
-    flash_attn_with_kvcache(q, kcache, vcache)
+def fwd_kvcache(
+    q: Tensor,
+    kcache: Tensor,
+    vcache: Tensor,
+    k_: Tensor | None,
+    v_: Tensor | None,
+    seqlens_k_: Tensor | None,
+    rotary_cos_: Tensor | None,
+    rotary_sin_: Tensor | None,
+    cache_batch_idx_: Tensor | None,
+    leftpad_k_: Tensor | None,
+    block_table_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    out_: Tensor | None,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    is_rotary_interleaved: bool,
+    num_splits: int,
+) -> list[Tensor]:
+    """Attention with a KV cache: [out, softmax_lse]. flash_attn.flash_attn_with_kvcache documents the arguments."""
+    out, softmax_lse = flash_attn_with_kvcache(
+        *(q, kcache, vcache, k_, v_, rotary_cos_, rotary_sin_),
+        cache_seqlens=seqlens_k_,
+        cache_batch_idx=cache_batch_idx_,
+        cache_leftpad=leftpad_k_,
+        block_table=block_table_,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        rotary_interleaved=is_rotary_interleaved,
+        alibi_slopes=alibi_slopes_,
+        num_splits=num_splits,
+        return_softmax_lse=True,
+    )
+    return [out if out_ is None else out_.copy_(out), softmax_lse]

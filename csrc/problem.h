@@ -33,6 +33,7 @@ struct Seqlens {
     const int32_t* leftpad_k;     // [batch_size]: number of padding keys to skip at the start, or null
     int64_t total_q, total_k;     // packed: rows of q and of k; dense: unused
     int32_t seqlen_q, seqlen_k;   // dense: rows; packed: upper bound of the sequence lengths
+    int32_t seqlen_new = 0;       // with a KV cache: rows appended to it, which seqused_k does not count; otherwise 0
 };
 
 // Paged KV cache: row j of sequence b is row j % page_size of page block_table[b][j / page_size].
@@ -88,8 +89,29 @@ struct Problem {
 
 struct FwdParams {
     Problem problem;
-    TensorView out;       // as q, with head_dim_v
-    RowView softmax_lse;  // natural logarithm; -infinity for a query without visible keys
+    TensorView out;          // as q, with head_dim_v
+    RowView softmax_lse;     // natural logarithm; -infinity for a query without visible keys
+    int32_t num_splits = 0;  // chunks that the keys of a sequence may be split into; 0: chosen from its own length
+};
+
+// Rotary position embeddings. cos and sin: [seqlen_rotary, rotary_dim / 2], rows contiguous, element type of q.
+struct Rotary {
+    const void *cos, *sin;  // null: no rotation
+    int64_t cos_row_stride, sin_row_stride;
+    int32_t seqlen_rotary, rotary_dim;
+    bool interleaved;      // pairs are (2 i, 2 i + 1) instead of (i, i + rotary_dim / 2)
+    bool queries_advance;  // query i is at the position of the i-th new row; otherwise all are at that of the first
+};
+
+// Appends new rows to a KV cache, in place, and rotates them and the queries. Row j is appended to sequence b as row
+// length[b] + j of the cache, and that is its position.
+struct AppendParams {
+    Problem problem;          // k and v: the caches; seqlens.seqlen_new: rows to append
+    TensorView k_new, v_new;  // [batch_size, seqlen_new, num_heads_k, head_dim]; v_new.data null: values are keys
+    int32_t length;           // of every sequence, where seqlens.seqused_k is null; negative: nothing is appended
+    int64_t capacity;         // rows of a sequence that the cache has room for; rows past it are not written
+    Rotary rotary;
+    TensorView q_rotated;  // output, as q; data null without rotation
 };
 
 struct BwdParams {

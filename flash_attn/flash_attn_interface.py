@@ -6,7 +6,7 @@ flash_attn_func is documented in full; the docstrings of the others say how they
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from flash_attn._kernel_interface import (
     _wrapped_flash_attn_varlen_forward,
 )
 from flash_attn.autograd import KV_PACKED, QKV_PACKED, SEPARATE, Sequences, attention
+from flash_attn.kv_cache import flash_attn_with_kvcache
 
 __all__ = [
     "FlashAttnFunc",
@@ -338,37 +339,6 @@ def flash_attn_varlen_qkvpacked_func(
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
-    )
-
-
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> NoReturn:
-    """Attention with a KV cache: not implemented yet. The name exists for programs that import it.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
-        "flash_attn_with_kvcache: not available yet; call flash_attn_func, or flash_attn_varlen_func with block_table"
     )
 
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
+#include "cpu/fwd_plan.h"
 #include "cpu/kernel_table.h"
 #include "policy/mask.h"
 
@@ -59,31 +60,6 @@ template <class F> void parallel(Host& host, int64_t count, size_t scratch_bytes
 template <class F> void for_each_head(Host& host, const Problem& p, size_t scratch_bytes, const F& function) {
     parallel(host, int64_t(p.batch_size) * p.num_heads, scratch_bytes,
              [&](int64_t i, void* scratch) { function(int(i / p.num_heads), int(i % p.num_heads), scratch); });
-}
-
-// Longest task first, so that no thread is left with a long one at the end.
-template <class Item> void longest_first(std::vector<Item>& items) {
-    const auto longer = [](const Item& a, const Item& b) { return a.cost > b.cost; };
-    if (!std::is_sorted(items.begin(), items.end(), longer)) std::stable_sort(items.begin(), items.end(), longer);
-}
-
-struct QueryTile {
-    int batch, tile;
-    int64_t cost;  // number of (query, key) pairs
-};
-
-std::vector<QueryTile> query_tiles(const Problem& p) {
-    std::vector<QueryTile> tiles;
-    for (int batch = 0; batch < p.batch_size; ++batch) {
-        const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
-        const WindowMask mask = WindowMask::of(p, seq, batch, 0);
-        for (int tile = 0; tile * kQueryTile < seq.seqlen_q; ++tile) {
-            const Range rows{tile * kQueryTile, min((tile + 1) * kQueryTile, seq.seqlen_q)}, keys = mask.kv_range(rows);
-            tiles.push_back({batch, tile, int64_t(rows.end - rows.begin) * max(keys.end - keys.begin, 0)});
-        }
-    }
-    longest_first(tiles);
-    return tiles;
 }
 
 // Number of tasks that share the keys of one sequence and head. Each task has a dQ buffer of its own, so splits are
@@ -152,13 +128,19 @@ void run_wave(const BwdParams& params, const Kernels& k, const Wave& wave, char*
 const char* instruction_set() { return chosen().name; }
 
 void run_fwd(const FwdParams& params, Host& host) {
-    const Problem& p = params.problem;
-    const Kernels k = chosen().kernels(p.type);
-    const std::vector<QueryTile> tiles = query_tiles(p);
-    parallel(host, int64_t(tiles.size()) * p.num_heads, k.fwd_scratch(params), [&](int64_t i, void* scratch) {
-        const QueryTile& tile = tiles[i / p.num_heads];
-        k.fwd(params, {tile.batch, int(i % p.num_heads), tile.tile}, scratch);
-    });
+    const Kernels k = chosen().kernels(params.problem.type);
+    FwdPlan plan(params, k);
+    plan.partials = static_cast<char*>(host.workspace(size_t(plan.partial_bytes)));
+    parallel(host, plan.num_tasks(), k.fwd_scratch(params),
+             [&](int64_t i, void* scratch) { plan.run(i, params, k, scratch); });
+}
+
+void append(const AppendParams& params, Host& host) {
+    const Kernels k = chosen().kernels(params.problem.type);
+    const Seqlens& s = params.problem.seqlens;
+    const int rows = max(s.seqlen_new, params.q_rotated.data ? s.seqlen_q : 0);
+    parallel(host, int64_t(params.problem.batch_size) * rows, 0,
+             [&](int64_t i, void*) { k.append(params, int(i / rows), int(i % rows)); });
 }
 
 void run_bwd(const BwdParams& params, Host& host) {

@@ -33,6 +33,8 @@ const char* instruction_set();
 // Writes all rows of all sequences; rows of packed tensors outside every sequence are not written.
 void run_fwd(const FwdParams& params, Host& host);
 void run_bwd(const BwdParams& params, Host& host);
+// Writes new rows into a KV cache, and rotated queries.
+void append(const AppendParams& params, Host& host);
 void run_attn_probs(const ProbsParams& params, Host& host);
 
 }  // namespace flash_attn::cpu

@@ -1,7 +1,9 @@
-// Forward pass of one query tile of one head (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and O^T += V^T
-// P^T. Vector lanes run over queries, so row max, row sum and rescaling need no reduction within a vector, a partial
-// last key tile needs no padding, and K and V are read as broadcast scalars. Only Q and O are transposed.
+// Forward pass of one tile of rows (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and O^T += V^T P^T. Vector
+// lanes run over rows, so row max, row sum and rescaling need no reduction within a vector, a partial last key tile needs
+// no padding, and K and V are read as broadcast scalars. Only Q and O are transposed. Rows are the queries of one head or,
+// where there are few, of all heads that share a key head.
 #pragma once
+#include "cpu/merge.h"
 #include "cpu/tile.h"
 
 namespace flash_attn::cpu::FA_ISA {
@@ -11,18 +13,20 @@ template <class E, class Dot> class FwdTile {
     using Operand = typename Dot::Operand;
     using PackE = Pack<E, Dot>;
     static constexpr int L = kLanes<T>, kDepth = Dot::kDepth;
-    static constexpr int kPanel = 64;  // queries whose scores are held at a time
+    static constexpr int kPanel = 64;  // rows whose scores are held at a time
     static constexpr int kPanels = kQueryTile / kPanel;
-    static constexpr int kMaxGroup = kPanel / L < 4 ? kPanel / L : 4;  // vectors of queries per softmax_group
+    static constexpr int kMaxGroup = kPanel / L < 4 ? kPanel / L : 4;  // vectors of rows per softmax_group
 
     struct Buffers {
-        Operand* q_t;                   // [panel][head_dim / kDepth][kPanel]
-        Operand *k, *v;                 // [key][head_dim / kDepth], [key / kDepth][head_dim_v]
-        Operand* p;                     // [key / kDepth][kPanel]; kDepth = 1: same memory as s
-        T *s, *o_t;                     // [key][kPanel], [panel][head_dim_v][kPanel]
-        T *row_max, *row_sum, *factor;  // [kQueryTile] twice, [kPanel]
-        uint16_t* keep;                 // [key][kPanel]
-        const E** rows;                 // [kQueryTile or kKeyTile]
+        Operand* q_t;                                // [panel][head_dim / kDepth][kPanel]
+        Operand *k, *v;                              // [key][head_dim / kDepth], [key / kDepth][head_dim_v]
+        Operand* p;                                  // [key / kDepth][kPanel]; kDepth = 1: same memory as s
+        T *s, *o_t;                                  // [key][kPanel], [panel][head_dim_v][kPanel]
+        T *row_max, *row_sum, *factor;               // [kQueryTile] twice, [kPanel]
+        T* slope;                                    // [kQueryTile]: of ALiBi
+        IntLane<T>*position, *first_key, *last_key;  // [kQueryTile]: on the axis of keys; visible keys
+        uint16_t* keep;                              // [key][kPanel]
+        const E** rows;                              // [kQueryTile or kKeyTile]
 
         Buffers(Arena& arena, const Problem& p) {
             const int depth = PackE::depth_of(p.head_dim);
@@ -38,6 +42,10 @@ template <class E, class Dot> class FwdTile {
             row_max = arena.take<T>(kQueryTile);
             row_sum = arena.take<T>(kQueryTile);
             factor = arena.take<T>(kPanel);
+            slope = arena.take<T>(kQueryTile);
+            position = arena.take<IntLane<T>>(kQueryTile);
+            first_key = arena.take<IntLane<T>>(kQueryTile);
+            last_key = arena.take<IntLane<T>>(kQueryTile);
             keep = arena.take<uint16_t>(p.dropout.threshold ? kKeyTile * kPanel : 0);
             rows = arena.take<const E*>(kQueryTile > kKeyTile ? kQueryTile : kKeyTile);
         }
@@ -51,34 +59,38 @@ public:
     }
 
     FwdTile(const FwdParams& params, const FwdTask& task, Arena arena)
-        : params_(params), p_(params.problem), task_(task), b_(arena, p_),
-          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)), variant_(p_, seq_, task.batch, task.head),
-          mask_(variant_.mask), dropout_(variant_.score.dropout), head_k_(task.head / (p_.num_heads / p_.num_heads_k)),
-          row0_(task.query_tile * kQueryTile), num_rows_(min(kQueryTile, seq_.seqlen_q - row0_)),
-          num_panels_(ceil_div(num_rows_, kPanel)) {}
+        : params_(params), p_(params.problem), task_(task), rows_(task), b_(arena, p_),
+          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
+          mask_(variant_.mask), dropout_(variant_.score.dropout),
+          head_k_(task.first_head / (p_.num_heads / p_.num_heads_k)), num_panels_(ceil_div(rows_.count, kPanel)) {}
 
     void run() {
         load_queries();
-        const Range keys = mask_.kv_range({row0_, row0_ + num_rows_});
         // Key tiles start at multiples of a dropout block.
-        for (int key0 = round_down(keys.begin, kDropoutBlockKeys); key0 < keys.end; key0 += kKeyTile) {
-            tile_ = {key0, min(key0 + kKeyTile, keys.end)};
+        for (int key0 = round_down(task_.key_begin, kDropoutBlockKeys); key0 < task_.key_end; key0 += kKeyTile) {
+            tile_ = {key0, min(key0 + kKeyTile, task_.key_end)};
             load_keys();
             for (int panel = 0; panel < num_panels_; ++panel) add_tile(panel);
         }
-        for (int panel = 0; panel < num_panels_; ++panel) write_out(panel);
+        for (int panel = 0; panel < num_panels_; ++panel) task_.partial ? write_partial(panel) : write_out(panel);
     }
 
 private:
-    Range panel_rows(int panel) const { return {row0_ + panel * kPanel, row0_ + min(num_rows_, (panel + 1) * kPanel)}; }
+    Range panel_rows(int panel) const { return {panel * kPanel, min(rows_.count, (panel + 1) * kPanel)}; }
 
     void load_queries() {
-        collect_rows<E>(p_.q, task_.batch, seq_.first_row_q + row0_, task_.head, num_rows_, b_.rows);
+        collect_query_rows<E>(p_.q, task_.batch, seq_.first_row_q, rows_, b_.rows);
         const int depth = PackE::depth_of(p_.head_dim);
         for (int panel = 0; panel < num_panels_; ++panel)
-            PackE::transposed(b_.rows + panel * kPanel, min(kPanel, num_rows_ - panel * kPanel), kPanel, p_.head_dim,
+            PackE::transposed(b_.rows + panel * kPanel, min(kPanel, rows_.count - panel * kPanel), kPanel, p_.head_dim,
                               {b_.q_t + int64_t(panel) * depth * kPanel, kPanel});
         for (int i = 0; i < num_panels_ * kPanel; ++i) {
+            const bool is_row = i < rows_.count;
+            const int query = rows_.query(is_row ? i : 0);
+            const VisibleKeys<int> seen = is_row ? mask_.visible(query) : VisibleKeys<int>::none();
+            b_.first_key[i] = seen.first, b_.last_key[i] = seen.last;
+            b_.position[i] = mask_.position(query);
+            b_.slope[i] = is_row ? T(alibi_slope(p_.score, task_.batch, rows_.head(i))) : T(0);
             b_.row_max[i] = -INFINITY;
             b_.row_sum[i] = 0;
         }
@@ -97,7 +109,7 @@ private:
 
     // One step of online softmax: the key tile for the queries of one panel.
     void add_tile(int panel) {
-        const Range rows = panel_rows(panel), seen = mask_.kv_range(rows);
+        const Range rows = panel_rows(panel), queries = rows_.queries(rows), seen = mask_.kv_range(queries);
         // The part of the tile that this panel sees, in whole pairs; a hidden partner of a visible key is masked.
         const Range part{round_down(max(seen.begin - tile_.begin, 0), kDepth),
                          min(round_up(max(seen.end - tile_.begin, 0), kDepth), tile_.end - tile_.begin)};
@@ -106,7 +118,7 @@ private:
         gemm_over_head_dim<Dot>(part.end - part.begin, vectors * L, depth, {b_.k + int64_t(part.begin) * depth, depth},
                                 {b_.q_t + int64_t(panel) * depth * kPanel, kPanel},
                                 {b_.s + part.begin * kPanel, kPanel});
-        const bool is_full = mask_.is_full_block(rows, {tile_.begin + part.begin, tile_.begin + part.end});
+        const bool is_full = mask_.is_full_block(queries, {tile_.begin + part.begin, tile_.begin + part.end});
         if (variant_.modified) modify_scores(rows.begin, part, vectors);
         if (!is_full) mask_scores(rows.begin, part, vectors);
         softmax(panel, part, vectors);
@@ -118,14 +130,15 @@ private:
         for (int key = part.begin; key < part.end; ++key)
             for (int g = 0; g < vectors; ++g) {
                 T* s = b_.s + key * kPanel + g * L;
-                const int distance = variant_.score.distance(row0 + g * L, tile_.begin + key);
-                store(s, variant_.transform(load(s), lane_index<T>() + IntLane<T>(distance)));
+                const IntVec<T> distance = load_lanes<T>(b_.position + row0 + g * L) - IntLane<T>(tile_.begin + key);
+                store(s, variant_.transform(load(s), distance, load(b_.slope + row0 + g * L)));
             }
     }
 
     void mask_scores(int row0, Range part, int vectors) {
         for (int g = 0; g < vectors; ++g) {
-            const auto seen = visible_lanes<T>(mask_, row0 + g * L);
+            const VisibleKeys<IntVec<T>> seen{load_lanes<T>(b_.first_key + row0 + g * L),
+                                              load_lanes<T>(b_.last_key + row0 + g * L)};
             for (int key = part.begin; key < part.end; ++key) {
                 T* s = b_.s + key * kPanel + g * L;
                 const IntVec<T> keep = seen.keep(splat_int<T>(tile_.begin + key));
@@ -191,8 +204,8 @@ private:
     // Dropped weights become 0; row sums include them.
     void drop(int row0, Range part, int vectors) {
         const int first = round_down(part.begin, kDropoutBlockKeys);
-        dropout_keep<true>(dropout_, row0, vectors * L, tile_.begin + first, part.end - first, b_.keep + first * kPanel,
-                           kPanel);
+        dropout_keep<true>(dropout_, rows_.query(row0), vectors * L, tile_.begin + first, part.end - first,
+                           b_.keep + first * kPanel, kPanel);
         for (int key = part.begin; key < part.end; key += kDepth)
             for (int g = 0; g < vectors; ++g) {
                 const uint16_t* keep = b_.keep + key * kPanel + g * L;
@@ -220,11 +233,12 @@ private:
     // A masked weight is 0, and 0 * NaN is NaN: multiplies only visible pairs.
     void accumulate_selected(int panel, Range part, int vectors, T* o_t) {
         for (int i = 0; i < vectors * L; ++i) {
-            const int row = row0_ + panel * kPanel + i;
+            const int row = panel * kPanel + i;
+            const VisibleKeys<int> seen{int(b_.first_key[row]), int(b_.last_key[row])};
             for (int d = 0; d < p_.head_dim_v; ++d) {
                 T sum = 0;
                 for (int key = part.begin; key < part.end; ++key)
-                    if (mask_.keep(row, tile_.begin + key))
+                    if (seen.keep(tile_.begin + key))
                         sum += unpack_operand(b_.p[key / kDepth * kPanel + i], key % kDepth) *
                                unpack_operand(b_.v[int64_t(key / kDepth) * p_.head_dim_v + d], key % kDepth);
                 o_t[d * kPanel + i] = sum + o_t[d * kPanel + i] * b_.factor[i];
@@ -234,17 +248,38 @@ private:
 
     // out = O / sum and softmax_lse = max + log(sum); 0 and -infinity for a query without visible keys.
     void write_out(int panel) {
+        const Range rows = panel_rows(panel);
+        const T *row_max = b_.row_max + rows.begin, *row_sum = b_.row_sum + rows.begin;
+        const T rescale = variant_.score.dropout_rescale;
+        for (int i = 0; i < rows.end - rows.begin; ++i) {
+            const int64_t query = seq_.first_row_q + rows_.query(rows.begin + i);
+            *row_ptr<T>(params_.softmax_lse, task_.batch, query, rows_.head(rows.begin + i)) =
+                lse_of(row_max[i] * variant_.scale, row_sum[i]);
+        }
+        for (int i = 0; i < kPanel; ++i) b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
+        write_rows(panel, [&](int row) {
+            return row_ptr<E>(params_.out, task_.batch, seq_.first_row_q + rows_.query(row), rows_.head(row));
+        });
+    }
+
+    // The sums over this chunk of keys.
+    void write_partial(int panel) {
+        const Partial<T> partial(task_.partial, rows_.count, p_.head_dim_v);
+        const Range rows = panel_rows(panel);
+        for (int row = rows.begin; row < rows.end; ++row) {
+            partial.row_max[row] = b_.row_max[row];
+            partial.row_sum[row] = b_.row_sum[row];
+        }
+        for (int i = 0; i < kPanel; ++i) b_.factor[i] = 1;
+        write_rows(panel, [&](int row) { return partial.row(row); });
+    }
+
+    // Writes O * factor, transposed in blocks. target(row): where a row of head_dim_v elements goes.
+    template <class Target> void write_rows(int panel, Target target) {
         constexpr int kBlock = 16;
+        const T* o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel;
         const Range rows = panel_rows(panel);
         const int count = rows.end - rows.begin;
-        const int64_t row0 = seq_.first_row_q + rows.begin;
-        const T *o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel, *row_max = b_.row_max + panel * kPanel,
-                *row_sum = b_.row_sum + panel * kPanel;
-        T* lse = row_ptr<T>(params_.softmax_lse, task_.batch, row0, task_.head);
-        const T rescale = variant_.score.dropout_rescale;
-        for (int i = 0; i < count; ++i)
-            lse[i] = row_sum[i] == 0 ? T(-INFINITY) : row_max[i] * variant_.scale + std::log(row_sum[i]);
-        for (int i = 0; i < round_up(count, kBlock); ++i) b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
         for (int i0 = 0; i0 < count; i0 += kBlock)
             for (int d0 = 0; d0 < p_.head_dim_v; d0 += kBlock) {
                 const int columns = min(kBlock, p_.head_dim_v - d0);
@@ -252,7 +287,7 @@ private:
                 for (int d = 0; d < columns; ++d)
                     for (int i = 0; i < kBlock; ++i) block[i][d] = o_t[(d0 + d) * kPanel + i0 + i] * b_.factor[i0 + i];
                 for (int i = i0; i < min(i0 + kBlock, count); ++i) {
-                    E* out = row_ptr<E>(params_.out, task_.batch, row0 + i, task_.head) + d0;
+                    auto* out = target(rows.begin + i) + d0;
                     for_each_vector<T>(columns, [&](int d, int n) { store_some(out + d, load(block[i - i0] + d), n); });
                 }
             }
@@ -261,12 +296,13 @@ private:
     const FwdParams& params_;
     const Problem& p_;
     const FwdTask task_;
+    const TileRows rows_;
     const Buffers b_;
     const Sequence seq_;
     const HeadVariant<T> variant_;
     const WindowMask& mask_;
     const DropoutMask& dropout_;
-    const int head_k_, row0_, num_rows_, num_panels_;
+    const int head_k_, num_panels_;
     Range tile_{0, 0};  // the key tile in b_.k and b_.v
 };
 

@@ -16,4 +16,5 @@
 #include "policy/paged_kv.h"
 #include "policy/scalars.h"
 #include "policy/seqlen.h"
+#include "policy/split.h"
 #include "problem.h"

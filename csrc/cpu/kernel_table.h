@@ -10,8 +10,21 @@ namespace flash_attn::cpu {
 // Queries of one forward task, and keys of one step of it. Speed is flat between 64 and 256.
 constexpr int kQueryTile = 128, kKeyTile = 128;
 
-// One forward task: a query tile of one head.
-struct FwdTask { int batch, head, query_tile; };
+// One forward task: a tile of rows, and a chunk of the keys that they see. A tile has `heads` heads from `first_head` on,
+// which share a key head; its row r is query first_query + r / heads of head first_head + r % heads.
+struct FwdTask {
+    int batch, first_head, heads, first_query, num_queries;
+    int key_begin, key_end;
+    void*
+        partial;  // the tile's part of the result (cpu/merge.h), or null: the chunk has all keys, and results are final
+};
+
+// The partial results of one tile, in the order of their chunks.
+struct MergeTask {
+    FwdTask tile;
+    int num_chunks;
+    void* partials;  // [num_chunks], each of partial_bytes
+};
 
 // Backward tasks of one sequence and key head are split over keys: split s of num_splits owns key tiles s, s +
 // num_splits, ...; each split accumulates a dQ of its own, and these are summed in a fixed order.
@@ -25,6 +38,9 @@ struct Kernels {
     int (*head_dim_padded)(int head_dim);     // row length of dq_accum
     size_t (*fwd_scratch)(const FwdParams&);  // bytes per thread
     void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);
+    size_t (*partial_bytes)(const FwdParams&, int num_rows);
+    void (*merge)(const FwdParams&, const MergeTask&);
+    void (*append)(const AppendParams&, int batch, int row);  // a new row of k and v, and a row of q, of all heads
     size_t (*bwd_preprocess_scratch)(const BwdParams&);
     void (*bwd_preprocess)(const BwdParams&, int batch, int head, void* scratch);
     size_t (*bwd_scratch)(const BwdParams&);  // bytes per thread

@@ -1,4 +1,5 @@
 // All kernels of one instruction set. isa_*.cpp files include this after their target pragma.
+#include "cpu/append.h"
 #include "cpu/bwd.h"
 #include "cpu/fwd.h"
 #include "cpu/probs.h"
@@ -12,6 +13,9 @@ template <class E, class Dot> static Kernels make_kernels() {
         .fwd_scratch = FwdTile<E, Dot>::scratch_bytes,
         .fwd = [](const FwdParams& p, const FwdTask& task,
                   void* scratch) { FwdTile<E, Dot>(p, task, Arena(scratch)).run(); },
+        .partial_bytes = partial_bytes<E>,
+        .merge = merge<E>,
+        .append = append<E>,
         .bwd_preprocess_scratch = bwd_preprocess_scratch,
         .bwd_preprocess = bwd_preprocess<E, Dot>,
         .bwd_scratch = BwdSlice<E, Dot>::scratch_bytes,

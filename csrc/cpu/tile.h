@@ -6,6 +6,19 @@
 
 namespace flash_attn::cpu::FA_ISA {
 
+// The rows of a forward tile: queries of heads that share a key head.
+struct TileRows {
+    int first_head, heads, first_query, count;
+
+    explicit TileRows(const FwdTask& task)
+        : first_head(task.first_head), heads(task.heads), first_query(task.first_query),
+          count(task.num_queries * task.heads) {}
+
+    int query(int row) const { return first_query + (heads == 1 ? row : row / heads); }
+    int head(int row) const { return first_head + (heads == 1 ? 0 : row % heads); }
+    Range queries(Range rows) const { return {query(rows.begin), query(rows.end - 1) + 1}; }
+};
+
 template <class E> FA_INLINE E* row_ptr(const TensorView& t, int64_t batch, int64_t row, int64_t head) {
     return static_cast<E*>(t.data) + batch * t.batch_stride + row * t.row_stride + head * t.head_stride;
 }
@@ -16,6 +29,11 @@ template <class T> FA_INLINE T* row_ptr(const RowView& t, int64_t batch, int64_t
 template <class E> FA_INLINE void collect_rows(const TensorView& t, int64_t batch, int64_t first, int64_t head,
                                                int count, const E** rows) {
     for (int r = 0; r < count; ++r) rows[r] = row_ptr<E>(t, batch, first + r, head);
+}
+// Pointers to the rows of a forward tile in q.
+template <class E>
+FA_INLINE void collect_query_rows(const TensorView& q, int64_t batch, int64_t first, TileRows tile, const E** rows) {
+    for (int r = 0; r < tile.count; ++r) rows[r] = row_ptr<E>(q, batch, first + tile.query(r), tile.head(r));
 }
 // Pointers to `count` rows of k or v, contiguous or paged; null for a page outside the pool.
 template <class E> FA_INLINE void collect_kv_rows(const TensorView& t, const PagedKv& paged, int batch, int64_t first,
@@ -35,12 +53,12 @@ struct VectorMath {
 // The variant of one head. The CPU has one instance for all: the window may be unbounded. Plain scores remain products,
 // and softmax multiplies them by `scale`; modified scores come scaled from transform(), with scale = 1.
 template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedScore<T>> {
-    bool modified;
-    T scale, scale_log2;  // scale_log2 = scale * log2(e)
+    bool modified, biased;  // scores are modified; ALiBi is among it
+    T scale, scale_log2;    // scale_log2 = scale * log2(e)
 
     HeadVariant(const Problem& p, const Sequence& seq, int batch, int head)
         : AttentionVariant<WindowMask, ModifiedScore<T>>(p, seq, batch, head), modified(modifies_scores(p.score)),
-          scale(modified ? T(1) : scalars_of<T>(p).scale),
+          biased(p.score.alibi_slopes), scale(modified ? T(1) : scalars_of<T>(p).scale),
           scale_log2(modified ? T(kLog2e) : scalars_of<T>(p).scale_log2) {}
 
     // Scores of products x whose keys are `distance` before their queries.
@@ -53,24 +71,17 @@ template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedSco
             return transform<kStage + 1>(x, distance);
         }
     }
+    // The same for one score per lane, of heads with slopes of their own.
+    __attribute__((always_inline)) Vec<T> transform(Vec<T> x, IntVec<T> distance, Vec<T> slope) const {
+        x = this->score.has_derivative() ? this->score.template stage<1, VectorMath>(x, x)
+                                         : this->score.template stage<0, VectorMath>(x, x);
+        return biased ? x + alibi_bias(slope, __builtin_convertvector(distance, Vec<T>)) : x;
+    }
     // d score / d (softmax_scale x).
     __attribute__((always_inline)) Vec<T> derivative(Vec<T> x) const {
         return this->score.template derivative<VectorMath>(x);
     }
 };
-
-// Visible keys of the queries from row0 on, one query per lane.
-template <class T> FA_INLINE VisibleKeys<IntVec<T>> visible_lanes(const WindowMask& mask, int row0) {
-    IntLane<T> first[kLanes<T>], last[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) {
-        const VisibleKeys<int> row = mask.visible(row0 + i);
-        first[i] = row.first, last[i] = row.last;
-    }
-    VisibleKeys<IntVec<T>> seen;
-    memcpy(&seen.first, first, sizeof first);
-    memcpy(&seen.last, last, sizeof last);
-    return seen;
-}
 
 // Dropout mask: 16 one bits for each kept pair, computed for tiles that start at multiples of 16 rows and 32 keys.
 // kLanesAreRows: out[key][row], else out[row][key]; stride is the row stride of out.

@@ -45,6 +45,11 @@ template <class T> FA_INLINE IntVec<T> lane_index() {
     for (int i = 0; i < kLanes<T>; ++i) index[i] = i;
     return index;
 }
+template <class T> FA_INLINE IntVec<T> load_lanes(const IntLane<T>* p) {
+    IntVec<T> x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
 template <class T> FA_INLINE Vec<T> select(IntVec<T> mask, Vec<T> a, Vec<T> b) { return mask ? a : b; }
 
 // Elementwise max; the second operand if either is NaN.

@@ -37,7 +37,7 @@ struct AttentionArgs {
     bool fits_original() const { return !rng_state && softmax_scale && !attention_chunk && (packed() || !seqused_k); }
 };
 
-enum class Pass { kForward, kBackward, kProbs };
+enum class Pass { kForward, kBackward, kProbs, kCache };
 
 // The arguments that all passes share. Dense: q [batch_size, seqlen_q, num_heads, head_dim], k [batch_size, seqlen_k,
 // num_heads_k, head_dim], v [batch_size, seqlen_k, num_heads_k, head_dim_v]. Packed, if cu_seqlens are given: q

@@ -4,6 +4,7 @@
 #include "cuda/api.h"
 #include "ops/asked_backend.h"
 #include "ops/cpu_host.h"
+#include "ops/kvcache.h"
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
 #include "ops/results.h"
@@ -36,6 +37,31 @@ FwdResult fwd_cpu(const FwdArgs& args) {
     fill_tail(softmax_lse, 1, problem.seqlens.cu_seqlens_q, problem.batch_size, -kInfinity);
     TorchHost host;
     cpu::run_fwd({problem, view_of(out, packed), row_view_of(softmax_lse, packed)}, host);
+    return {std::move(out), std::move(softmax_lse)};
+}
+
+FwdResult fwd_kvcache_cpu(const KvCacheArgs& args) {
+    validate(args);
+    PreparedKvCache prepared(args);
+    validate_values(args, prepared.append_params());
+
+    const ProblemArgs attention = args.attention();
+    const Problem& problem = *prepared;
+    Tensor out = empty(out_sizes(attention), args.q, args.q.scalar_type());
+    Tensor softmax_lse = empty(lse_sizes(attention), args.q, lse_type(attention));
+    Tensor q_rotated;
+    if (prepared.rotates()) {
+        q_rotated = empty(c10::SymDimVector(args.q.sym_sizes()), args.q, args.q.scalar_type());
+        prepared.rotate_queries_into(q_rotated);
+    }
+    TorchHost host;
+    if (args.k) cpu::append(prepared.append_params(), host);
+    if (has_pairs(problem)) {
+        cpu::run_fwd({problem, view_of(out, false), row_view_of(softmax_lse, false), int32_t(args.num_splits)}, host);
+    } else {
+        out.zero_();
+        softmax_lse.fill_(-kInfinity);
+    }
     return {std::move(out), std::move(softmax_lse)};
 }
 
@@ -111,6 +137,7 @@ Names explain_cpu(const FwdArgs& args) {
 
 TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
     implement_ops<fwd_cpu, bwd_cpu, attn_probs_cpu>(m);
+    m.impl("fwd_kvcache", KvCacheOps::run<fwd_kvcache_cpu>);
     m.impl("_explain", Ops::run_explain<explain_cpu>);
 }
 

@@ -1,5 +1,6 @@
 // The error of the ops for CUDA tensors in a build without CUDA kernels.
 #include <torch/library.h>
+#include "ops/kvcache.h"
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
 
@@ -19,6 +20,7 @@ template <class Result, class Args> Result no_cuda(const Args& args) {
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
     implement_ops<no_cuda<FwdResult, FwdArgs>, no_cuda<Tensor, BwdArgs>, no_cuda<Tensor, ProbsArgs>>(m);
+    m.impl("fwd_kvcache", KvCacheOps::run<no_cuda<FwdResult, KvCacheArgs>>);
     m.impl("_explain", Ops::run_explain<no_cuda<Names, FwdArgs>>);
 }
 

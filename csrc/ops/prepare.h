@@ -39,12 +39,14 @@ public:
     explicit PreparedProblem(const ProblemArgs& args, Held (*readable)(const Tensor&) = last_dim_contiguous);
     const Problem& operator*() const { return problem_; }
 
+protected:
+    Problem problem_{};
+
 private:
     const int32_t* metadata(const OptionalTensor& tensor, Held& held);
     DropoutParams dropout_of(const ProblemArgs& args);
 
     Held q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_, seqused_k_, leftpad_k_, block_table_, alibi_slopes_, rng_state_;
-    Problem problem_{};
 };
 
 // Views of tensors with a contiguous last dimension; packed: no batch dimension.

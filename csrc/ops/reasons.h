@@ -17,9 +17,10 @@ public:
     void add(const Argument& argument, const Expected& expected, const Got& got) {
         reasons_.push_back(c10::str(argument, ": expected ", expected, ", got ", got));
     }
+    bool empty() const { return reasons_.empty(); }
     // Raises a Python ValueError if there is any reason.
     void raise_if_any() const {
-        if (!reasons_.empty()) raise();
+        if (!empty()) raise();
     }
 
 private:
@@ -39,6 +40,8 @@ private:
                 return packed_ ? "flash_attn_varlen_func: " : "flash_attn_func: ";
             case Pass::kBackward:
                 return packed_ ? "flash_attn varlen backward: " : "flash_attn backward: ";
+            case Pass::kCache:
+                return "flash_attn_with_kvcache: ";
             default:
                 return packed_ ? "flash_attn varlen attn_probs: " : "flash_attn attn_probs: ";
         }

@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 #include <string>
+#include "ops/kvcache.h"
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
 
@@ -27,12 +28,28 @@ Tensor attn_probs_meta(const ProbsArgs& args) {
     return at::empty_symint(probs_sizes(p), p.q.options());
 }
 
+FwdResult fwd_kvcache_meta(const KvCacheArgs& args) {
+    validate(args);
+    const ProblemArgs p = args.attention();
+    return {at::empty_symint(out_sizes(p), p.q.options()),
+            at::empty_symint(lse_sizes(p), p.q.options().dtype(lse_type(p)))};
+}
+
+// What both tails below say of masks and scores.
+const std::string kScores =
+    "Tensor? block_table=None, Tensor? alibi_slopes=None, float? softmax_scale=None, bool causal=False, "
+    "int window_size_left=-1, int window_size_right=-1, int attention_chunk=0, float softcap=0.0";
 // The schema of AttentionArgs.
 const std::string kTail =
     "*, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
-    "Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? block_table=None, Tensor? alibi_slopes=None, "
-    "float? softmax_scale=None, bool causal=False, int window_size_left=-1, int window_size_right=-1, "
-    "int attention_chunk=0, float softcap=0.0, float dropout_p=0.0, Tensor? rng_state=None";
+    "Tensor? seqused_k=None, Tensor? leftpad_k=None, " +
+    kScores + ", float dropout_p=0.0, Tensor? rng_state=None";
+// The schema of KvCacheOptions.
+const std::string kKvCache =
+    "*, Tensor? k=None, Tensor? v=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
+    "bool rotary_interleaved=True, SymInt? cache_seqlen=None, Tensor? cache_seqlens=None, "
+    "Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, " +
+    kScores + ", int num_splits=0";
 const std::string kBackward =
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse=None, ";
 
@@ -77,6 +94,9 @@ TORCH_LIBRARY(flash_attn, m) {
     define("bwd(" + bwd + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsoftmax_sum)");
     define("bwd.out(" + bwd + ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor dsoftmax_sum");
     define("_explain(Tensor q, Tensor k, Tensor v, " + kTail + ") -> str[]");
+    // Writes k and v, if given, into the caches.
+    define("fwd_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, " + kKvCache +
+           ") -> (Tensor out, Tensor softmax_lse)");
     define("attn_probs(Tensor q, Tensor k, Tensor softmax_lse, " + kTail + ") -> Tensor");
     // For what the ops of 2.8.3 cannot do: packed inputs (q, kv) or (qkv), whose gradient is one tensor, deterministic
     // gradients, and further arguments.
@@ -84,6 +104,9 @@ TORCH_LIBRARY(flash_attn, m) {
     define_original_ops(m);
 }
 
-TORCH_LIBRARY_IMPL(flash_attn, Meta, m) { implement_ops<fwd_meta, bwd_meta, attn_probs_meta>(m); }
+TORCH_LIBRARY_IMPL(flash_attn, Meta, m) {
+    implement_ops<fwd_meta, bwd_meta, attn_probs_meta>(m);
+    m.impl("fwd_kvcache", KvCacheOps::run<fwd_kvcache_meta>);
+}
 
 }  // namespace flash_attn

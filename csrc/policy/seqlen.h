@@ -22,6 +22,12 @@ FA_HOST_DEVICE Sequence packed_range(const int32_t* cu_seqlens, const int32_t* u
     return s;
 }
 
+// Rows of a sequence in a KV cache of `capacity` rows, once seqlen_new rows have been appended. A negative length means
+// that the batch entry is not in use: it has no rows then, and none were appended.
+FA_HOST_DEVICE int32_t length_with_new(int32_t length, int32_t seqlen_new, int32_t capacity) {
+    return length < 0 ? 0 : min(min(length, capacity) + seqlen_new, capacity);
+}
+
 FA_HOST_DEVICE Sequence sequence_at(const Seqlens& p, const PagedKv& paged, int batch) {
     Sequence s{0, 0, p.seqlen_q, p.seqlen_k};
     if (p.cu_seqlens_q) s = packed_range(p.cu_seqlens_q, nullptr, batch, p.total_q, p.seqlen_q, s, true);
@@ -35,7 +41,7 @@ FA_HOST_DEVICE Sequence sequence_at(const Seqlens& p, const PagedKv& paged, int 
             s.seqlen_k = int32_t(min<int64_t>(s.seqlen_k, capacity));
         }
     } else if (p.seqused_k) {
-        s.seqlen_k = clamp(p.seqused_k[batch], 0, s.seqlen_k);
+        s.seqlen_k = length_with_new(p.seqused_k[batch], p.seqlen_new, s.seqlen_k);
     }
     if (p.leftpad_k) {
         const int32_t leftpad = clamp(p.leftpad_k[batch], 0, s.seqlen_k);
