@@ -27,7 +27,7 @@ PAGE_SIZES = (16, 256)
 
 
 def _by_turns(
-    problem: Cached, function: Callable[..., Tensor], arguments: Sequence[tuple[Tensor, ...]], own: bool = False
+    problem: Cached, function: Callable[..., Any], arguments: Sequence[tuple[Tensor, ...]], own: bool = False
 ) -> Call:
     """The function with the arguments of one copy after the other. own: of copies that no other provider reads."""
     turns = itertools.cycle(range(len(arguments))) if own else problem.turns
