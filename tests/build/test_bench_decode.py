@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import bench
 from harness import decode_report
 from harness.cases import Case
 from harness.decode import CASES, COLD, LARGEST, SHORT, cache_bytes, cases_for, copies, make_problem
-from harness.decode_providers import PROVIDERS
+from harness.decode_providers import PROVIDERS, other_build
 from harness.measure import measure
 from harness.monitor import Monitor
 from harness.provider import OURS
@@ -108,6 +109,18 @@ def test_what_would_expand_the_heads_to_too_much_is_absent(monkeypatch):
     assert set(row["absent"]) == {"torch math", "torch flash, expanded"}
     assert "expands the heads, to more than " in row["absent"]["torch math"]
     assert (row["problems"], row["reference"]) == ([], "torch flash")
+
+
+def test_another_build_is_timed_beside_this_one(monkeypatch):
+    """A library that gives the op of this build another name stands for it."""
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    library = torch.library.Library("flash_attn_other", "DEF")
+    op = torch.ops.flash_attn.fwd_kvcache.default
+    library.define("fwd_kvcache" + str(op._schema).removeprefix("flash_attn::fwd_kvcache"))
+    library.impl("fwd_kvcache", op, "CPU")
+    row = measured(case_of(seqlen_q=4, causal=True), (*PROVIDERS, other_build("other", Path("other.so"))))
+    assert row["problems"] == []
+    assert "ours, other" in row["passes"]["forward"]["ratios"]
 
 
 def test_a_run(tmp_path, monkeypatch, capsys):
