@@ -250,8 +250,8 @@ private:
         }
     }
 
-    // O = O * factor + P V for kRows rows. Fetches the values of the next block. Keys that only some of the rows see are not
-    // multiplied by weights of 0, for 0 * NaN is NaN: they are added row by row.
+    // O = O * factor + P V for kRows rows. Fetches the values of the next block. Keys that only some of the rows see are
+    // not multiplied by weights of 0, for 0 * NaN is NaN: they are added row by row.
     template <int kRows> void add_values(int row) {
         add_all_columns<kRows, kAccumulators / kRows>(row, 0);
         for (int r = row; r < row + kRows; ++r) {

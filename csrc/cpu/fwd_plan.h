@@ -1,5 +1,5 @@
-// The tasks of a forward pass. How one sequence is cut into tiles and chunks depends on its own shape only, never on the
-// batch or the number of threads, and so do the bits of its result.
+// The tasks of a forward pass. How one sequence is cut into tiles and chunks depends on its own shape only, never on
+// the batch or the number of threads, and so do the bits of its result.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -26,7 +26,7 @@ template <class V, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2> FA_INLINE V lane_
     }
 }
 
-// 16-bit elements of x and y by turns, as pairs (low: x, high: y): those of the first half (kPart = 0) or of the second.
+// 16-bit elements of x and y by turns, as pairs (low: x, high: y), of the first half (kPart = 0) or of the second.
 template <int kPart, int... kPair>
 FA_INLINE Vec<uint32_t> interleave(Vec<uint32_t> x, Vec<uint32_t> y, std::integer_sequence<int, kPair...>) {
     typedef uint16_t Elements __attribute__((vector_size(kVectorBytes)));

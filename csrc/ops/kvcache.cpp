@@ -4,6 +4,7 @@
 #include "policy/seqlen.h"
 
 namespace flash_attn {
+
 bool is_leading_columns(const Tensor& part, const Tensor& whole) {
     if (part.dim() != whole.dim() || !part.has_storage() || !part.is_alias_of(whole)) return false;
     return TORCH_GUARD_OR_FALSE(part.sym_storage_offset().sym_eq(whole.sym_storage_offset())) &&
@@ -16,6 +17,7 @@ namespace {
 // Row [b] of the table: the batch entry of the cache, a page of its own.
 OptionalTensor as_table(const KvCacheArgs& args) {
     if (args.block_table || !args.cache_batch_idx) return args.block_table;
+    if (TORCH_GUARD_OR_FALSE(args.k_cache.sym_size(1).sym_eq(0))) return std::nullopt;  // pages have rows
     return args.cache_batch_idx->unsqueeze(1);
 }
 
@@ -54,7 +56,7 @@ PreparedKvCache::PreparedKvCache(const KvCacheArgs& args, Held (*readable)(const
     s.seqlen_new = args.k ? int32_t(args.k->size(1)) : 0;
     s.seqlen_k = append_.length = int32_t(std::min<int64_t>(capacity, kMaxSeqlen - 1));
     if (args.cache_seqlen) {
-        append_.length = int32_t(args.cache_seqlen->expect_int());
+        append_.length = int32_t(std::clamp<int64_t>(args.cache_seqlen->expect_int(), -1, kMaxSeqlen));
         s.seqlen_k = length_with_new(append_.length, s.seqlen_new, s.seqlen_k);
     }
     append_.problem = problem_;
