@@ -16,18 +16,18 @@ template <class E, class Dot> struct DecodeBlock {
     using Operand = typename Dot::Operand;
     static constexpr int kPairs = kDecodeBlock / Dot::kDepth;
 
-    int64_t *k_offset, *v_offset, *next_k_offset, *next_v_offset;  // [kDecodeBlock]: of head 0; -1: a row of zeros
-    const E **k, **v, **next_k, **next_v;                          // [kDecodeBlock]: rows of one head
-    E* zeros;                                                      // [head_dim or head_dim_v]
-    T* s;                                                          // [kDecodeRows][kDecodeBlock]
-    Operand* weights;  // [kDecodeRows][kPairs]: of the keys, or of the pairs (i, i + kPairs)
+    // [kDecodeBlock]: offsets of rows of head 0, in this block and in the next. After the last key, the last row again.
+    int64_t *k_offset, *v_offset, *next_k_offset, *next_v_offset;
+    int64_t* shared_offset;  // [kDecodeBlock]: of values that all rows of a tile see, and of zeros
+    E* zeros;                // [head_dim_v]
+    T* s;                    // [kDecodeRows][kDecodeBlock]
+    Operand* weights;        // [kDecodeRows][kPairs]: of the keys, or of the pairs (i, i + kPairs)
     Range keys{0, 0};
 
     DecodeBlock(Arena& arena, const Problem& p) {
-        for (int64_t** each : {&k_offset, &v_offset, &next_k_offset, &next_v_offset})
+        for (int64_t** each : {&k_offset, &v_offset, &next_k_offset, &next_v_offset, &shared_offset})
             *each = arena.take<int64_t>(kDecodeBlock);
-        for (const E*** each : {&k, &v, &next_k, &next_v}) *each = arena.take<const E*>(kDecodeBlock);
-        zeros = arena.take<E>(max(p.head_dim, p.head_dim_v));
+        zeros = arena.take<E>(p.head_dim_v);
         s = arena.take<T>(kDecodeRows * kDecodeBlock);
         if constexpr (Dot::kDepth == 1)
             weights = s;
@@ -35,38 +35,36 @@ template <class E, class Dot> struct DecodeBlock {
             weights = arena.take<Operand>(kDecodeRows * kPairs);
     }
 
-    // Looks up the block after `keys`, up to key `end`. Keys after the last one are rows of zeros.
+    // Looks up the block after `keys`, up to key `end`.
     void look_up_next(const Problem& p, const Sequence& seq, int batch, int end) {
-        look_up(p.k, p, batch, seq.first_row_k, end, next_k_offset);
-        look_up(p.v, p, batch, seq.first_row_k, end, next_v_offset);
+        const int count = min(kDecodeBlock, end - keys.end);
+        if (count <= 0) return;
+        look_up(p.k, p, batch, seq.first_row_k + keys.end, count, next_k_offset);
+        look_up(p.v, p, batch, seq.first_row_k + keys.end, count, next_v_offset);
     }
     void move_on(int end) {
         std::swap(k_offset, next_k_offset);
         std::swap(v_offset, next_v_offset);
         keys = {keys.end, min(keys.end + kDecodeBlock, end)};
     }
-    // Points to the rows of one head. Values outside the part `all` of the block are taken for zeros.
-    void point(const Problem& p, int head, Range all) {
-        constexpr Range whole{0, kDecodeBlock};
-        point_to(p.k, head, k_offset, whole, k);
-        point_to(p.v, head, v_offset, all, v);
-        point_to(p.k, head, next_k_offset, whole, next_k);
-        point_to(p.v, head, next_v_offset, whole, next_v);
-    }
-    const E* value(const TensorView& t, int head, int key) const {
-        return v_offset[key] < 0 ? zeros : static_cast<const E*>(t.data) + v_offset[key] + head * t.head_stride;
+    // The values in part of the block, zeros elsewhere. first: row 0 of the head.
+    const int64_t* values_in(Range part, const E* first) {
+        if (part.begin == 0 && part.end == kDecodeBlock) return v_offset;
+        const int64_t to_zeros =
+            (reinterpret_cast<intptr_t>(zeros) - reinterpret_cast<intptr_t>(first)) / int64_t(sizeof(E));
+        for (int i = 0; i < kDecodeBlock; ++i)
+            shared_offset[i] = i < part.begin || i >= part.end ? to_zeros : v_offset[i];
+        return shared_offset;
     }
 
 private:
-    void look_up(const TensorView& t, const Problem& p, int batch, int64_t first_row, int end, int64_t* offset) {
-        const int count = max(min(kDecodeBlock, end - keys.end), 0);
-        for (int i = 0; i < count; ++i) offset[i] = kv_row_offset(t, p.paged_kv, batch, first_row + keys.end + i);
-        for (int i = count; i < kDecodeBlock; ++i) offset[i] = -1;
-    }
-    void point_to(const TensorView& t, int head, const int64_t* offset, Range part, const E** rows) {
-        const E* const first = static_cast<const E*>(t.data) + head * t.head_stride;
-        for (int i = 0; i < kDecodeBlock; ++i)
-            rows[i] = (offset[i] < 0) | (i < part.begin) | (i >= part.end) ? zeros : first + offset[i];
+    static void look_up(const TensorView& t, const Problem& p, int batch, int64_t row, int count, int64_t* offset) {
+        if (!p.paged_kv.block_table) {
+            for (int i = 0; i < count; ++i) offset[i] = batch * t.batch_stride + (row + i) * t.row_stride;
+        } else {
+            for (int i = 0; i < count; ++i) offset[i] = kv_row_offset(t, p.paged_kv, batch, row + i);
+        }
+        for (int i = count; i < kDecodeBlock; ++i) offset[i] = offset[count - 1];
     }
 };
 
@@ -81,18 +79,18 @@ template <class E, class Dot> class DecodeTile {
     static constexpr int kAccumulators = FA_MICRO_ROWS * FA_MICRO_VECTORS >= 16 ? 16 : 8;
 
     struct Buffers {
-        Operand* q;                             // [kDecodeRows][head_dim / kDepth, padded]
-        T* o;                                   // [kDecodeRows][head_dim_v, padded]
-        T *row_max, *row_sum, *factor, *slope;  // [kDecodeRows]
-        int *position, *first_key, *last_key;   // [kDecodeRows]: on the axis of keys; visible keys
+        Operand* q;                             // [row][head_dim / kDepth, padded]
+        T* o;                                   // [row][head_dim_v, padded]
+        T *row_max, *row_sum, *factor, *slope;  // [row]
+        int *position, *first_key, *last_key;   // [row]: on the axis of keys; visible keys
         int q_stride, o_stride;
 
-        Buffers(Arena& arena, const Problem& p)
+        Buffers(Arena& arena, const Problem& p, int rows)
             : q_stride(round_up(PackE::depth_of(p.head_dim), L)), o_stride(round_up(p.head_dim_v, kStep)) {
-            q = arena.take<Operand>(int64_t(kDecodeRows) * q_stride);
-            o = arena.take<T>(int64_t(kDecodeRows) * o_stride);
-            for (T** each : {&row_max, &row_sum, &factor, &slope}) *each = arena.take<T>(kDecodeRows);
-            for (int** each : {&position, &first_key, &last_key}) *each = arena.take<int>(kDecodeRows);
+            q = arena.take<Operand>(int64_t(rows) * q_stride);
+            o = arena.take<T>(int64_t(rows) * o_stride);
+            for (T** each : {&row_max, &row_sum, &factor, &slope}) *each = arena.take<T>(rows);
+            for (int** each : {&position, &first_key, &last_key}) *each = arena.take<int>(rows);
         }
     };
 
@@ -101,7 +99,7 @@ public:
     static void run(const FwdParams& params, const FwdTask& task, Arena arena) {
         const Problem& p = params.problem;
         Block block(arena, p);
-        memset(block.zeros, 0, sizeof(E) * max(p.head_dim, p.head_dim_v));
+        memset(block.zeros, 0, sizeof(E) * p.head_dim_v);
         DecodeTile* const tiles = arena.take<DecodeTile>(kDecodeTiles);
         for (int i = 0; i < task.num_tiles; ++i) new (tiles + i) DecodeTile(params, tile_of(task, i), block, arena);
         block.keys = {task.key_begin, task.key_begin};
@@ -117,18 +115,22 @@ public:
         Arena counter(nullptr);
         Block(counter, params.problem);
         counter.take<DecodeTile>(kDecodeTiles);
-        for (int i = 0; i < kDecodeTiles; ++i) Buffers(counter, params.problem);
+        for (int i = 0; i < kDecodeTiles; ++i) Buffers(counter, params.problem, kDecodeTaskRows / kDecodeTiles);
         return counter.used();
     }
 
 private:
     DecodeTile(const FwdParams& params, const FwdTask& task, Block& block, Arena& arena)
-        : params_(params), p_(params.problem), task_(task), rows_(task), block_(block), b_(arena, p_),
+        : params_(params), p_(params.problem), task_(task), rows_(task), block_(block), b_(arena, p_, rows_.count),
           seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
-          head_k_(task.first_head / (p_.num_heads / p_.num_heads_k)) {
+          k_(first_row(p_.k)), v_(first_row(p_.v)) {
         load_rows();
     }
 
+    // Row 0 of the key head.
+    const E* first_row(const TensorView& t) const {
+        return static_cast<const E*>(t.data) + task_.first_head / (p_.num_heads / p_.num_heads_k) * t.head_stride;
+    }
     void load_rows() {
         const E* q_rows[kDecodeRows];
         collect_query_rows<E>(p_.q, task_.batch, seq_.first_row_q, rows_, q_rows);
@@ -152,7 +154,7 @@ private:
         keys_ = block_.keys;
         const int count = keys_.end - keys_.begin, begin = clamp(shared_.begin - keys_.begin, 0, count);
         all_ = {begin, clamp(shared_.end - keys_.begin, begin, count)};
-        block_.point(p_, head_k_, all_);
+        values_ = block_.values_in(all_, v_);
         int row = 0;
         for (; row + 4 <= rows_.count; row += 4) multiply<4>(row);
         for (; row + 2 <= rows_.count; row += 2) multiply<2>(row);
@@ -166,12 +168,11 @@ private:
     // s = q k^T for kRows rows. Fetches the keys of the next block.
     template <int kRows> void multiply(int row) {
         constexpr int kKeys = kAccumulators / kRows;
-        for (int key = 0; key < keys_.end - keys_.begin; key += kKeys) {
-            dot_products<kRows, kKeys>(b_.q + row * b_.q_stride, block_.k + key, block_.next_k + key,
+        for (int key = 0; key < keys_.end - keys_.begin; key += kKeys)
+            dot_products<kRows, kKeys>(b_.q + row * b_.q_stride, block_.k_offset + key, block_.next_k_offset + key,
                                        block_.s + row * kBlock + key);
-        }
     }
-    template <int kRows, int kKeys> void dot_products(const Operand* q, const E* const* k, const E* const* next, T* s) {
+    template <int kRows, int kKeys> void dot_products(const Operand* q, const int64_t* k, const int64_t* next, T* s) {
         Vec<T> acc[kRows * kKeys] = {};
         const auto step = [&](int i, auto count) __attribute__((always_inline)) {
             Vec<Operand> queries[kRows];
@@ -179,8 +180,8 @@ private:
             for (int m = 0; m < kRows; ++m) queries[m] = load(q + m * b_.q_stride + i * L);
 #pragma GCC unroll 16
             for (int n = 0; n < kKeys; ++n) {
-                const Vec<Operand> x = load_operand(k[n] + i * kStep, count);
-                prefetch(next[n] + i * kStep);
+                const Vec<Operand> x = load_operand(k_ + k[n] + i * kStep, count);
+                prefetch(k_ + next[n] + i * kStep);
 #pragma GCC unroll 4
                 for (int m = 0; m < kRows; ++m)
                     acc[m * kKeys + n] = Dot::multiply_add(acc[m * kKeys + n], x, queries[m]);
@@ -250,8 +251,8 @@ private:
         }
     }
 
-    // O = O * factor + P V for kRows rows. Fetches the values of the next block. Keys that only some of the rows see are
-    // not multiplied by weights of 0, for 0 * NaN is NaN: they are added row by row.
+    // O = O * factor + P V for kRows rows. Fetches the values of the next block. Keys that only some of the rows see
+    // are not multiplied by weights of 0, for 0 * NaN is NaN: they are added row by row.
     template <int kRows> void add_values(int row) {
         add_all_columns<kRows, kAccumulators / kRows>(row, 0);
         for (int r = row; r < row + kRows; ++r) {
@@ -280,7 +281,7 @@ private:
 #pragma GCC unroll 4
                 for (int m = 0; m < kRows; ++m) acc[m][n] = Dot::multiply_add(acc[m][n], w[m], x);
             };
-            const E *const v = block_.v[i] + d, *const next = block_.next_v[i] + d;
+            const E *const v = v_ + values_[i] + d, *const next = v_ + block_.next_v_offset[i] + d;
             if constexpr (Dot::kDepth == 1) {
 #pragma GCC unroll 16
                 for (int n = 0; n < kVectors; ++n) {
@@ -288,7 +289,8 @@ private:
                     add(n, load_operand(v + n * L, count));
                 }
             } else {
-                const E *const partner = block_.v[i + kPairs] + d, *const next_partner = block_.next_v[i + kPairs] + d;
+                const E* const partner = v_ + values_[i + kPairs] + d;
+                const E* const next_partner = v_ + block_.next_v_offset[i + kPairs] + d;
 #pragma GCC unroll 8
                 for (int n = 0; n < kVectors; n += 2) {
                     const Vec<Operand> x = load_operand(v + n * L, count), y = load_operand(partner + n * L, count);
@@ -312,7 +314,7 @@ private:
         T* const o = b_.o + row * b_.o_stride;
         for (int key = part.begin; key < part.end; ++key) {
             if (keys_.begin + key < b_.first_key[row] || keys_.begin + key > b_.last_key[row]) continue;
-            const E* const v = block_.value(p_.v, head_k_, key);
+            const E* const v = v_ + block_.v_offset[key];
             const T weight = block_.s[row * kBlock + key];
             for_each_vector<T>(p_.head_dim_v,
                                [&](int d, int count) { store(o + d, load(o + d) + weight * load_some(v + d, count)); });
@@ -347,10 +349,11 @@ private:
     const Buffers b_;
     const Sequence seq_;
     const HeadVariant<T> variant_;
-    const int head_k_;
-    Range shared_{0, 0};  // the keys that all rows see
-    Range keys_{0, 0};    // the block
-    Range all_{0, 0};     // the part of the block that all rows see, from its start
+    const E *const k_, *const v_;      // row 0 of the key head
+    Range shared_{0, 0};               // the keys that all rows see
+    Range keys_{0, 0};                 // the block
+    Range all_{0, 0};                  // the part of the block that all rows see, from its start
+    const int64_t* values_ = nullptr;  // [kBlock]: offsets of the values of that part
 };
 
 }  // namespace flash_attn::cpu::FA_ISA

@@ -107,9 +107,11 @@ private:
     void join_heads(int num_threads) {
         constexpr int kTasksPerThread = 4;
         if (std::abs(p_.k.head_stride) > std::abs(p_.k.row_stride)) return;
+        int rows = 1;  // of the largest tile
+        for (const Item& item : chunks_) rows = max(rows, item.task.num_queries * item.task.heads);
         const int64_t tasks = int64_t(chunks_.size()) * p_.num_heads_k;
-        heads_per_task_ =
-            int(clamp<int64_t>(tasks / (kTasksPerThread * int64_t(num_threads)), 1, min(kDecodeTiles, p_.num_heads_k)));
+        const int most = min(min(kDecodeTiles, p_.num_heads_k), max(kDecodeTaskRows / rows, 1));
+        heads_per_task_ = int(clamp<int64_t>(tasks / (kTasksPerThread * int64_t(num_threads)), 1, most));
     }
 
     // The last chunk of a tile to finish merges them all, in order.

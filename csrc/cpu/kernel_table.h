@@ -9,8 +9,9 @@ namespace flash_attn::cpu {
 
 // Queries of one forward task, and keys of one step of it. Speed is flat between 64 and 256.
 constexpr int kQueryTile = 128, kKeyTile = 128;
-// Tiles of at most kDecodeRows rows are those of cpu/decode.h, of which a task has at most kDecodeTiles.
-constexpr int kDecodeRows = 8, kDecodeTiles = 8;
+// Tiles of at most kDecodeRows rows are those of cpu/decode.h. A task has at most kDecodeTiles of them, and
+// kDecodeTaskRows rows in all.
+constexpr int kDecodeRows = 16, kDecodeTiles = 8, kDecodeTaskRows = 64;
 
 // One forward task: a tile of rows, and a chunk of the keys that they see. A tile has `heads` heads from `first_head`
 // on, which share a key head; its row r is query first_query + r / heads of head first_head + r % heads.

@@ -5,12 +5,14 @@
 
 namespace flash_attn::cpu::FA_ISA {
 
-// Within each block of 2 kHalf lanes: the first halves (or the second, with kOffset = kHalf) of x and of y.
-template <int kHalf, int kOffset, class V, int... kLane>
+// In each block of 2 kHalf lanes: the first half of x and the second of y, in place (kCross = false); or the second half of
+// x and the first of y, each where the other was (true). Two such vectors have all that is left of x and y to be summed,
+// and the first takes no shuffle.
+template <int kHalf, bool kCross, class V, int... kLane>
 FA_INLINE V halves(V x, V y, std::integer_sequence<int, kLane...>) {
     constexpr int kCount = sizeof...(kLane);
-    return __builtin_shufflevector(
-        x, y, (kLane % (2 * kHalf) < kHalf ? kLane + kOffset : kLane - kHalf + kOffset + kCount)...);
+    return __builtin_shufflevector(x, y,
+                                   ((kCross ? kLane ^ kHalf : kLane) + (kLane % (2 * kHalf) < kHalf ? 0 : kCount))...);
 }
 
 // Lane i of the result is the sum of the lanes of x[i], for i below the number of lanes. Overwrites x.
@@ -21,7 +23,7 @@ template <class V, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2> FA_INLINE V lane_
     } else {
 #pragma GCC unroll 16
         for (int i = 0; i < kHalf; ++i)
-            x[i] = halves<kHalf, 0>(x[i], x[i + kHalf], Lanes()) + halves<kHalf, kHalf>(x[i], x[i + kHalf], Lanes());
+            x[i] = halves<kHalf, false>(x[i], x[i + kHalf], Lanes()) + halves<kHalf, true>(x[i], x[i + kHalf], Lanes());
         return lane_sums<V, kHalf / 2>(x);
     }
 }
@@ -44,8 +46,7 @@ template <class V, class F, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2> FA_INLIN
     if constexpr (kHalf == 0) {
         return x;
     } else {
-        return reduce_lanes<V, F, kHalf / 2>(
-            combine(halves<kHalf, 0>(x, x, Lanes()), halves<kHalf, kHalf>(x, x, Lanes())), combine);
+        return reduce_lanes<V, F, kHalf / 2>(combine(x, halves<kHalf, true>(x, x, Lanes())), combine);
     }
 }
 template <class V> FA_INLINE auto lane_sum(V x) {

@@ -14,7 +14,8 @@ constexpr int kMaxSplits = 128;      // the most that a caller may ask for
 // num_splits: the most chunks that the caller wants; 0: no wish.
 FA_HOST_DEVICE int keys_per_chunk(int num_keys, int num_rows, int num_splits) {
     if (num_splits > 0) return max(round_up(ceil_div(num_keys, num_splits), kSplitAlignment), kSplitAlignment);
-    return max(max(256, 32 * num_rows), round_up(ceil_div(num_keys, kMaxChunks), 128));
+    const int enough = num_keys < 4096 ? 256 : 512;  // shorter chunks for more tasks where there are few keys
+    return max(max(enough, 4 * num_rows), round_up(ceil_div(num_keys, kMaxChunks), 128));
 }
 
 }  // namespace flash_attn
