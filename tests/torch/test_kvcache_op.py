@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn
 from compare import assert_bitwise
-from device import DEVICE, needs_gpu, on_device
+from device import DEVICE, on_device
 from kvcache import LATENT, ONE_BUFFER, KvCase, arguments_of, make_kv_inputs, op_arguments_of, run_kvcache
 
 SCHEMA = (
@@ -320,28 +320,3 @@ def test_python_threads_at_once(threads_each):
             for result in results:
                 for name, a, b in zip(("out", "softmax_lse"), result, expected[index], strict=True):
                     assert_bitwise(name, a, b, LARGER[index].name)
-
-
-@needs_gpu
-@on_device
-@pytest.mark.parametrize("page_size", [0, 16])
-def test_cuda_graph(page_size):
-    """Nothing waits for the device: a step is captured once and replayed with other lengths."""
-    case = KvCase(
-        (60, 5), 1, 1, dtype="bfloat16", num_heads=8, causal=True, page_size=page_size, rotary_dim=32, spare=70
-    )
-    x, other = make_kv_inputs(case), make_kv_inputs(case)
-    x.rotary_cos, x.rotary_sin = (torch.nan_to_num(t, 0.5) for t in (x.rotary_cos, x.rotary_sin))
-    other.rotary_cos, other.rotary_sin = x.rotary_cos, x.rotary_sin
-    start = x.cache_seqlens.clone()
-    run_kvcache(case, x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run_kvcache(case, x)
-    for length in range(3):
-        x.cache_seqlens.copy_(start + length)
-        graph.replay()
-        expected = run_kvcache(case, other, cache_seqlens=start + length)
-        for name, a, b in zip(("out", "softmax_lse"), captured, expected, strict=True):
-            assert_bitwise(name, a, b)
