@@ -14,10 +14,8 @@ from inputs import lse_dtype
 from layouts import WRITABLE
 from reference import ORDERS, USUAL, Order, one_sequence
 
-ONE_BUFFER, LATENT = (
-    "one buffer",
-    "latent",
-)  # k_cache and v_cache are slices of one tensor; v_cache is a part of k_cache
+ONE_BUFFER = "one buffer"  # k_cache and v_cache are slices of one tensor
+LATENT = "latent"  # v_cache is the leading columns of k_cache
 UNUSED = (-1, 10**9, -(2**31))  # what entries that are not in use may contain
 
 
