@@ -130,18 +130,21 @@ def test_layouts(layout, place):
         (30, 7, 7), 3, 2, dtype="bfloat16", num_heads=4, causal=True, rotary_dim=32, leftpad=(3, 0, 1), **place
     )
     case = dataclasses.replace(case, alibi="batch")
-    x, other = make_kv_inputs(case), make_kv_inputs(case)
-    for name in FLOATS:
-        tensor = getattr(x, name)
-        wide = tensor if tensor.dim() == 4 else tensor[None, :, None]
-        setattr(x, name, WRITABLE[layout](wide).view_as(tensor) if wide is tensor else WRITABLE[layout](wide)[0, :, 0])
-    for name in (*INTS, "cache_batch_idx" if case.shuffled else "block_table"):
-        tensor = getattr(x, name)
-        setattr(x, name, torch.stack([tensor, tensor + 1], -1)[..., 0])
-    for name, a, b in zip(("out", "softmax_lse"), run_kvcache(case, x), run_kvcache(case, other), strict=True):
-        assert_bitwise(name, a, b, layout)
-    for name in ("k_cache", "v_cache"):
-        assert_bitwise(name, getattr(x, name), getattr(other, name), layout)
+    other = make_kv_inputs(case)
+    expected = (*run_kvcache(case, other), other.k_cache, other.v_cache)
+    for some in (FLOATS, *((name,) for name in FLOATS)):
+        x = make_kv_inputs(case)
+        for name in some:
+            tensor = getattr(x, name)
+            is_table = tensor.dim() == 2
+            view = WRITABLE[layout](tensor[None, :, None] if is_table else tensor)
+            setattr(x, name, view[0, :, 0] if is_table else view)
+        for name in (*INTS, "cache_batch_idx" if case.shuffled else "block_table"):
+            tensor = getattr(x, name)
+            setattr(x, name, torch.stack([tensor, tensor + 1], -1)[..., 0])
+        results = (*run_kvcache(case, x), x.k_cache, x.v_cache)
+        for name, a, b in zip(("out", "softmax_lse", "k_cache", "v_cache"), results, expected, strict=True):
+            assert_bitwise(name, a, b, f"{layout}: {some}")
 
 
 def test_expanded_inputs():

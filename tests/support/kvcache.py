@@ -124,7 +124,7 @@ def kv_for_device(cases: list[KvCase]) -> list[KvCase]:
 def make_kv_inputs(case: KvCase, padding: float = math.nan) -> KvInputs:
     """Random tensors on the device under test.
 
-    What must not matter is `padding`: rows that are not in use, all of skipped sequences, unread rows of rotary_cos.
+    What must not matter is `padding`: rows not in use, queries of skipped sequences, unread rows of rotary_cos.
     Entries of block_table and cache_batch_idx that must not matter are out of range.
     """
     with torch.device("cpu"):
@@ -143,10 +143,9 @@ def _make_kv_inputs(case: KvCase, padding: float) -> KvInputs:
     if seqlen_new is not None:
         x.k = rows(batch_size, seqlen_new, case.num_heads_k, case.head_dim)
         x.v = rows(batch_size, seqlen_new, case.num_heads_k, case.head_dim_v)
-    for t in (x.q, x.k, x.v):
-        for b, length in enumerate(case.cache_seqlens):
-            if t is not None and length < 0:
-                t[b] = padding
+    for b, length in enumerate(case.cache_seqlens):
+        if length < 0:
+            x.q[b] = padding  # k and v are numbers, which would show in the cache
     shape = _shape_of_caches(case, x, generator)
     x.k_cache = torch.full((*shape, case.num_heads_k, case.head_dim), padding, dtype=dtype)
     x.v_cache = torch.full((*shape, case.num_heads_k, case.head_dim_v), padding, dtype=dtype)

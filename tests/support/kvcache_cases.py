@@ -173,6 +173,10 @@ SELECTED = [
     # Appended rows that no query sees: Snew > Sq + left.
     KvCase((100, 7), 2, 90, window_size=(3, 0), causal=True, rotary_dim=64),
     KvCase((100, 7), 2, 90, window_size=(3, 0), page_size=4, rotary_dim=64),
+    # Several splits, and queries that see no key in any of them; keys that are fewer than the splits.
+    KvCase((40, 33, 64), 60, causal=True, num_splits=4, spare=30),
+    KvCase((70, 100), 9, 1, window_size=(-1, -40), num_splits=3, dtype="bfloat16", num_heads=4),
+    KvCase((5, 1, 0), 2, 1, num_splits=128),
     # More queries than the cache has rows.
     KvCase((5, 2), 130, spare=0),
     KvCase((5, 2), 130, spare=0, causal=True, alibi="batch", page_size=1),
