@@ -2,7 +2,7 @@
 # reuse it: a virtual environment, the dependencies, the compiled extension.
 #
 #   make test VENV= PYTHON=python3     the ambient interpreter instead; nothing is downloaded or installed
-#   make test ARGS='-k varlen -x'      arguments for pytest, the demo or the benchmark
+#   make test ARGS='-k varlen -x'      arguments for pytest, the examples or the benchmark
 #   make build MAX_JOBS=1              compile with one process
 #   make gpu-test LIMIT=120            two minutes of tests on a GPU; the next run resumes there
 
@@ -67,7 +67,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all integrations demo ladder bench race sanitize mutants report gpu-test gpu-bench \
+.PHONY: help venv build test test-all integrations demo generate ladder bench race sanitize mutants report gpu-test gpu-bench \
     gpu-first lint format clean distclean
 
 help: ## this list
@@ -93,12 +93,16 @@ demo: $(BUILT) ## train a small GPT on real text, measure attention, save the fi
 	@$(call step,demo); \
 	$(PY) examples/train_gpt.py $(ARGS)
 
+generate: $(BUILT) ## write text with the GPT of the demo, with a KV cache and without
+	@$(call step,generate); \
+	$(PY) examples/generate.py $(ARGS)
+
 ladder: ## from naive attention to a tiled kernel in six steps, on the simulator; needs g++ only
 	@$(MAKE) --no-print-directory -f examples/ladder/Makefile
 
-bench: $(BUILT) ## measure speed, memory and overhead against every attention of torch
+bench: $(BUILT) ## measure speed, decoding, memory and overhead against every attention of torch
 	@$(call step,bench); \
-	for what in attention memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
+	for what in attention decode memory overhead; do $(PY) benchmarks/bench.py $$what $(ARGS); done
 
 gpu-test: ## the tests on this machine's GPU; run again, it goes on; with python3, in no virtual environment
 	@$(call step,gpu-test); \

@@ -4,6 +4,7 @@
     python benchmarks/bench.py --only 'window|varlen'         # cases whose name matches a regular expression
     python benchmarks/bench.py --quick                        # every kind of case, small, to see that all runs
     python benchmarks/bench.py --build before=path/to/_C.so   # beside another build of ours
+    python benchmarks/bench.py decode                         # a few new queries against a cache
     python benchmarks/bench.py memory                         # peak memory against sequence length
     python benchmarks/bench.py overhead                       # what a tiny call costs
 
@@ -22,31 +23,56 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from types import ModuleType
 
 import torch
 import torch._functorch.config
 
-from harness import memory, overhead, plots, report
+from harness import decode, decode_providers, decode_report, memory, overhead, plots, report
 from harness.cases import PASSES, Case, cases_for
 from harness.failures import device_is_lost, reason, unavailable_reason
 from harness.machine import describe, results_folder
 from harness.measure import PROVIDERS, measure
 from harness.monitor import Monitor
 from harness.ours import other_build
-from harness.provider import Provider
+from harness.provider import Problem, Provider, make_problem
 from harness.results import Results, fingerprint
 from harness.targets import missed
 
 DEFAULT_PASSES = {"cpu": ("forward", "both"), "cuda": ("forward", "backward")}
-BUDGET = {"cpu": 4.0, "cuda": 0.3}  # seconds per case and pass
 QUICK_BUDGET = 0.02
 LIMIT = 330.0
 LONGEST = {1: 120.0, 2: 240.0}  # seconds after which a case on a GPU counts as hung; the second stage compiles
 DEVICE_LOST = 70  # exit status
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that are measured, kept and shown together."""
+
+    cases_for: Callable[[str, bool], list[Case]]
+    data: Callable[[Case], Problem]
+    providers: Sequence[Provider]
+    other_build: Callable[[str, Path], Provider]
+    report: ModuleType
+    budget: dict[str, float]  # seconds per case and pass
+
+
+SUITES = {
+    "attention": Suite(cases_for, make_problem, PROVIDERS, other_build, report, {"cpu": 4.0, "cuda": 0.3}),
+    "decode": Suite(
+        decode.cases_for,
+        decode.make_problem,
+        decode_providers.PROVIDERS,
+        decode_providers.other_build,
+        decode_report,
+        {"cpu": 2.0, "cuda": 0.2},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,7 @@ class Job:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("attention", "memory", "overhead"), default="attention")
+    parser.add_argument("what", nargs="?", choices=("attention", "decode", "memory", "overhead"), default="attention")
     default = "cpu" if unavailable_reason("cuda") else "cuda"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads for all providers")
@@ -95,9 +121,8 @@ def _build(text: str) -> tuple[str, Path]:
     return name, Path(path).resolve()
 
 
-def all_jobs(device: str, providers: Sequence[Provider], quick: bool = False) -> list[Job]:
+def all_jobs(cases: Sequence[Case], providers: Sequence[Provider]) -> list[Job]:
     """In the order of their value."""
-    cases = cases_for(device, quick)
     second = [case for case in cases if any(each.stage == 2 and each.takes_part(case, 2) for each in providers)]
     return [*(Job(case, 1) for case in cases), *(Job(case, 2) for case in second)]
 
@@ -107,8 +132,9 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, device = arguments, arguments.device
-        self.providers = [*PROVIDERS, *(other_build(name, path) for name, path in arguments.build)]
-        jobs = all_jobs(device, self.providers, arguments.quick)
+        self.suite = suite = SUITES[arguments.what]
+        self.providers = [*suite.providers, *(suite.other_build(name, path) for name, path in arguments.build)]
+        jobs = all_jobs(suite.cases_for(device, arguments.quick), self.providers)
         self.jobs = {
             job.name: job
             for job in jobs
@@ -116,7 +142,7 @@ class Run:
         }
         self.order = [job.name for job in jobs]
         self.passes = arguments.passes or DEFAULT_PASSES[device]
-        self.budget = arguments.budget or (QUICK_BUDGET if arguments.quick else BUDGET[device])
+        self.budget = arguments.budget or (QUICK_BUDGET if arguments.quick else suite.budget[device])
 
     def open_results(self) -> Results:
         """With what earlier runs of the same code have left. ValueError if that is of another processor."""
@@ -124,7 +150,7 @@ class Run:
         names, paths = zip(*self.arguments.build, strict=True) if self.arguments.build else ((), ())
         settings = [str(self.budget), *self.passes, *names, info["torch"], info["processor"]]
         code = fingerprint(settings, paths)
-        return Results(results_folder(info), info, code, self.order, self.arguments.quick)
+        return Results(results_folder(info), info, code, self.order, self.arguments.quick, self.arguments.what)
 
     def go(self, results: Results, monitor: Monitor) -> int:
         """Measure what has not been measured yet; returns how many jobs are left."""
@@ -148,9 +174,9 @@ class Run:
         if on_gpu:
             faulthandler.dump_traceback_later(LONGEST[job.stage] + 20 * self.budget, exit=True)
         try:
-            row = measure(job.case, job.stage, self.providers, self.passes, self.budget, monitor)
+            row = measure(job.case, job.stage, self.providers, self.passes, self.budget, monitor, self.suite.data)
             results.rows[job.name] = row
-            line = report.one_line(row) + (", FlexAttention" if job.stage == 2 else "")
+            line = self.suite.report.one_line(row) + (", FlexAttention" if job.stage == 2 else "")
         except Exception as error:  # noqa: BLE001 (one case must not cost the others)
             lost = device_is_lost(error)
             (results.crashed if lost else results.failed)[job.name] = reason(error)
@@ -158,7 +184,7 @@ class Run:
         finally:
             faulthandler.cancel_dump_traceback_later()
             results.running = ""
-            write(results)
+            self.write(results)
         if lost:  # an orderly end would wait for the device
             print(f"bench: the device is lost: {line}; run again to go on", file=sys.stderr, flush=True)
             os._exit(DEVICE_LOST)
@@ -167,14 +193,13 @@ class Run:
             torch.cuda.empty_cache()
         return line
 
+    def write(self, results: Results) -> None:
+        """The JSON file and the table."""
+        results.save()
+        (results.folder / f"{results.stem}.md").write_text(self.suite.report.markdown(results))
 
-def write(results: Results) -> None:
-    """The JSON file and the table."""
-    results.save()
-    (results.folder / f"{results.stem}.md").write_text(report.markdown(results))
 
-
-def attention(arguments: argparse.Namespace) -> int:
+def in_turns(arguments: argparse.Namespace) -> int:
     """Measure, draw, tell; exit status 1 if something is wrong or left."""
     run = Run(arguments)
     if arguments.list or not run.jobs:
@@ -186,19 +211,19 @@ def attention(arguments: argparse.Namespace) -> int:
         results = run.open_results()
     except ValueError as error:
         sys.exit(f"bench: {error}")
-    print(report.heading("Attention beside torch", results.machine))
+    print(report.heading(run.suite.report.TITLE, results.machine))
     with Monitor(arguments.device) as monitor:
         left = run.go(results, monitor)
-    write(results)
-    rows, machine = results.joined(), results.machine
-    figures = plots.draw(results.folder, results.prefix, machine, rows)
-    print("\n".join(["", *report.targets_table(rows, machine), report.summary(rows), ""]))
+    run.write(results)
+    rows, machine, is_attention = results.joined(), results.machine, arguments.what == "attention"
+    figures = plots.draw(results.folder, results.prefix, machine, rows) if is_attention else []
+    print(f"\n{run.suite.report.closing(rows, machine)}\n")
     print(f"wrote {', '.join([f'{results.stem}.json', f'{results.stem}.md', *figures])} to {results.folder}")
     problems = [problem for row in rows for problem in row["problems"]]
     problems += [f"failed: {name}: {why}" for name, why in {**results.failed, **results.crashed}.items()]
     for problem in problems:
         print(problem, file=sys.stderr)
-    return int(bool(problems or left or (arguments.check and missed(rows, machine))))
+    return int(bool(problems or left or (arguments.check and is_attention and missed(rows, machine))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"bench: {why}")
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    return {"attention": attention, "memory": memory.main, "overhead": overhead.main}[arguments.what](arguments)
+    return {"memory": memory.main, "overhead": overhead.main}.get(arguments.what, in_turns)(arguments)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,21 @@ from harness.cases import Case
 from harness.compare import disagreements
 from harness.failures import device_is_lost, reason, result_or_reason
 from harness.monitor import Monitor
-from harness.provider import OURS, Call, Provider, make_problem
+from harness.provider import OURS, Call, Problem, Provider, make_problem
 from harness.timing import Timed, time_interleaved
 
 PROVIDERS = (*ours.PROVIDERS, *sdpa.PROVIDERS, *torch_others.PROVIDERS)
-HOST_BOUND = ("decode", "short")  # groups in which a call takes the host longer than a GPU
+HOST_BOUND = ("decode", "short", "grid")  # groups in which a call takes the host longer than a GPU
 MIN_ROUNDS = 5
 
 Row = dict[str, Any]
 
 
-def build(case: Case, providers: Sequence[Provider]) -> tuple[list[Call], dict[str, Any], dict[str, str]]:
+def build(problem: Problem, providers: Sequence[Provider]) -> tuple[list[Call], dict[str, Any], dict[str, str]]:
     """Calls, what each computes, and why the other providers are absent. Ours has to be there."""
-    problem = make_problem(case)
     calls, results, absent = [], {}, {}
     for each in providers:
-        name, why, found = each.name, each.why_not(case), None
+        name, why, found = each.name, each.why_not(problem.case), None
         if not why:
             call, why = result_or_reason(name, functools.partial(each.build, problem))
         if not why:
@@ -39,7 +38,8 @@ def build(case: Case, providers: Sequence[Provider]) -> tuple[list[Call], dict[s
             absent[name] = why
         else:
             calls.append(call)
-            results[name] = found
+            if each.computes:
+                results[name] = found
     if OURS in absent:
         raise RuntimeError(f"{OURS}: {absent[OURS]}")
     return calls, results, absent
@@ -104,17 +104,23 @@ def functions_of(case: Case, calls: Sequence[Call], which: str) -> tuple[dict[st
 
 
 def measure(
-    case: Case, stage: int, providers: Sequence[Provider], passes: Sequence[str], budget: float, monitor: Monitor
+    case: Case,
+    stage: int,
+    providers: Sequence[Provider],
+    passes: Sequence[str],
+    budget: float,
+    monitor: Monitor,
+    data: Callable[[Case], Problem] = make_problem,
 ) -> Row:
     """One row of results: milliseconds and ratios of every pass, and clocks and power during it."""
     torch.manual_seed(0)
-    calls, results, absent = build(case, [each for each in providers if each.takes_part(case, stage)])
+    calls, results, absent = build(data(case), [each for each in providers if each.takes_part(case, stage)])
     reference, problems = disagreements(case, results)
     del results
     problems += [f"{case.name}: {name} fails: {why}" for name, why in absent.items() if name.startswith(OURS)]
     row: Row = {"name": case.name, "case": vars(case), "stage": stage, "reference": reference}
     row |= {"absent": absent, "problems": problems, "passes": {}}
-    if stage == 2 and len(calls) == 1:
+    if stage == 2 and reference is None:
         return row
     for which in case.passes(passes):
         functions, host_timed = functions_of(case, calls, which)

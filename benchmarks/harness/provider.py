@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,17 +93,19 @@ class Provider:
     """One way to compute attention."""
 
     name: str
-    make_call: Callable[[Problem], Call]  # masks and copies too, before the clock starts
+    make_call: Callable[[Any], Call]  # of the problem; masks and copies too, before the clock starts
     is_for: Callable[[Case], bool] = lambda case: True  # otherwise it is not even listed
     why_not: Callable[[Case], str] = lambda case: ""  # why it is not tried
     devices: tuple[str, ...] = ("cpu", "cuda")
     context: Context = contextlib.nullcontext
     passes: tuple[str, ...] = PASSES
     stage: int = 1  # 2: compiles for long, and is measured when all else is
+    computes: bool = True  # attention; otherwise it is timed as a yardstick
 
     def takes_part(self, case: Case, stage: int) -> bool:
-        """Ours in every stage, the others in their own."""
-        return case.device in self.devices and self.is_for(case) and (self.name == OURS or self.stage == stage)
+        """Ours and yardsticks in every stage, the others in their own."""
+        always = self.name == OURS or not self.computes
+        return case.device in self.devices and self.is_for(case) and (always or self.stage == stage)
 
     def build(self, problem: Problem) -> Call:
         """The call with all that it needs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from harness.cases import SWEEP
 from harness.machine import heading
@@ -14,6 +15,7 @@ from harness.published import published_table
 from harness.results import Results
 from harness.targets import targets_table
 
+TITLE = "Attention beside torch"
 SHOWN_CASES = 4  # of those that share a reason
 EXPLANATION = """\
 TFLOP/s count the products that the mask leaves. A ratio is a peer's time / ours, the median over rounds in which each
@@ -23,7 +25,7 @@ was timed once: above 1 ours is quicker; under 1 in bold. Clocks and power are t
 
 def best_peer(measured: Row) -> tuple[str, float] | None:
     """The peer that comes closest or beats us by most, and its time / ours."""
-    ratios = {name: ratio for name, ratio in measured["ratios"].items() if not name.startswith(OURS)}
+    ratios = {name: ratio for name, ratio in measured["ratios"].items() if name.startswith("torch")}
     name = min(ratios, key=ratios.__getitem__, default=None)
     return None if name is None else (name, ratios[name])
 
@@ -64,11 +66,8 @@ def summary(rows: Sequence[Row]) -> str:
 def markdown(results: Results) -> str:
     """All of it: one section per group, one line per case and pass."""
     rows, machine = results.joined(), results.machine
-    text = [heading("Attention beside torch", machine)]
-    failed = {**results.failed, **results.crashed}
-    if results.left or failed:
-        text.append(f"**Not complete: {results.left} cases not measured yet, {len(failed)} failed.**\n")
-    text += [EXPLANATION, *targets_table(rows, machine), f"{summary(rows)}\n"]
+    text = [heading(TITLE, machine), *incomplete(results), EXPLANATION, *targets_table(rows, machine)]
+    text.append(f"{summary(rows)}\n")
     for group in dict.fromkeys(row["case"]["group"] for row in rows):
         members = [row for row in rows if row["case"]["group"] == group]
         text.append(f"## {group}\n")
@@ -80,7 +79,19 @@ def markdown(results: Results) -> str:
         text.append("")
     if machine["device"] == "cuda":
         text.append(published_table(rows, machine["processor"]))
-    return "\n".join([*text, *_lists(rows, failed)])
+    return "\n".join([*text, *lists(results)])
+
+
+def incomplete(results: Results) -> list[str]:
+    """A line that says so if cases are missing."""
+    failed = len({**results.failed, **results.crashed})
+    text = f"**Not complete: {results.left} cases not measured yet, {failed} failed.**\n"
+    return [text] if results.left or failed else []
+
+
+def closing(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    """For the terminal, at the end."""
+    return "\n".join([*targets_table(rows, machine), summary(rows)])
 
 
 def _table_rows(row: Row) -> list[str]:
@@ -109,8 +120,9 @@ def _table_rows(row: Row) -> list[str]:
     return lines
 
 
-def _lists(rows: Sequence[Row], failed: dict[str, str]) -> list[str]:
+def lists(results: Results) -> list[str]:
     """What did not work: results that differ, cases that failed, peers that are absent."""
+    rows, failed = results.joined(), {**results.failed, **results.crashed}
     absent: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for name, why in row["absent"].items():

@@ -14,9 +14,12 @@ from harness.machine import BENCHMARKS
 from harness.measure import Row
 
 ROOT = BENCHMARKS.parent
-NAME = "attention"  # of the files
+# The files of what is measured: the first pattern is the name of the table.
+FILES = {"attention": ("attention", "speedups", "throughput-*"), "decode": ("decode",)}
 # What decides what is measured; the rest of the harness may change without making results worthless.
-MEASURING = ("cases", "compare", "measure", "ours", "provider", "sdpa", "timing", "torch_others")
+MEASURING = (
+    "cases", "compare", "decode", "decode_providers", "measure", "ours", "provider", "sdpa", "timing", "torch_others",
+)  # fmt: skip
 SHOWN = ("machine", "code", "left", "running", "failed", "crashed", "rows")  # in the file
 
 
@@ -34,8 +37,17 @@ def fingerprint(settings: Iterable[str], builds: Iterable[Path] = ()) -> str:
 class Results:
     """Of one state of the code on one machine: a row per job, or why there is none."""
 
-    def __init__(self, folder: Path, machine: dict[str, Any], code: str, jobs: Sequence[str], quick: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        machine: dict[str, Any],
+        code: str,
+        jobs: Sequence[str],
+        quick: bool = False,
+        name: str = "attention",
+    ):
         self.folder, self.machine, self.code, self.jobs, self.quick = folder, machine, code, list(jobs), quick
+        self.name = name
         self.rows: dict[str, Row] = {}
         self.failed: dict[str, str] = {}  # tried again by the next run
         self.crashed: dict[str, str] = {}  # took the process down; not tried again until the code changes
@@ -56,7 +68,7 @@ class Results:
     @property
     def stem(self) -> str:
         """The name of the files without a suffix."""
-        return self.prefix + NAME
+        return self.prefix + self.name
 
     def todo(self, jobs: Iterable[str]) -> list[str]:
         """Those of the jobs that are not done."""
@@ -64,7 +76,7 @@ class Results:
 
     def _read(self) -> None:
         """What earlier runs have left. ValueError if it is from another processor."""
-        for stem in [f"quick-{NAME}"] if self.quick else [f"partial-{NAME}", NAME]:
+        for stem in [f"quick-{self.name}"] if self.quick else [f"partial-{self.name}", self.name]:
             path = self.folder / f"{stem}.json"
             if not path.exists() or self.rows or self.crashed:
                 continue
@@ -88,8 +100,9 @@ class Results:
         path.with_suffix(".new").write_text(json.dumps(content, indent=1) + "\n")
         path.with_suffix(".new").replace(path)  # no moment is without the results
         if not self.prefix:
-            for left_over in self.folder.glob("partial-*"):
-                left_over.unlink()
+            for pattern in FILES[self.name]:
+                for left_over in self.folder.glob(f"partial-{pattern}.*"):
+                    left_over.unlink()
 
     def joined(self) -> list[Row]:
         """A row per case, in the order of the jobs: that of the first stage with the peers of the second."""
@@ -102,13 +115,13 @@ class Results:
 
 
 def join(row: Row, more: Row) -> Row:
-    """A case in which further peers have been measured later, each beside ours."""
+    """A case in which further peers have been measured later, each beside ours. What both have is that of the first."""
     joined = copy.deepcopy(row)
     joined["absent"] |= more["absent"]
     joined["problems"] += more["problems"]
     for which, measured in more["passes"].items():
         into = joined["passes"].setdefault(which, measured)
-        into["ratios"] |= measured["ratios"]
-        into["milliseconds"] |= {name: measured["milliseconds"][name] for name in measured["ratios"]}
+        into["ratios"] = measured["ratios"] | into["ratios"]
+        into["milliseconds"] = measured["milliseconds"] | into["milliseconds"]
         into["host_timed"] |= measured["host_timed"]
     return joined

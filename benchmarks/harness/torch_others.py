@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from harness.provider import Call, Problem, Provider, visibility
 
 
-def _flex(problem: Problem) -> Call:
+def flex(problem: Problem) -> Call:
     """FlexAttention, compiled; the first call makes the mask, compiles, and takes seconds."""
     case, slopes = problem.case, problem.alibi_slopes
     shift, window = case.seqlen_k - case.seqlen_q, case.window
@@ -86,6 +86,6 @@ def _written_out(problem: Problem) -> Call:
 PROVIDERS = (
     # Only GPUs have packed attention, and a backward pass of FlexAttention.
     Provider("torch varlen", _varlen, lambda case: bool(case.seqlens), devices=("cuda",)),
-    Provider("torch flex", _flex, lambda case: not case.seqlens and not case.dropout_p, devices=("cuda",), stage=2),
+    Provider("torch flex", flex, lambda case: not case.seqlens and not case.dropout_p, devices=("cuda",), stage=2),
     Provider("torch written out", _written_out, lambda case: bool(case.softcap)),
 )

@@ -6,8 +6,8 @@ namespace flash_attn::cpu::FA_ISA {
 
 template <class E> FA_INLINE void store_one(E* p, Compute<E> x) { store_elements(p, splat<Compute<E>>(x), 1); }
 
-// Copies a row of one head, its first rotary_dim elements rotated by the angles of `position` (RoFormer, section 3.2.2).
-// A position outside the tables takes the nearest row: on the CPU it is an error before this.
+// Copies a row of one head, its first rotary_dim elements rotated by the angles of `position` (RoFormer, section
+// 3.2.2). A position outside the tables takes the nearest row: on the CPU it is an error before this.
 template <class E> static void rotate_row(const Rotary& r, int64_t position, int head_dim, const E* in, E* out) {
     memcpy(out, in, sizeof(E) * head_dim);
     if (!r.cos) return;

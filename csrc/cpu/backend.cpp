@@ -129,10 +129,10 @@ const char* instruction_set() { return chosen().name; }
 
 void run_fwd(const FwdParams& params, Host& host) {
     const Kernels k = chosen().kernels(params.problem.type);
-    FwdPlan plan(params, k);
-    plan.partials = static_cast<char*>(host.workspace(size_t(plan.partial_bytes)));
+    const FwdPlan plan(params, k, host.num_threads());
+    char* const partials = static_cast<char*>(host.workspace(plan.partial_bytes()));
     parallel(host, plan.num_tasks(), k.fwd_scratch(params),
-             [&](int64_t i, void* scratch) { plan.run(i, params, k, scratch); });
+             [&](int64_t i, void* scratch) { plan.run(i, partials, scratch); });
 }
 
 void append(const AppendParams& params, Host& host) {

@@ -1,7 +1,7 @@
 // Forward pass of one tile of rows (FlashAttention-2, algorithm 1), transposed: S^T = K Q^T and O^T += V^T P^T. Vector
-// lanes run over rows, so row max, row sum and rescaling need no reduction within a vector, a partial last key tile needs
-// no padding, and K and V are read as broadcast scalars. Only Q and O are transposed. Rows are the queries of one head or,
-// where there are few, of all heads that share a key head.
+// lanes run over rows, so row max, row sum and rescaling need no reduction within a vector, a partial last key tile
+// needs no padding, and K and V are read as broadcast scalars. Only Q and O are transposed. Rows are the queries of one
+// head or, where there are few, of all heads that share a key head.
 #pragma once
 #include "cpu/merge.h"
 #include "cpu/tile.h"

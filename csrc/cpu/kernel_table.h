@@ -9,15 +9,27 @@ namespace flash_attn::cpu {
 
 // Queries of one forward task, and keys of one step of it. Speed is flat between 64 and 256.
 constexpr int kQueryTile = 128, kKeyTile = 128;
+// Tiles of at most kDecodeRows rows are those of cpu/decode.h. A task has at most kDecodeTiles of them, and
+// kDecodeTaskRows rows in all.
+constexpr int kDecodeRows = 16, kDecodeTiles = 8, kDecodeTaskRows = 64;
 
-// One forward task: a tile of rows, and a chunk of the keys that they see. A tile has `heads` heads from `first_head` on,
-// which share a key head; its row r is query first_query + r / heads of head first_head + r % heads.
+// One forward task: a tile of rows, and a chunk of the keys that they see. A tile has `heads` heads from `first_head`
+// on, which share a key head; its row r is query first_query + r / heads of head first_head + r % heads.
 struct FwdTask {
     int batch, first_head, heads, first_query, num_queries;
     int key_begin, key_end;
-    void*
-        partial;  // the tile's part of the result (cpu/merge.h), or null: the chunk has all keys, and results are final
+    int num_tiles;           // this tile, and those of the next key heads
+    void* partial;           // its part of the result (cpu/merge.h); null: the chunk has all keys, the result is final
+    int64_t partial_stride;  // bytes from the partial result of one tile to that of the next
 };
+
+// A tile of a task, alone.
+inline FwdTask tile_of(FwdTask task, int i) {
+    task.first_head += i * task.heads;
+    if (task.partial) task.partial = static_cast<char*>(task.partial) + i * task.partial_stride;
+    task.num_tiles = 1;
+    return task;
+}
 
 // The partial results of one tile, in the order of their chunks.
 struct MergeTask {

@@ -1,18 +1,27 @@
 // All kernels of one instruction set. isa_*.cpp files include this after their target pragma.
 #include "cpu/append.h"
 #include "cpu/bwd.h"
+#include "cpu/decode.h"
 #include "cpu/fwd.h"
 #include "cpu/probs.h"
 
 namespace flash_attn::cpu::FA_ISA {
 
+template <class E, class Dot> static size_t fwd_scratch(const FwdParams& params) {
+    return max(FwdTile<E, Dot>::scratch_bytes(params), DecodeTile<E, Dot>::scratch_bytes(params));
+}
+template <class E, class Dot> static void fwd(const FwdParams& params, const FwdTask& task, void* scratch) {
+    if (task.num_queries * task.heads <= kDecodeRows && !params.problem.dropout.threshold)
+        return DecodeTile<E, Dot>::run(params, task, Arena(scratch));
+    for (int i = 0; i < task.num_tiles; ++i) FwdTile<E, Dot>(params, tile_of(task, i), Arena(scratch)).run();
+}
+
 template <class E, class Dot> static Kernels make_kernels() {
     return {
         .compute_bytes = int(sizeof(Compute<E>)),
         .head_dim_padded = [](int head_dim) { return padded_row<Compute<E>>(head_dim); },
-        .fwd_scratch = FwdTile<E, Dot>::scratch_bytes,
-        .fwd = [](const FwdParams& p, const FwdTask& task,
-                  void* scratch) { FwdTile<E, Dot>(p, task, Arena(scratch)).run(); },
+        .fwd_scratch = fwd_scratch<E, Dot>,
+        .fwd = fwd<E, Dot>,
         .partial_bytes = partial_bytes<E>,
         .merge = merge<E>,
         .append = append<E>,

@@ -38,9 +38,14 @@ FA_INLINE void collect_query_rows(const TensorView& q, int64_t batch, int64_t fi
 // Pointers to `count` rows of k or v, contiguous or paged; null for a page outside the pool.
 template <class E> FA_INLINE void collect_kv_rows(const TensorView& t, const PagedKv& paged, int batch, int64_t first,
                                                   int64_t head, int count, const E** rows) {
-    for (int r = 0; r < count; ++r) {
+    for (int r = 0; r < count;) {
         const int64_t offset = kv_row_offset(t, paged, batch, first + r);
-        rows[r] = offset < 0 ? nullptr : static_cast<const E*>(t.data) + offset + head * t.head_stride;
+        const E* const row = offset < 0 ? nullptr : static_cast<const E*>(t.data) + offset + head * t.head_stride;
+        const int64_t step = offset < 0 ? 0 : t.row_stride;
+        const int end =
+            paged.block_table ? int(min<int64_t>(count, r + paged.page_size - (first + r) % paged.page_size)) : count;
+        for (int i = 0; i < end - r; ++i) rows[r + i] = row + i * step;
+        r = end;
     }
 }
 

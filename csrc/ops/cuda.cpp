@@ -9,6 +9,7 @@
 #include "cuda/api.h"
 #include "ops/asked_backend.h"
 #include "ops/cuda_targets.h"
+#include "ops/kvcache_append.h"
 #include "ops/original_ops.h"
 #include "ops/prepare.h"
 #include "ops/results.h"
@@ -24,21 +25,25 @@ constexpr int64_t kRowAlignment = 16;  // bytes; kernels load rows in 16-byte ch
 // Raises ValueError for arguments that the CPU supports and the CUDA kernels do not.
 void require_supported(const ProblemArgs& args) {
     Reasons reasons(args);
+    const bool cached = args.pass == Pass::kCache;
     const at::ScalarType type = args.q.scalar_type();
     if (type != at::kBFloat16 && type != at::kHalf) {
-        reasons.add(args.v ? "q, k, v" : "q, k",
+        reasons.add(cached   ? "q, k_cache, v_cache"
+                    : args.v ? "q, k, v"
+                             : "q, k",
                     "dtype bfloat16 or float16 on a CUDA device (cast them, call under torch.autocast, or move them to "
                     "the CPU, which takes every dtype)",
                     c10::getDtypeNames(type).first);
     }
     const auto check_head_dim = [&](const char* name, const char* what, int64_t size) {
         if (size <= cuda::kMaxHeadDim) return;
-        const auto expected = c10::str(what, " of at most ", cuda::kMaxHeadDim,
-                                       " on a CUDA device (the CPU takes up to ", kMaxHeadDim, ')');
+        const auto expected =
+            c10::str(what, " of at most ", cuda::kMaxHeadDim, " on a CUDA device (the CPU takes up to ",
+                     cached ? kMaxCacheHeadDim : kMaxHeadDim, ')');
         reasons.add(name, expected, size);
     };
-    check_head_dim("q", "head_dim", args.q.size(-1));
-    if (args.v) check_head_dim("v", "head_dim_v", args.v->size(-1));
+    check_head_dim(cached ? "k_cache" : "q", "head_dim", args.k.size(-1));
+    if (args.v) check_head_dim(cached ? "v_cache" : "v", "head_dim_v", args.v->size(-1));
     reasons.raise_if_any();
 }
 
@@ -120,28 +125,65 @@ bool wants_value_checks() {
     return wanted;
 }
 
-// With FLASH_ATTN_CHECK=1, validates lengths and tables like the CPU backend; this synchronises with the device.
-// Skipped under stream capture, where device memory cannot be read.
-void check_values(const ProblemArgs& args, const Problem& problem) {
-    if (!wants_value_checks() || c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-        return;
+// Whether FLASH_ATTN_CHECK=1 asks to validate lengths and tables like the CPU backend, which synchronises with the
+// device. Not under stream capture, where device memory cannot be read.
+bool checks_values() {
+    return wants_value_checks() && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
+}
+
+// A problem whose lengths and tables are copies in host memory.
+class OnHost {
+public:
+    OnHost(const ProblemArgs& args, const Problem& problem) : problem_(problem) {
+        copy(args.cu_seqlens_q, problem_.seqlens.cu_seqlens_q);
+        copy(args.cu_seqlens_k, problem_.seqlens.cu_seqlens_k);
+        copy(args.seqused_k, problem_.seqlens.seqused_k);
+        copy(args.leftpad_k, problem_.seqlens.leftpad_k);
+        copy(args.block_table, problem_.paged_kv.block_table);
+        problem_.paged_kv.batch_stride = problem_.paged_kv.max_pages;
     }
-    Problem on_host = problem;
-    c10::SmallVector<Tensor, 5> copies;
-    const auto copy = [&](const OptionalTensor& tensor, const int32_t*& data) {
-        if (tensor) data = copies.emplace_back(tensor->cpu().contiguous()).const_data_ptr<int32_t>();
-    };
-    copy(args.cu_seqlens_q, on_host.seqlens.cu_seqlens_q);
-    copy(args.cu_seqlens_k, on_host.seqlens.cu_seqlens_k);
-    copy(args.seqused_k, on_host.seqlens.seqused_k);
-    copy(args.leftpad_k, on_host.seqlens.leftpad_k);
-    copy(args.block_table, on_host.paged_kv.block_table);
-    on_host.paged_kv.batch_stride = on_host.paged_kv.max_pages;
-    validate_values(args, on_host);
+    const Problem& operator*() const { return problem_; }
+
+private:
+    void copy(const OptionalTensor& tensor, const int32_t*& data) {
+        if (tensor) data = copies_.emplace_back(tensor->cpu().contiguous()).const_data_ptr<int32_t>();
+    }
+
+    Problem problem_;
+    c10::SmallVector<Tensor, 5> copies_;
+};
+
+void check_values(const ProblemArgs& args, const Problem& problem) {
+    if (checks_values()) validate_values(args, *OnHost(args, problem));
+}
+
+void check_values(const KvCacheArgs& args, AppendParams append) {
+    if (!checks_values()) return;
+    const OnHost problem(args.attention(), append.problem);
+    append.problem = *problem;
+    validate_values(args, append);
 }
 
 Tensor make_workspace(const ProblemArgs& args, int64_t bytes) {
     return at::empty({bytes}, args.q.options().dtype(at::kByte));
+}
+
+FwdResult empty_result(const ProblemArgs& args) {
+    return {empty(out_sizes(args), args.q, args.q.scalar_type()), empty(lse_sizes(args), args.q, at::kFloat)};
+}
+
+void run_fwd(const ProblemArgs& args, const Problem& problem, const FwdResult& result, const DeviceScope& device) {
+    const auto& [out, softmax_lse] = result;
+    const bool packed = args.packed();
+    if (packed || !has_pairs(problem)) {
+        // The end of the last sequence is known only on the device.
+        out.zero_();
+        softmax_lse.fill_(-kInfinity);
+    }
+    if (!has_pairs(problem)) return;
+    const FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+    const Tensor workspace = make_workspace(args, cuda::fwd_workspace_bytes(params, *device));
+    check_launch(cuda::run_fwd(params, workspace.mutable_data_ptr(), *device));
 }
 
 FwdResult fwd_cuda(const FwdArgs& args) {
@@ -149,23 +191,26 @@ FwdResult fwd_cuda(const FwdArgs& args) {
     require_supported(args.problem);
     const DeviceScope device(args.problem);
     const PreparedProblem prepared(args.problem, aligned_rows);
-    const Problem& problem = *prepared;
-    check_values(args.problem, problem);
+    check_values(args.problem, *prepared);
+    FwdResult result = empty_result(args.problem);
+    run_fwd(args.problem, *prepared, result, device);
+    return result;
+}
 
-    Tensor out = empty(out_sizes(args.problem), args.problem.q, args.problem.q.scalar_type());
-    Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, at::kFloat);
-    const bool packed = args.problem.packed();
-    if (packed || !has_pairs(problem)) {
-        // The end of the last sequence is known only on the device.
-        out.zero_();
-        softmax_lse.fill_(-kInfinity);
-    }
-    if (has_pairs(problem)) {
-        const FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
-        const Tensor workspace = make_workspace(args.problem, cuda::fwd_workspace_bytes(params, *device));
-        check_launch(cuda::run_fwd(params, workspace.mutable_data_ptr(), *device));
-    }
-    return {std::move(out), std::move(softmax_lse)};
+// Appends by torch operations, then attends by the kernels of the forward pass: keys are not split, so that num_splits
+// changes nothing. Caches whose rows are not aligned are copied after each append.
+FwdResult fwd_kvcache_cuda(const KvCacheArgs& args) {
+    validate(args);
+    const ProblemArgs attention = args.attention();
+    require_supported(attention);
+    const DeviceScope device(attention);
+    // What can fail comes before anything is written: FLASH_ATTN_BACKEND, lengths and tables, memory.
+    check_values(args, PreparedKvCache(args).append_params());
+    FwdResult result = empty_result(attention);
+    const Tensor q = append_with_torch(args);
+    const PreparedKvCache prepared({args, q, args.k_cache, args.v_cache}, aligned_rows);
+    run_fwd(attention, *prepared, result, device);
+    return result;
 }
 
 // Zeroes all rows that run_bwd may leave unwritten.
@@ -256,6 +301,7 @@ Names explain_cuda(const FwdArgs& args) {
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
     implement_ops<fwd_cuda, bwd_cuda, attn_probs_cuda>(m);
+    m.impl("fwd_kvcache", KvCacheOps::run<fwd_kvcache_cuda>);
     m.impl("_explain", Ops::run_explain<explain_cuda>);
 }
 

@@ -4,6 +4,7 @@
 #include "policy/seqlen.h"
 
 namespace flash_attn {
+
 bool is_leading_columns(const Tensor& part, const Tensor& whole) {
     if (part.dim() != whole.dim() || !part.has_storage() || !part.is_alias_of(whole)) return false;
     return TORCH_GUARD_OR_FALSE(part.sym_storage_offset().sym_eq(whole.sym_storage_offset())) &&
@@ -16,6 +17,7 @@ namespace {
 // Row [b] of the table: the batch entry of the cache, a page of its own.
 OptionalTensor as_table(const KvCacheArgs& args) {
     if (args.block_table || !args.cache_batch_idx) return args.block_table;
+    if (TORCH_GUARD_OR_FALSE(args.k_cache.sym_size(1).sym_eq(0))) return std::nullopt;  // pages have rows
     return args.cache_batch_idx->unsqueeze(1);
 }
 
@@ -52,9 +54,9 @@ PreparedKvCache::PreparedKvCache(const KvCacheArgs& args, Held (*readable)(const
     Seqlens& s = problem_.seqlens;
     const int64_t capacity = capacity_of(args).expect_int();
     s.seqlen_new = args.k ? int32_t(args.k->size(1)) : 0;
-    s.seqlen_k = int32_t(std::min<int64_t>(capacity, kMaxSeqlen - 1));
+    s.seqlen_k = append_.length = int32_t(std::min<int64_t>(capacity, kMaxSeqlen - 1));
     if (args.cache_seqlen) {
-        append_.length = int32_t(args.cache_seqlen->expect_int());
+        append_.length = int32_t(std::clamp<int64_t>(args.cache_seqlen->expect_int(), -1, kMaxSeqlen));
         s.seqlen_k = length_with_new(append_.length, s.seqlen_new, s.seqlen_k);
     }
     append_.problem = problem_;
@@ -72,10 +74,9 @@ PreparedKvCache::PreparedKvCache(const KvCacheArgs& args, Held (*readable)(const
     if (!args.rotary_cos) return;
     cos_ = last_dim_contiguous(*args.rotary_cos);
     sin_ = last_dim_contiguous(*args.rotary_sin);
-    const bool is_local =
-        args.causal || args.window_size_left != -1 || args.window_size_right != -1 || args.attention_chunk > 0;
-    append_.rotary = {cos_->const_data_ptr(), sin_->const_data_ptr(),     cos_->stride(0),         sin_->stride(0),
-                      int32_t(cos_->size(0)), int32_t(2 * cos_->size(1)), args.rotary_interleaved, is_local};
+    append_.rotary = {cos_->const_data_ptr(),  sin_->const_data_ptr(), cos_->stride(0),
+                      sin_->stride(0),         int32_t(cos_->size(0)), int32_t(2 * cos_->size(1)),
+                      args.rotary_interleaved, args.queries_advance()};
 }
 
 void PreparedKvCache::rotate_queries_into(const Tensor& q_rotated) {

@@ -26,8 +26,8 @@ struct KvCacheOptions {
     }
 };
 
-// q [batch_size, seqlen_q, num_heads, head_dim], k_cache [batch_size_cache, seqlen_cache, num_heads_k, head_dim] or, with
-// block_table, [num_pages, page_size, num_heads_k, head_dim]; v_cache accordingly, with head_dim_v.
+// q [batch_size, seqlen_q, num_heads, head_dim], k_cache [batch_size_cache, seqlen_cache, num_heads_k, head_dim] or,
+// with block_table, [num_pages, page_size, num_heads_k, head_dim]; v_cache accordingly, with head_dim_v.
 struct KvCacheArgs : KvCacheOptions {
     const Tensor& q;
     const Tensor& k_cache;
@@ -35,6 +35,10 @@ struct KvCacheArgs : KvCacheOptions {
 
     // Whether v_cache is the leading columns of k_cache: one row of the cache is key and value.
     bool values_are_keys() const;
+    // Whether query i is rotated by the position of the i-th new row; otherwise all are by that of the first.
+    bool queries_advance() const {
+        return causal || window_size_left != -1 || window_size_right != -1 || attention_chunk > 0;
+    }
     // The call as attention to pages: batch entries of the cache are pages of seqlen_cache rows.
     ProblemArgs attention() const;
 };
@@ -57,7 +61,8 @@ private:
     AppendParams append_{};
 };
 
-// Checks the values of lengths, paddings and tables, which must be in host memory. Raises one ValueError with all reasons.
+// Checks the values of lengths, paddings and tables, which must be in host memory. Raises one ValueError with all
+// reasons.
 void validate_values(const KvCacheArgs& args, const AppendParams& append);
 
 // Rows of a sequence that the cache has room for; 0 where shapes are wrong.
@@ -65,13 +70,11 @@ c10::SymInt capacity_of(const KvCacheArgs& args);
 // Whether `part` is the leading columns of `whole`, in its memory.
 bool is_leading_columns(const Tensor& part, const Tensor& whole);
 
-using KvCacheImplementation = FwdResult (*)(const KvCacheArgs&);
-
-// The op with the signature that the dispatcher calls. Options: the types of the fields of KvCacheOptions.
+// The ops with the signature that the dispatcher calls. Options: the types of the fields of KvCacheOptions.
 template <class... Options> struct KvCacheOp {
-    template <KvCacheImplementation fwd>
-    static FwdResult run(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Options... options) {
-        return fwd({{options...}, q, k_cache, v_cache});
+    template <auto implementation>
+    static auto run(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Options... options) {
+        return implementation({{options...}, q, k_cache, v_cache});
     }
 };
 using KvCacheOps = WithTail<KvCacheOp, decltype(KvCacheOptions::fields(std::declval<KvCacheOptions&>()))>;

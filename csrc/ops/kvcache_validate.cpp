@@ -75,6 +75,8 @@ private:
         }
         check_layout("k_cache", k);
         check_layout("v_cache", v);
+        if (args_.k && !k.is_meta() && at::get_overlap_status(k, v) == at::MemOverlapStatus::Partial)
+            reasons_.add("v_cache", "memory apart from k_cache, or its leading columns", "overlapping memory");
     }
     // A copy of a cache could not be written in place, and would cost more than the attention.
     void check_layout(const char* name, const Tensor& cache) {
@@ -114,7 +116,7 @@ private:
         }
         if (!args_.cache_seqlens && !args_.cache_seqlen)
             reasons_.add("cache_seqlens", "an int or a tensor, as k is given", "None");
-        if (seqlen_q_ && known(seqlen_q_->sym_gt(capacity_))) {
+        if (seqlen_q_ && known(capacity_.sym_gt(0)) && known(seqlen_q_->sym_gt(capacity_))) {
             reasons_.add("q", c10::str("seqlen_q of at most ", capacity_, ", the capacity of the cache, as k is given"),
                          *seqlen_q_);
         }
@@ -161,8 +163,6 @@ private:
         const c10::SymInt& length = *args_.cache_seqlen;
         if (known((length + seqlen_new_).sym_gt(capacity_)) && known(length.sym_ge(0))) {
             reasons_.add("cache_seqlens", most_rows(capacity_, seqlen_new_), length);
-        } else if (known(length.sym_lt(-kMaxSeqlen))) {
-            reasons_.add("cache_seqlens", "a number of rows, or -1", length);
         }
     }
     void check_numbers() {

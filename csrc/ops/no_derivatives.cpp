@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
+#include <algorithm>
 #include "ops/derivatives.h"
 #include "ops/reasons.h"
 
@@ -60,25 +61,37 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 
 // An op that writes into its inputs and has no backward pass: fails at once where autograd would record it.
 void refuse_inputs_with_grad(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    const Tensors sources = arguments(op, *stack, [&](const c10::Argument&, const at::Tensor& t) {
+    Reasons reasons(Pass::kCache, /*packed=*/false);
+    arguments(op, *stack, [&](const c10::Argument& argument, const at::Tensor& t) {
         refuse_tangent(name_of(op), t);
-        return at::GradMode::is_enabled() && t.requires_grad();
+        if (at::GradMode::is_enabled() && t.requires_grad()) {
+            reasons.add(argument.name(),
+                        "a tensor that does not require grad, for attention with a cache has no gradient (call it "
+                        "under torch.no_grad() or torch.inference_mode(), or use flash_attn_func)",
+                        "requires_grad=True");
+        }
+        return false;
     });
-    if (!sources.empty()) {
-        Reasons reasons(Pass::kCache, /*packed=*/false);
-        reasons.add("inputs",
-                    "tensors that do not require grad, for attention with a cache has no gradient (call it under "
-                    "torch.no_grad() or torch.inference_mode(), or use flash_attn_func)",
-                    "requires_grad=True");
-        reasons.raise_if_any();
-    }
+    reasons.raise_if_any();
     at::AutoDispatchBelowAutograd guard;
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
+// Whether a call writes its written arguments: a KV cache is only read if there are no new rows.
+bool writes(const c10::OperatorHandle& op, const Stack& stack) {
+    const auto& names = op.schema().arguments();
+    const auto k = std::find_if(names.begin(), names.end(), [](const auto& each) { return each.name() == "k"; });
+    return k == names.end() || !torch::jit::last(stack, names.size())[k - names.begin()].isNone();
+}
+
 // Bumps the version counters of the tensors that the op writes, so that autograd detects stale saved tensors.
 void count_writes(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    const Tensors written = written_arguments(op, *stack);
+    const Tensors written = writes(op, *stack) ? written_arguments(op, *stack) : Tensors();
+    for (const at::Tensor& t : written) {
+        TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), name_of(op),
+                    ": a tensor made in inference mode can be written in inference mode only; make it outside, or call "
+                    "this under torch.inference_mode()");
+    }
     {
         at::AutoDispatchBelowADInplaceOrView guard;
         op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
@@ -95,21 +108,25 @@ void refuse_vmap(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*) {
 
 TORCH_LIBRARY_IMPL(flash_attn, Autograd, m) {
     m.impl("attn_probs", torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<kUseFunctions>>());
-    m.impl("fwd_kvcache", torch::CppFunction::makeFromBoxedFunction<&refuse_inputs_with_grad>());
+    for (const char* name : {"fwd_kvcache", "_append"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_inputs_with_grad>());
+    }
     for (const char* name : {"bwd", "bwd.out", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<kOnlyOnce>>());
     }
 }
 
 TORCH_LIBRARY_IMPL(flash_attn, ADInplaceOrView, m) {
-    for (const char* name : {"bwd.out", "fwd_kvcache", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+    for (const char* name :
+         {"bwd.out", "fwd_kvcache", "_append", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_writes>());
     }
 }
 
 TORCH_LIBRARY_IMPL(flash_attn, FuncTorchBatched, m) {
-    for (const char* name : {"fwd", "bwd", "bwd.out", "attn_probs", "_attention", "fwd_kvcache", "_flash_attn_forward",
-                             "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+    for (const char* name :
+         {"fwd", "bwd", "bwd.out", "attn_probs", "_attention", "fwd_kvcache", "_append", "_flash_attn_forward",
+          "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
     }
 }

@@ -97,6 +97,8 @@ TORCH_LIBRARY(flash_attn, m) {
     // Writes k and v, if given, into the caches.
     define("fwd_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, " + kKvCache +
            ") -> (Tensor out, Tensor softmax_lse)");
+    // For tests: the part of fwd_kvcache on CUDA that writes and rotates. Returns q, rotated.
+    define("_append(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, " + kKvCache + ") -> Tensor");
     define("attn_probs(Tensor q, Tensor k, Tensor softmax_lse, " + kTail + ") -> Tensor");
     // For what the ops of 2.8.3 cannot do: packed inputs (q, kv) or (qkv), whose gradient is one tensor, deterministic
     // gradients, and further arguments.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from gpt.memory import free_memory, peak_memory
 from gpt.model import plain_attention
 from gpt.progress import progress_bar
 
+Result = TypeVar("Result")
 BATCH_SIZE, NUM_HEADS, HEAD_DIM = 1, 4, 64
 
 
@@ -62,12 +64,24 @@ def measure(attention: str, seqlen: int, device: str, seconds: float) -> Point:
     _step(attention, 64, device)()  # allocations of thread pools and libraries before the baseline is taken
     step = _step(attention, seqlen, device)
     peak = peak_memory(step, device)
+    return Point(attention, seqlen, median_milliseconds(step, seconds), peak / 1e6)
+
+
+def median_milliseconds(step: Callable[[], None], seconds: float) -> float:
+    """Of calls for about `seconds`."""
     times: list[float] = []
     while sum(times) < seconds or (len(times) < 3 and sum(times) < 3 * seconds):
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
-    return Point(attention, seqlen, 1e3 * statistics.median(times), peak / 1e6)
+    return 1e3 * statistics.median(times)
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """Its result. BrokenProcessPool if the process was stopped."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def sweep(seqlens: Sequence[int], device: str, seconds: float) -> list[Point]:
@@ -86,10 +100,8 @@ def _measure_if_it_fits(attention: str, seqlen: int, device: str, seconds: float
     needed = estimated_plain_bytes(seqlen, device) if attention == "plain" else 0
     if needed > free_memory(device) / 2:
         return Point(attention, seqlen, note=f"not run (needs about {needed / 1e9:.0f} GB)")
-    context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-            return pool.submit(measure, attention, seqlen, device, seconds).result()
+        return in_fresh_process(measure, attention, seqlen, device, seconds)
     except BrokenProcessPool:
         return Point(attention, seqlen, note="not run (the process was stopped, probably out of memory)")
 

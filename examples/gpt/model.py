@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flash_attn import flash_attn_with_kvcache
 from flash_attn.flash_attention import FlashMHA
 
 NUM_BYTES = 256
@@ -55,7 +56,7 @@ class PlainMHA(nn.Module):
         return self.out_proj(rearrange(plain_attention(q, k, v), "b s h d -> b s (h d)")), None
 
 
-ATTENTION: dict[str, Callable[..., nn.Module]] = {"flash": FlashMHA, "plain": PlainMHA}
+ATTENTION: dict[str, Callable[..., FlashMHA | PlainMHA]] = {"flash": FlashMHA, "plain": PlainMHA}
 
 
 class Block(nn.Module):
@@ -69,11 +70,21 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch_size, seqlen, width] to the same shape."""
-        attended, _ = self.attention(self.norm1(x))
-        x = x + attended
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """[batch_size, seqlen, width] to the same shape. With a cache, x is what follows the first `start` tokens."""
+        h = self.norm1(x)
+        x = x + (self.attention(h)[0] if cache is None else self.attend_to_cache(h, cache, start))
         return x + self.mlp(self.norm2(x))
+
+    def attend_to_cache(self, h: Tensor, cache: Tensor, start: int) -> Tensor:
+        """What self.attention computes, with the keys and values of earlier tokens from the cache. New ones go there.
+
+        cache: [2, batch_size, capacity, num_heads, head_dim], of which `start` rows are filled.
+        """
+        k_cache, v_cache = cache
+        q, k, v = rearrange(self.attention.Wqkv(h), "b s (three h d) -> three b s h d", three=3, d=cache.shape[-1])
+        out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=start, causal=True)
+        return self.attention.out_proj(rearrange(out, "b s h d -> b s (h d)"))
 
 
 def sinusoids(context: int, width: int) -> Tensor:
@@ -112,26 +123,24 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [batch_size, seqlen] to logits of the next byte, [batch_size, seqlen, 256]."""
-        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """tokens [batch_size, seqlen] to logits of the next byte, [batch_size, seqlen, 256].
+
+        With a cache, tokens are only those that follow the first `start` ones, whose keys and values it holds.
+        """
+        x = self.embedding(tokens) + self.position[start : start + tokens.shape[1]]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[layer], start)
         return self.head(self.norm(x))
+
+    def new_cache(self, capacity: int, batch_size: int = 1) -> Tensor:
+        """An empty cache for `capacity` tokens: [num_layers, 2, batch_size, capacity, num_heads, head_dim]."""
+        config, weight = self.config, self.embedding.weight
+        heads = (config.num_heads, config.width // config.num_heads)
+        mixed = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
+        return torch.empty(config.num_layers, 2, batch_size, capacity, *heads, dtype=dtype, device=weight.device)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per byte."""
         return F.cross_entropy(self(tokens).float().flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def generate(self, prompt: bytes, num_bytes: int, seed: int, temperature: float = 0.7) -> bytes:
-        """Continue `prompt` by sampling one byte at a time."""
-        device = self.embedding.weight.device
-        generator = torch.Generator().manual_seed(seed)
-        tokens = list(prompt)
-        for _ in range(num_bytes):
-            window = torch.tensor([tokens[-self.config.context :]], device=device)
-            logits = self(window)[0, -1].float().cpu()
-            choice = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens.append(int(choice))
-        return bytes(tokens[len(prompt) :])

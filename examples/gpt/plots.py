@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from gpt import generation_cost
 from gpt.attention_scaling import Point, estimated_plain_bytes
 from gpt.train import History
 
@@ -55,14 +56,34 @@ def plot_scaling(points: Sequence[Point], device: str, path: Path) -> None:
     _mark_not_run(left, right, points, device)
     for axes, label in ((left, "time, ms"), (right, "peak memory above the inputs, MB")):
         seqlens = sorted({point.seqlen for point in points})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(seqlens, [f"{seqlen // 1024}k" if seqlen >= 1024 else str(seqlen) for seqlen in seqlens])
-        _style(axes, "sequence length", label)
-        axes.legend(frameon=False)
+        _both_logarithmic(axes, seqlens, "sequence length", label)
     figure.suptitle("Causal attention alone, forward + backward")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_generation(points: Sequence[generation_cost.Point], path: Path) -> None:
+    """Time and memory of the next byte against the length of the text so far."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    contexts = sorted({point.context for point in points})
+    for cached, label, color, marker in ((False, "no cache", PLAIN, "s"), (True, "cache", OURS, "o")):
+        chosen = [point for point in points if point.cached == cached]
+        style = {"color": color, "marker": marker, "ms": 5, "label": label}
+        left.plot(contexts, [point.milliseconds for point in chosen], **style)
+        right.plot(contexts, [point.cache_megabytes + point.peak_megabytes for point in chosen], **style)
+    for axes, label in ((left, "time, ms"), (right, "cache and peak memory, MB")):
+        _both_logarithmic(axes, contexts, "bytes of text so far", label)
+    figure.suptitle("The next byte of a generated text")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _both_logarithmic(axes: Axes, lengths: Sequence[int], xlabel: str, ylabel: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+    _style(axes, xlabel, ylabel)
+    axes.legend(frameon=False)
 
 
 def _series(axes: Axes, points: Sequence[Point], value: Callable[[Point], float | None]) -> None:

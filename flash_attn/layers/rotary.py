@@ -261,9 +261,15 @@ class RotaryEmbedding(nn.Module):
                 self._cached_tables = found = self._make_tables(seqlen, device, dtype)
         return found
 
-    def tables(self, seqlen: int, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) for queries and for keys, with at least seqlen rows, for tensors like the one given."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    def tables(
+        self, seqlen: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(cos, sin) for queries and for keys, with at least seqlen rows, for tensors like the one given.
+
+        They are float32 (float64 for float64) unless a dtype is given, and the same tensors for both without xPos.
+        """
+        if dtype is None:
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if type(self)._update_cos_sin_cache is not RotaryEmbedding._update_cos_sin_cache:
             # A subclass of another project overrides the computation of the tables.
             self._update_cos_sin_cache(seqlen, device=like.device, dtype=dtype)

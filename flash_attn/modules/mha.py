@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attn._checks import PAD_IT, check_padding_mask, dense_reasons, describe, dropout_reasons, integers, reject
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary
+from flash_attn.modules.cached_attention import attend_cached
+from flash_attn.modules.inference_step import allocate_cache, check_call
 from flash_attn.modules.inner_attention import CrossAttention, FlashCrossAttention, FlashSelfAttention, SelfAttention
 from flash_attn.modules.padded_attention import attend_masked, attend_packed, is_packing_exact
 
@@ -59,7 +61,7 @@ class MHA(nn.Module):
         dropout: probability of dropping an attention weight in training.
         softmax_scale: factor of the scores; None: head_dim ** -0.5.
         causal: apply a causal mask.
-        layer_idx: stored as an attribute.
+        layer_idx: key of this layer's cache in inference_params.key_value_memory_dict.
         dwconv: apply a causal depthwise convolution of width 3 to the projected rows.
         rotary_emb_dim: number of elements of every head to rotate by rotary embeddings; 0: none.
         rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved: as in RotaryEmbedding.
@@ -176,46 +178,53 @@ class MHA(nn.Module):
                 None: x.
             key_padding_mask: bool, True for tokens to keep: (batch_size, seqlen), or (batch_size, seqlen_k) of x_kv.
                 Positions and distances are those of the padded batch. The content of padding is ignored; in
-                self-attention its attention output is 0, to which out_proj adds its bias.
+                self-attention its attention output is 0, to which out_proj adds its bias. With inference_params, of all
+                tokens so far, at every step where some are padding: (batch_size, seqlen_offset + seqlen); with
+                lengths_per_sample, a column for each row of the cache up to the end of the longest sequence.
             cu_seqlens, max_seqlen: as in flash_attn_varlen_func; require use_flash_attn. Rotary positions restart at
                 each sequence.
             mixer_subset: index of the rows of x to use as queries, such as slice(0, 1); all rows are keys. Not
                 supported with options that depend on positions.
-            inference_params: must be None.
+            inference_params: the cache, an object with the attributes of InferenceParams. x follows the tokens in the
+                cache: its keys and values are written there, and it attends to all of them. A prompt in one call or in
+                several, or token by token, gives the rows of one pass over all tokens. Self-attention only, without
+                gradients, dropout, cu_seqlens, mixer_subset and dwconv.
             **kwargs: causal, overrides the module's option; cu_seqlens_k and max_seqlen_k, of packed x_kv.
 
         Returns:
             out, in the shape of x; with return_residual, the tuple (out, x).
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type or shape, or options cannot be combined.
-            NotImplementedError: inference_params is given.
+            TypeError, ValueError: an argument has the wrong type or shape, or options cannot be combined; with
+                inference_params also: x does not fit into the cache, the cache has another shape, dtype or device than
+                allocate_inference_cache gives, or gradients are needed. Nothing is written then.
         """
-        if inference_params is not None:
-            raise NotImplementedError("MHA: inference_params, the cache of decoding, is not available yet; pass None")
         causal = kwargs.pop("causal", None)
         packing = _Packing(cu_seqlens, max_seqlen, kwargs.pop("cu_seqlens_k", None), kwargs.pop("max_seqlen_k", None))
         causal = self.causal if causal is None else causal
         self._check_call(x, x_kv, key_padding_mask, packing, mixer_subset, causal, kwargs)
-        keys = x if x_kv is None else x_kv
-        keep = None
-        if key_padding_mask is not None:
-            keep = check_padding_mask("MHA", key_padding_mask, *keys.shape[:2])
-            keys = keys.masked_fill(~keep[..., None], 0)
-        queries = keys if x_kv is None and not self.cross_attn else x
-        if mixer_subset is not None:
-            queries = queries[:, mixer_subset]
-        if (
-            not (self.cross_attn or x_kv is not None or mixer_subset is not None)
-            and self.num_heads_kv == self.num_heads
-        ):
-            context = self._attend_itself(queries, keep, packing, causal)
+        if inference_params is None:
+            context = self._attend(x, x_kv, key_padding_mask, packing, mixer_subset, causal)
         else:
-            context = self._attend_across(queries, keys, keep, packing, causal)
-        if keep is not None and not self.cross_attn and mixer_subset is None:
-            context = context.masked_fill(~keep[..., None, None], 0)
+            refused = {"cu_seqlens": cu_seqlens, "mixer_subset": mixer_subset}
+            context = self._attend_cached(x, key_padding_mask, inference_params, causal, refused)
         out = self.out_proj(rearrange(context, "... h d -> ... (h d)"))
         return (out, x) if self.return_residual else out
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised cache for inference_params.key_value_memory_dict[layer_idx].
+
+        Args:
+            batch_size: number of sequences.
+            max_seqlen: number of tokens per sequence.
+            dtype: None: that of the parameters.
+
+        Returns:
+            (batch_size, max_seqlen, 2, num_heads_kv, head_dim), on the device of the parameters.
+        """
+        weight = self.out_proj.weight
+        dtype = weight.dtype if dtype is None else dtype
+        return allocate_cache(batch_size, max_seqlen, self.num_heads_kv, self.head_dim, weight.device, dtype)
 
     def _check_call(
         self,
@@ -296,6 +305,45 @@ class MHA(nn.Module):
         if self.checkpointing:
             return checkpoint(module, *tensors, use_reentrant=False, **options)
         return module(*tensors, **options)
+
+    def _attend(
+        self,
+        x: Tensor,
+        x_kv: Tensor | None,
+        key_padding_mask: Tensor | None,
+        packing: _Packing,
+        mixer_subset: Any,
+        causal: bool,
+    ) -> Tensor:
+        """Attention of all rows of x: (batch_size, seqlen, num_heads, head_dim), or packed."""
+        keys = x if x_kv is None else x_kv
+        keep = None
+        if key_padding_mask is not None:
+            keep = check_padding_mask("MHA", key_padding_mask, *keys.shape[:2])
+            keys = keys.masked_fill(~keep[..., None], 0)
+        queries = keys if x_kv is None and not self.cross_attn else x
+        if mixer_subset is not None:
+            queries = queries[:, mixer_subset]
+        is_whole = not (self.cross_attn or x_kv is not None or mixer_subset is not None)
+        if is_whole and self.num_heads_kv == self.num_heads:
+            context = self._attend_itself(queries, keep, packing, causal)
+        else:
+            context = self._attend_across(queries, keys, keep, packing, causal)
+        if keep is not None and not self.cross_attn and mixer_subset is None:
+            context = context.masked_fill(~keep[..., None, None], 0)
+        return context
+
+    def _attend_cached(
+        self, x: Tensor, key_padding_mask: Tensor | None, params: Any, causal: bool, refused: dict[str, Any]
+    ) -> Tensor:
+        """Self-attention of x, which continues the tokens in the cache: (batch_size, seqlen, num_heads, head_dim)."""
+        refused |= {"cross_attn": self.cross_attn, "dwconv": self.dwconv}
+        check_call(params, self.layer_idx, self.inner_cross_attn, refused)
+        q, kv = self.Wqkv(x).tensor_split([self.embed_dim], dim=-1)
+        q = rearrange(q, "b s (h d) -> b s h d", d=self.head_dim)
+        kv = rearrange(kv, "b s (two h d) -> b s two h d", two=2, d=self.head_dim)
+        rotary = self.rotary_emb if self.rotary_emb_dim > 0 else None
+        return attend_cached(self.inner_cross_attn, rotary, q, kv, params, self.layer_idx, key_padding_mask, causal)
 
     def _attend_itself(self, x: Tensor, keep: Tensor | None, packing: _Packing, causal: bool) -> Tensor:
         """Self-attention with as many key heads as query heads."""

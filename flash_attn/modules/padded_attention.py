@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flash_attn._checks import reject
 from flash_attn._library import MAX_HEAD_DIM
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 
@@ -69,6 +70,15 @@ def _mask_numbers(q: Tensor) -> tuple[float, float]:
     return (2.0**600, -(2.0**600)) if dtype == torch.float64 else (2.0**100, -(2.0**100))
 
 
+def check_room(head_dim: int) -> None:
+    """Raise ValueError if head_dim + 1 exceeds the maximum of the kernels."""
+    limit = MAX_HEAD_DIM - 1
+    if head_dim > limit:
+        options = "a window, ALiBi, cross attention that is causal or inference_params"
+        expected = f"at most {limit} with this key_padding_mask and {options}"
+        reject(ValueError, "MHA", [f"head_dim: expected {expected}, got {head_dim}"])
+
+
 def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Tensor) -> Tensor:
     """Attention with the padding mask encoded in one extra dimension of head_dim.
 
@@ -84,10 +94,7 @@ def attend_masked(attend: Callable[..., Tensor], q: Tensor, kv: Tensor, keep: Te
     Raises:
         ValueError: head_dim + 1 exceeds the maximum of the kernels.
     """
-    limit = MAX_HEAD_DIM - 1
-    if q.shape[-1] > limit:
-        expected = f"at most {limit} with this key_padding_mask and a window, ALiBi or cross attention that is causal"
-        raise ValueError(f"MHA: head_dim: expected {expected}, got {q.shape[-1]}")
+    check_room(q.shape[-1])
     kv = kv.masked_fill(~keep[:, :, None, None, None], 0)
     of_query, of_masked_key = _mask_numbers(q)
     key_number = kv.new_zeros(keep.shape).masked_fill(~keep, of_masked_key)

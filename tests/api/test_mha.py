@@ -208,14 +208,6 @@ def test_checkpointing_computes_twice_and_changes_nothing(options):
     assert_same(results[1], results[0])
 
 
-def test_inference_params_are_later_work():
-    module, (x,) = make(causal=True, layer_idx=0), inputs_of({})
-    with pytest.raises(NotImplementedError) as error:
-        module(x, inference_params=object())
-    assert "inference_params" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("use_flash_attn", [True, False])
 @pytest.mark.parametrize("options", [{}, {"num_heads_kv": 2, "use_alibi": True}, {"cross_attn": True}], ids=str)
 def test_dropout_only_in_training(options, use_flash_attn):

@@ -63,11 +63,11 @@ void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_
                         agreed(mask.is_full_block({a, b}, {c, d}), mask.is_full_block<true>({a, b}, {c, d}));
 }
 
-// sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size. block_table only says whether keys are
-// paged.
+// sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size, seqlen_new. block_table only says
+// whether keys are paged.
 void sequence(const int32_t* cu_q, const int32_t* cu_k, const int32_t* seqused_k, const int32_t* leftpad_k,
               const int32_t* block_table, const int32_t* sizes, int batch, int64_t* out) {
-    const Seqlens seqlens{cu_q, cu_k, seqused_k, leftpad_k, sizes[0], sizes[1], sizes[2], sizes[3]};
+    const Seqlens seqlens{cu_q, cu_k, seqused_k, leftpad_k, sizes[0], sizes[1], sizes[2], sizes[3], sizes[7]};
     const PagedKv paged{block_table, sizes[4], sizes[4], sizes[5], sizes[6]};
     const Sequence s = sequence_at(seqlens, paged, batch);
     out[0] = s.first_row_q, out[1] = s.seqlen_q, out[2] = s.first_row_k, out[3] = s.seqlen_k;

@@ -153,10 +153,11 @@ HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sa
     st.tuples(*[st.lists(HOSTILE, min_size=4, max_size=4)] * 4),
     st.tuples(*[st.booleans()] * 4),
     st.tuples(*[st.integers(0, 50)] * 4),
-    st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(1, 20)),
+    st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(1, 20), st.integers(0, 9)),
 )
-@example(([0, 2**31 - 1, -(2**31), 5],) * 4, (True,) * 4, (50, 50, 40, 40), (0, 1, 7))
-@example(([-(2**31), 2**31 - 1, 0, 0],) * 4, (True, True, True, False), (50, 50, 50, 50), (0, 1, 7))
+@example(([0, 2**31 - 1, -(2**31), 5],) * 4, (True,) * 4, (50, 50, 40, 40), (0, 1, 7, 0))
+@example(([-(2**31), 2**31 - 1, 0, 0],) * 4, (True, True, True, False), (50, 50, 50, 50), (0, 1, 7, 0))
+@example(([-(2**31), 2**31 - 1, 0, 0],) * 4, (False, True, True, False), (50, 50, 50, 50), (0, 1, 7, 2**30 - 1))
 def test_hostile_lengths_stay_inside(policies, values, is_given, sizes, pages):
     """Whatever cu_seqlens, seqused_k and leftpad_k contain, sequences stay within their tensors."""
     packed, paged = is_given[0], is_given[0] and is_given[3]
@@ -185,7 +186,7 @@ def test_honest_lengths_are_kept(policies, data, lengths, padded):
     for batch in range(3):
         out = ints([0] * 4, ctypes.c_int64)
         arrays = [ints(array) for array in (cu, cu, seqused, leftpad, None)]
-        policies.sequence(*arrays, ints([cu[-1], cu[-1], max(lengths), max(lengths), 0, 0, 1]), batch, out)
+        policies.sequence(*arrays, ints([cu[-1], cu[-1], max(lengths), max(lengths), 0, 0, 1, 0]), batch, out)
         skipped = leftpad[batch] if leftpad else 0
         assert tuple(out) == (cu[batch], lengths[batch], cu[batch] + skipped, seqused[batch] - skipped)
 
@@ -197,8 +198,18 @@ def test_keys_in_use_leave_gaps(policies, sequences, unread):
     arrays = [ints(array) for array in ([0, 1, 2, 3], [*starts, unread], used, None, None)]
     for batch in range(3):
         out = ints([0] * 4, ctypes.c_int64)
-        policies.sequence(*arrays, ints([3, 100, 1, 40, 0, 0, 1]), batch, out)
+        policies.sequence(*arrays, ints([3, 100, 1, 40, 0, 0, 1, 0]), batch, out)
         assert tuple(out) == (batch, 1, starts[batch], used[batch])
+
+
+@given(st.integers(-3, 40), st.integers(0, 9), st.integers(0, 50), st.integers(0, 30), st.booleans())
+def test_rows_of_a_cache(policies, length, seqlen_new, leftpad, capacity, paged):
+    """New rows come after those in the cache, as far as there is room; with a negative length there are none at all."""
+    arrays = [ints(array) for array in (None, None, [length], [leftpad], [0] if paged else None)]
+    out = ints([0] * 4, ctypes.c_int64)
+    policies.sequence(*arrays, ints([0, 0, 3, capacity, capacity, 9, 1, seqlen_new]), 0, out)
+    rows = min(length + seqlen_new, capacity) if length >= 0 else 0
+    assert tuple(out) == (0, 3, min(leftpad, rows), rows - min(leftpad, rows))
 
 
 @given(

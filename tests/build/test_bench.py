@@ -220,7 +220,7 @@ def test_a_case_in_which_the_process_ended_is_not_run_again(tmp_path):
 
 
 def test_the_most_valuable_cases_come_first():
-    jobs = bench.all_jobs("cuda", PROVIDERS)
+    jobs = bench.all_jobs(cases_for("cuda"), PROVIDERS)
     names = [job.name for job in jobs]
     assert len(names) == len(set(names))
     first = [(job.case.dtype, job.case.head_dim, job.case.seqlen_q) for job in jobs[:6:2]]

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from build_tools import cuda_objects
 from cases import (
@@ -30,24 +29,10 @@ from cases import (
 )
 from cases import HEAD_DIMS as COMMON_DIMS
 from sampling import sample
+from sim_case import LARGE_SMEM, SMALL_SMEM, Row, Sim, line_of
 
 DTYPES = ["bfloat16", "float16"]
-SMALL_SMEM, LARGE_SMEM = 101376, 232448  # bytes of shared memory per block: compute capability 8.6 or 12.0, and 9.0
 MAX_HEAD_DIM = cuda_objects.all_head_dims()[-1]
-
-
-@dataclass(frozen=True)
-class Sim:
-    """What a case of the simulator is told beside the problem."""
-
-    check: str = "reference"
-    layout: str = "rows"  # "rows", "heads" (before rows), "gaps" (odd offsets and strides), "chunks", "far"
-    smem: int = LARGE_SMEM
-    compute_capability: int = 80
-    deterministic: bool = False
-
-
-Row = tuple[Case, Sim]
 
 
 def round_up(head_dim: int) -> int:
@@ -168,6 +153,7 @@ def invalid_length_checks() -> list[Row]:
         case = dataclasses.replace(UNEVEN, dtype=dtype, page_size=page_size, **dims, **keys)
         # Sequences that share tiles of dQ share their semaphores too.
         rows += [(case, Sim("invalid_lengths", deterministic=d)) for d in (False, not page_size)]
+    rows += [(dataclasses.replace(CACHE, page_size=n), Sim("invalid_lengths", seqlen_new=2)) for n in (0, 16)]
     return list(dict.fromkeys(rows))
 
 
@@ -224,9 +210,31 @@ def long_rows() -> list[Row]:
     return [(Case((64,), (3000,), "bfloat16", 1, 1, dim, dim), Sim()) for dim in (64, 128)]
 
 
+CACHE = Case((5,) * 4, (150,) * 4, "bfloat16", 4, 2, seqused_k=(-1, 149, 64, 90), leftpad_k=(3, 10, 70, 91))
+
+
+def cache_cases() -> list[Row]:
+    """KV caches: dense queries, with pages and without, new rows, also past the capacity, sequences not in use."""
+    wide = {"head_dim": 128, "head_dim_v": 128}
+    variants = [
+        (0, 1, {}, "rows"),
+        (0, 5, {"causal": True, "softcap": 2.0}, "heads"),
+        (16, 1, {"causal": True}, "gaps"),
+        (37, 5, {"window_size": (40, 0), "alibi": "batch", "dtype": "float16", **wide}, "heads"),
+        (CACHE.seqlen_k, 0, {"causal": True, "leftpad_k": None}, "rows"),  # cache_batch_idx: one page per sequence
+        (CACHE.seqlen_k, 70, {"causal": True, "attention_chunk": 50, "seqlens_q": (70,) * 4}, "rows"),
+        (1, 2, {"seqlens_q": (1,) * 4, **wide}, "rows"),
+    ]
+    return [
+        (dataclasses.replace(CACHE, page_size=page_size, **changes), Sim(layout=layout, seqlen_new=seqlen_new))
+        for page_size, seqlen_new, changes, layout in variants
+    ]
+
+
 def other_checks() -> list[Row]:
-    """What a comparison with the reference does not show; each check is explained in runner/check.h."""
+    """What a comparison with the reference does not show; each check is explained in runner/check.h. And caches."""
     rows = [*batch_checks(), *invalid_length_checks(), *special_numbers(), *far_offsets(), *long_rows()]
+    rows += cache_cases()
     hidden = [row for dtype in DTYPES for dim in cuda_objects.all_head_dims() for row in hidden_nonfinite(dim, dtype)]
     return [*rows, *hidden, (threshold_case(), Sim())]
 
@@ -250,7 +258,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
     }
     nonfinite = [row for row in special_numbers() if row[1].check == "nonfinite"]
     others = [row for row in (*paged_table()[::4], *nonfinite[1:3]) if row[0].dtype == DTYPES[0]]
-    others += [row for dim in (64, 256) for row in hidden_nonfinite(dim)]
+    others += [*(row for dim in (64, 256) for row in hidden_nonfinite(dim)), *cache_cases()[1:3]]
     long = [
         (Case((400,), (700,), "bfloat16", head_dim=dim, head_dim_v=dim, window_size=(300, -1)), Sim())
         for dim in (64, 128)
@@ -345,23 +353,6 @@ TABLES = {
     "hopper": hopper_table,
     "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *hopper_table()],
 }
-
-
-def text_of(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def line_of(row: Row) -> str:
-    """The fields that are not at their defaults; an empty tuple is a field too."""
-    parts = []
-    for part in row:
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if value is not None and (field.default is dataclasses.MISSING or value != field.default):
-                parts.append(f"{field.name}={text_of(value)}")
-    return " ".join(parts)
 
 
 def coverage(axes: dict[str, list]) -> str:

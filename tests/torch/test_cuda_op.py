@@ -12,7 +12,7 @@ needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="a build without CUDA
 
 def call_on_cuda(call: str, arguments: dict):
     """The op's CUDA implementation, for tensors on any device."""
-    op = op_of(call)
+    op = torch.ops.flash_attn.fwd_kvcache.default if call == "cache" else op_of(call)
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return op.redispatch(cuda, **arguments)
 
@@ -23,6 +23,14 @@ def in_bfloat16(arguments: dict) -> dict:
         name: x.to(torch.bfloat16) if isinstance(x, torch.Tensor) and x.is_floating_point() and name not in kept else x
         for name, x in arguments.items()
     }
+
+
+def cache(head_dim: int = 8, head_dim_v: int = 8, dtype: torch.dtype = torch.bfloat16) -> dict:
+    """A call of fwd_kvcache."""
+    sizes = {"q": (2, 1, 4, head_dim), "k_cache": (2, 9, 2, head_dim), "v_cache": (2, 9, 2, head_dim_v)}
+    new = {"k": (2, 1, 2, head_dim), "v": (2, 1, 2, head_dim_v)}
+    tensors = {name: torch.ones(size, dtype=dtype) for name, size in {**sizes, **new}.items()}
+    return {**tensors, "cache_seqlen": 3, "softmax_scale": 0.1}
 
 
 def rejection(call: str, arguments: dict) -> str:
@@ -82,3 +90,35 @@ def test_nothing_runs_elsewhere(call):
     """Tensors that kernels cannot read are rejected before any launch."""
     with pytest.raises(RuntimeError, match="CUDA"):
         call_on_cuda(call, in_bfloat16(CALLS[call][0]()))
+
+
+@pytest.mark.skipif(HAS_KERNELS, reason="a build with CUDA kernels")
+def test_cache_in_a_build_without_kernels():
+    with pytest.raises(RuntimeError, match="this build has no CUDA kernels; move the tensors to the CPU to run them"):
+        call_on_cuda("cache", cache())
+    assert "softcap: expected" in rejection("cache", {**cache(), "softcap": float("inf")})
+
+
+@needs_kernels
+def test_what_the_cpu_alone_takes_with_a_cache():
+    """Errors come before anything is written."""
+    prefix = "flash_attn_with_kvcache: "
+    for dtype in (torch.float32, torch.float64):
+        arguments = cache(dtype=dtype)
+        text = rejection("cache", arguments)
+        assert text.startswith(
+            f"{prefix}q, k_cache, v_cache: expected dtype bfloat16 or float16 on a CUDA device (cast "
+        )
+        assert (arguments["k_cache"] == 1).all()
+    on_cuda = "of at most 256 on a CUDA device (the CPU takes up to 576), got"
+    assert rejection("cache", cache(257, 8)) == f"{prefix}k_cache: expected head_dim {on_cuda} 257"
+    assert rejection("cache", cache(8, 300)) == f"{prefix}v_cache: expected head_dim_v {on_cuda} 300"
+    lines = rejection("cache", cache(576, 512)).splitlines()
+    assert lines == [
+        f"{prefix}2 problems:",
+        f"  - k_cache: expected head_dim {on_cuda} 576",
+        f"  - v_cache: expected head_dim_v {on_cuda} 512",
+    ]
+    assert "head_dim from 1 to 576" in rejection("cache", cache(577, 8))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        call_on_cuda("cache", cache())

@@ -75,6 +75,7 @@ PYTHON_LAYERS = (
     "_autograd_names",
     "utils",
     "autograd",
+    "kv_cache",
     "_explain",
     "_kernel_interface",
     "flash_attn_interface",

@@ -116,12 +116,11 @@ RULES = [
         within=("flash_attn/",),
     ),
     Rule(
-        "only the decoding cache of flash_attn_with_kvcache and MHA is not implemented",
+        "everything is implemented",
         readability.not_implemented,
         bad=Source("flash_attn/flash_attention.py", "def f():\n    raise NotImplementedError\n"),
         suffixes=PYTHON,
         within=("flash_attn/",),
-        outside=("flash_attn/flash_attn_interface.py", "flash_attn/modules/mha.py"),
     ),
     Rule(
         "one word per concept in C++",

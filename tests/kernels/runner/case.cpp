@@ -96,6 +96,7 @@ const std::map<std::string, Setter>& setters() {
         {"dropout_p", set(&Case::dropout_p)},
         {"seqused_k", set(&Case::seqused_k)},
         {"leftpad_k", set(&Case::leftpad_k)},
+        {"seqlen_new", set(&Case::seqlen_new)},
         {"page_size", set(&Case::page_size)},
         {"unused_rows", set(&Case::unused_rows)},
         {"lse_grad", set(&Case::lse_grad)},
@@ -114,11 +115,17 @@ const std::map<std::string, Setter>& setters() {
 
 void check_lengths(const Case& c, const std::string& line) {
     const size_t batch_size = c.seqlens_q.size();
-    bool good = c.seqlens_k.size() == batch_size && (!c.paged() || c.packed);
+    bool good = c.seqlens_k.size() == batch_size && (c.seqlen_new == 0 || (!c.packed && !c.seqused_k.empty()));
     for (const auto* values : {&c.seqused_k, &c.leftpad_k}) good &= values->empty() || values->size() == batch_size;
     for (const int n : c.seqlens_q) good &= c.packed || n == c.seqlen_q();
     for (const int n : c.seqlens_k) good &= c.packed || n == c.seqlen_k();
     if (!good || c.num_heads % c.num_heads_k) reject(line);
+}
+
+// Of the keys of a sequence in use, the one after the last; a negative number in seqused_k stands for no keys.
+int end_of_keys(const Case& c, int b) {
+    if (c.seqused_k.empty()) return c.seqlens_k[b];
+    return c.seqused_k[b] < 0 ? 0 : std::min(c.seqused_k[b] + c.seqlen_new, c.seqlens_k[b]);
 }
 
 int longest(const std::vector<int>& lengths, int if_empty) {
@@ -149,7 +156,7 @@ std::vector<Sequence> sequences(const Case& c) {
     std::vector<Sequence> found;
     int start_q = 0, start_k = 0, compact_k = 0;
     for (int b = 0; b < c.batch_size(); ++b) {
-        const int end = c.seqused_k.empty() ? c.seqlens_k[b] : c.seqused_k[b];
+        const int end = end_of_keys(c, b);
         const int begin = c.leftpad_k.empty() ? 0 : std::min(c.leftpad_k[b], end);
         Sequence s{b, b, 0, c.seqlens_q[b], begin, end - begin, start_q, compact_k};
         if (c.packed) s.batch = 0, s.first_q = start_q, s.first_k = start_k + begin;

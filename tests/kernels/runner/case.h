@@ -20,6 +20,7 @@ struct Case {
     std::string alibi;                      // "heads", "batch" or none
     double dropout_p = 0;
     std::vector<int> seqused_k, leftpad_k;  // one number per sequence, or none at all
+    int seqlen_new = 0;                     // rows of a KV cache that seqused_k does not count
     int page_size = 0, unused_rows = 0;
     bool lse_grad = false;
     int seqlen_q_if_empty = 0, seqlen_k_if_empty = 0;
@@ -36,6 +37,7 @@ struct Case {
     double scale() const;
     uint32_t dropout_threshold() const;  // of 65536
     bool paged() const { return page_size > 0; }
+    bool has_backward() const { return !paged() && seqlen_new == 0; }
 };
 
 // Stops the program with a message if the line is not understood.

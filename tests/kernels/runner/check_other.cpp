@@ -101,7 +101,7 @@ void check_invalid_lengths(const Case& c, const Plan& plan, Report& report) {
             }
             run_forward(x, plan.schedules[0], any_answer);
             run_attn_probs(x, forward.softmax_lse, plan.schedules[0], any_answer);
-            if (!c.paged()) run_backward(x, forward.out, forward.softmax_lse, plan.schedules[0], any_answer);
+            if (c.has_backward()) run_backward(x, forward.out, forward.softmax_lse, plan.schedules[0], any_answer);
         }
 }
 

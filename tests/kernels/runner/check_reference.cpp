@@ -136,7 +136,7 @@ void compare_traffic(const char* pass, const Traffic& got, const Traffic& expect
 
 void check_reference(const Case& c, const Plan& plan, Report& report) {
     const Inputs x(c);
-    const bool backward = plan.backward && !c.paged();
+    const bool backward = plan.backward && c.has_backward();
     const Yardstick y = make_yardstick(c, x.values, backward);
     Forward first;
     Backward first_backward;

@@ -181,7 +181,7 @@ Problem Inputs::problem() const {
     p.k = k.view(c.packed && !c.paged());
     p.v = v.view(c.packed && !c.paged());
     p.seqlens = {cu_seqlens_q.data(), cu_seqlens_k.data(), seqused_k.data(), leftpad_k.data(), 0, 0,
-                 c.seqlen_q(),        c.seqlen_k()};
+                 c.seqlen_q(),        c.seqlen_k(),        c.seqlen_new};
     if (c.packed) p.seqlens.total_q = q.shape().rows, p.seqlens.total_k = c.paged() ? 0 : k.shape().rows;
     if (c.paged()) p.paged_kv = {block_table.data(), max_pages, max_pages, num_pages, c.page_size};
     p.window = {c.window_left < 0 ? kMaxSeqlen : c.window_left, c.window_right < 0 ? kMaxSeqlen : c.window_right};

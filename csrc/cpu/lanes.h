@@ -1,0 +1,59 @@
+// Sums and maxima over the lanes of vectors.
+#pragma once
+#include <utility>
+#include "cpu/vec.h"
+
+namespace flash_attn::cpu::FA_ISA {
+
+// In each block of 2 kHalf lanes: the first half of x and the second of y, in place (kCross = false); or the second half of
+// x and the first of y, each where the other was (true). Two such vectors have all that is left of x and y to be summed,
+// and the first takes no shuffle.
+template <int kHalf, bool kCross, class V, int... kLane>
+FA_INLINE V halves(V x, V y, std::integer_sequence<int, kLane...>) {
+    constexpr int kCount = sizeof...(kLane);
+    return __builtin_shufflevector(x, y,
+                                   ((kCross ? kLane ^ kHalf : kLane) + (kLane % (2 * kHalf) < kHalf ? 0 : kCount))...);
+}
+
+// Lane i of the result is the sum of the lanes of x[i], for i below the number of lanes. Overwrites x.
+template <class V, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2> FA_INLINE V lane_sums(V* x) {
+    using Lanes = std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>;
+    if constexpr (kHalf == 0) {
+        return x[0];
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kHalf; ++i)
+            x[i] = halves<kHalf, false>(x[i], x[i + kHalf], Lanes()) + halves<kHalf, true>(x[i], x[i + kHalf], Lanes());
+        return lane_sums<V, kHalf / 2>(x);
+    }
+}
+
+// 16-bit elements of x and y by turns, as pairs (low: x, high: y), of the first half (kPart = 0) or of the second.
+template <int kPart, int... kPair>
+FA_INLINE Vec<uint32_t> interleave(Vec<uint32_t> x, Vec<uint32_t> y, std::integer_sequence<int, kPair...>) {
+    typedef uint16_t Elements __attribute__((vector_size(kVectorBytes)));
+    constexpr int kCount = kVectorBytes / 2, kFirst = kPart * kCount / 2;
+    return (Vec<uint32_t>)__builtin_shufflevector((Elements)x, (Elements)y,
+                                                  (kFirst + kPair / 2 + (kPair % 2 ? kCount : 0))...);
+}
+template <int kPart> FA_INLINE Vec<uint32_t> interleave(Vec<uint32_t> x, Vec<uint32_t> y) {
+    return interleave<kPart>(x, y, std::make_integer_sequence<int, kVectorBytes / 2>());
+}
+
+// Combines all lanes of x; every lane of the result has the outcome.
+template <class V, class F, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2> FA_INLINE V reduce_lanes(V x, F combine) {
+    using Lanes = std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>;
+    if constexpr (kHalf == 0) {
+        return x;
+    } else {
+        return reduce_lanes<V, F, kHalf / 2>(combine(x, halves<kHalf, true>(x, x, Lanes())), combine);
+    }
+}
+template <class V> FA_INLINE auto lane_sum(V x) {
+    return reduce_lanes(x, [](V a, V b) __attribute__((always_inline)) { return a + b; })[0];
+}
+template <class V> FA_INLINE auto lane_max(V x) {
+    return reduce_lanes(x, [](V a, V b) __attribute__((always_inline)) { return vmax(a, b); })[0];
+}
+
+}  // namespace flash_attn::cpu::FA_ISA
