@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import flash_attn
 from flash_attn import flash_attn_interface as interface
 from flash_attn.modules.mha import FlashSelfAttention
 from plain_attention import OpCalls, assert_near, assert_same, gradients, leaves
@@ -180,15 +179,7 @@ def test_mixed_types_without_autocast_are_refused():
         interface.flash_attn_func(q, k, v.bfloat16())
 
 
-# Functions not implemented yet, and the module named like the compiled one.
-
-
-def test_with_kvcache_says_that_it_is_not_there():
-    q, k, v = dense_inputs()
-    with pytest.raises(NotImplementedError) as error:
-        flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=3, causal=True)
-    assert "flash_attn_with_kvcache" in str(error.value)
-    assert "\n" not in str(error.value)
+# The module named like the compiled one.
 
 
 @pytest.mark.parametrize("name", ["fwd", "varlen_fwd", "bwd", "varlen_bwd", "fwd_kvcache"])

@@ -1,12 +1,10 @@
 """Invalid calls: one error with function, argument, expected and received value, before any computation."""
 
-import re
-
 import pytest
 import torch
 
 import flash_attn
-from bad_calls import CALLS, SHAPES, VALUES, backward, dense, op_of, varlen
+from bad_calls import CALLS, SHAPES, VALUES, assert_lists, backward, dense, op_of, varlen
 
 ROWS = SHAPES + VALUES
 ONLY_IN_OPS = {"seqused_k", "leftpad_k", "rng_state", "block_table", "cu_seqlens_q", "cu_seqlens_k"}
@@ -29,19 +27,7 @@ def rejection(call: str, arguments: dict) -> str:
 
 
 def assert_explains(text: str, call: str, reasons: list) -> None:
-    """One line for one reason; otherwise the number of reasons and one line each."""
-    prefix, lines = CALLS[call][2], text.splitlines()
-    if len(reasons) == 1:
-        assert len(lines) == 1, text
-        found = [lines[0].removeprefix(prefix)]
-    else:
-        assert lines[0] == f"{prefix}{len(reasons)} problems:", text
-        assert all(line.startswith("  - ") for line in lines[1:]), text
-        found = [line[4:] for line in lines[1:]]
-    assert text.startswith(prefix), text
-    for argument, expected, got in reasons:
-        pattern = f"{re.escape(argument)}: expected .*{re.escape(expected)}.*, got .*{re.escape(got)}"
-        assert any(re.fullmatch(pattern + ".*", line) for line in found), f"{pattern}\n{text}"
+    assert_lists(text, CALLS[call][2], reasons)
 
 
 def to_meta(arguments: dict) -> dict:

@@ -38,7 +38,7 @@ FUNCTIONS = {
             "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
             "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
             "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-            "return_softmax_lse=False"
+            "return_softmax_lse=False, attention_chunk=0"
         ),
         "_flash_attn_forward": FORWARD,
         "_wrapped_flash_attn_forward": FORWARD,

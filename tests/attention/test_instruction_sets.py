@@ -26,11 +26,12 @@ def _best_level() -> str:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_tables(level, request):
-    """The small table and a sample of the others, or all, in a process of its own. Unsupported sets fall back."""
+@pytest.mark.parametrize("script", ["check.py", "kvcache_cases.py"])
+def test_tables(script, level, request):
+    """A few cases and a sample of the others, or all, in a process of its own. Unsupported sets fall back."""
     assert os.environ["FLASH_ATTN_CPU_POISON"] == "1"
     which = ["whole"] if request.config.getoption("--whole") else ["40", str(request.config.seed)]
-    command = [sys.executable, str(ROOT / "tests/support/check.py"), *which]
+    command = [sys.executable, str(ROOT / "tests/support" / script), *which]
     env = environment(FLASH_ATTN_CPU_ISA=level)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{which}: {done.stderr[-3000:]}"

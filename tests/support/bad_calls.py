@@ -1,6 +1,7 @@
-"""Valid calls of the ops, and for each argument the invalid values that must be rejected."""
+"""Valid calls of the ops, for each argument the invalid values that must be rejected, and what the errors must say."""
 
 import math
+import re
 
 import torch
 
@@ -78,6 +79,22 @@ def op_of(call: str):
     """The op that a call uses."""
     packet, _, overload = CALLS[call][1].partition(".")
     return getattr(getattr(torch.ops.flash_attn, packet), overload or "default")
+
+
+def assert_lists(text: str, prefix: str, reasons: list) -> None:
+    """One line for one reason; otherwise the number of reasons and one line each. (argument, expected, got): parts."""
+    lines = text.splitlines()
+    if len(reasons) == 1:
+        assert len(lines) == 1, text
+        found = [lines[0].removeprefix(prefix)]
+    else:
+        assert lines[0] == f"{prefix}{len(reasons)} problems:", text
+        assert all(line.startswith("  - ") for line in lines[1:]), text
+        found = [line[4:] for line in lines[1:]]
+    assert text.startswith(prefix), text
+    for argument, expected, got in reasons:
+        pattern = f"{re.escape(argument)}: expected .*{re.escape(expected)}.*, got .*{re.escape(got)}"
+        assert any(re.fullmatch(pattern + ".*", line) for line in found), f"{pattern}\n{text}"
 
 
 # (call, changed arguments, [(argument, part of the expected text, part of the received text)])

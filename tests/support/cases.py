@@ -112,6 +112,12 @@ def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
     return rows
 
 
+def sampled(cases: list, size: int, config) -> list:
+    """At most `size` of the cases, chosen by the seed of the run of pytest; all of them with --whole."""
+    whole = config.getoption("--whole") or size >= len(cases)
+    return cases if whole else random.Random(config.seed).sample(cases, size)
+
+
 def _pair(a: int, i: int, b: int, j: int) -> tuple[int, int, int, int]:
     return (a, i, b, j) if a < b else (b, j, a, i)
 

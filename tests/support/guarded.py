@@ -17,6 +17,7 @@ from cases import Case
 from check import op_bwd, op_fwd, op_probs
 from compare import assert_bitwise
 from inputs import Inputs, make_inputs
+from kvcache import KvCase, KvInputs, make_kv_inputs, run_kvcache
 
 PAGE = mmap.PAGESIZE
 FORBIDDEN = 0  # PROT_NONE
@@ -32,6 +33,20 @@ CASES = [
     Case((33,), (129,), head_dim=31, head_dim_v=9, dropout_p=0.3, seqused_k=(70,), leftpad_k=(3,)),
     Case((5, 9), (8, 20), dtype="bfloat16", packed=True, page_size=4, head_dim=7, head_dim_v=9),
     Case((5, 9), (8, 20), packed=True, page_size=1, head_dim=8, head_dim_v=3, unused_rows=3),
+]
+
+
+KV_CASES = [
+    KvCase(
+        (40, 0, -1, 129), q, new, dtype=dtype, head_dim=dim, head_dim_v=dim_v, num_heads=4, rotary_dim=rotary, **rest
+    )
+    for q, new, dtype, dim, dim_v, rotary, rest in [
+        (1, 1, "bfloat16", 13, 7, 6, {"interleaved": False, "spare": 0}),
+        (3, 2, "float32", 33, 40, 32, {"page_size": 4, "spare": 0, "causal": True, "alibi": "batch"}),
+        (1, 3, "float16", 64, 64, 64, {"page_size": 1, "leftpad": (2, 0, 7, 64), "num_splits": 3}),
+        (20, 1, "float64", 5, 1, 4, {"shuffled": True, "spare": 0, "window_size": (9, 2)}),
+        (2, 0, "bfloat16", 96, 96, 0, {"spare": 0, "num_splits": 128}),
+    ]
 ]
 
 
@@ -76,6 +91,15 @@ def main() -> None:
         fields = {field.name: guard(getattr(x, field.name)) for field in dataclasses.fields(x)}
         got = results(case, Inputs(**fields), guard)
         for i, (a, b) in enumerate(zip(got, results(case, x, lambda t: t), strict=True)):
+            assert_bitwise(f"result {i}", a, b, case.name)
+    for case in KV_CASES:
+        sys.stdout.write(f"{case.name}\n")
+        sys.stdout.flush()
+        x, other = make_kv_inputs(case, padding=0.0), make_kv_inputs(case, padding=0.0)
+        own = KvInputs(**{name: guard(t) if isinstance(t, torch.Tensor) else t for name, t in x.__dict__.items()})
+        results_of_own = (*run_kvcache(case, own), own.k_cache, own.v_cache)
+        results_of_other = (*run_kvcache(case, other), other.k_cache, other.v_cache)
+        for i, (a, b) in enumerate(zip(results_of_own, results_of_other, strict=True)):
             assert_bitwise(f"result {i}", a, b, case.name)
     if sys.argv[2:] == ["trespass"]:
         ctypes.string_at(guarded(torch.zeros(4), at_end=True).data_ptr(), 17)
