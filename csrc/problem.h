@@ -92,6 +92,7 @@ struct FwdParams {
     TensorView out;          // as q, with head_dim_v
     RowView softmax_lse;     // natural logarithm; -infinity for a query without visible keys
     int32_t num_splits = 0;  // chunks that the keys of a sequence may be split into; 0: chosen from its own length
+    bool inference = false;  // no backward pass computes the scores again, so they may be rounded in another way
 };
 
 // Rotary position embeddings. cos and sin: [seqlen_rotary, rotary_dim / 2], rows contiguous, element type of q.

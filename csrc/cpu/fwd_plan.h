@@ -24,10 +24,10 @@ public:
         for (int batch = 0; batch < p_.batch_size; ++batch) {
             const Sequence seq = sequence_at(p_.seqlens, p_.paged_kv, batch);
             const WindowMask mask = WindowMask::of(p_, seq, batch, 0);
-            if (seq.seqlen_q > 0 && is_grouped(seq))
-                add_group(batch, seq, mask);
-            else
-                add_query_tiles(batch, seq, mask);
+            const int queries = queries_of_group(seq);
+            for (int query = 0; queries > 0 && query < seq.seqlen_q; query += queries)
+                add_group(batch, seq, mask, query, min(queries, seq.seqlen_q - query));
+            if (queries == 0) add_query_tiles(batch, seq, mask);
         }
         longest_first(tiles_);
         longest_first(chunks_);
@@ -52,7 +52,7 @@ public:
     }
 
 private:
-    // The heads of a key head, whose queries make one tile. Its keys are split into chunks.
+    // A tile of queries of all heads of a key head. Its keys are split into chunks.
     struct Group {
         int num_chunks;
         int64_t bytes, first_byte;  // of one partial result; of the partial results of the first key head
@@ -68,31 +68,41 @@ private:
     int num_parts() const { return ceil_div(p_.num_heads_k, heads_per_task_); }
     int64_t num_tile_tasks() const { return int64_t(tiles_.size()) * p_.num_heads; }
 
-    // Whether all queries of all heads of a key head fit in one tile. Dropout blocks are of one head.
-    bool is_grouped(const Sequence& seq) const {
-        return !p_.dropout.threshold && int64_t(seq.seqlen_q) * group_size() <= kQueryTile;
+    // Queries of a tile that has them for all heads of a key head: worth it where a tile of one head would have room
+    // left. 0: tiles of one head; dropout blocks are of one head, too.
+    int queries_of_group(const Sequence& seq) const {
+        const bool is_short = seq.seqlen_q <= kQueryTile / 2 || int64_t(seq.seqlen_q) * group_size() <= kQueryTile;
+        return p_.dropout.threshold || !is_short ? 0 : kQueryTile / group_size();
     }
 
     void add_query_tiles(int batch, const Sequence& seq, const WindowMask& mask) {
         for (int query = 0; query < seq.seqlen_q; query += kQueryTile) {
             const int count = min(kQueryTile, seq.seqlen_q - query);
             const Range keys = mask.kv_range({query, query + count});
-            tiles_.push_back({{batch, 0, 1, query, count, keys.begin, keys.end, 1, nullptr, 0},
+            tiles_.push_back({{batch, 0, 1, query, count, keys.begin, keys.end, false, 1, nullptr, 0},
                               int64_t(count) * max(keys.end - keys.begin, 0),
                               0,
                               0});
         }
     }
 
-    void add_group(int batch, const Sequence& seq, const WindowMask& mask) {
-        const int heads = group_size(), rows = seq.seqlen_q * heads;
-        const Range keys = mask.kv_range({0, seq.seqlen_q});
+    // Whether cpu/decode.h computes a tile. The backward pass computes scores again, and rounds them as cpu/fwd.h does: so
+    // before one, only where one query sees many keys, whose weights are small.
+    bool decodes(int num_queries, int num_rows, int num_keys) const {
+        constexpr int kManyKeys = 128;
+        return num_rows <= kDecodeRows && (params_.inference || (num_queries == 1 && num_keys >= kManyKeys));
+    }
+
+    void add_group(int batch, const Sequence& seq, const WindowMask& mask, int query, int count) {
+        const int heads = group_size(), rows = count * heads;
+        const Range keys = mask.kv_range({query, query + count});
         const int first = round_down(max(keys.begin, 0), kSplitAlignment);
         const int size = keys_per_chunk(max(keys.end - first, 0), rows, params_.num_splits);
         const int num_chunks = max(ceil_div(keys.end - first, size), 1);
+        const bool is_decoded = decodes(count, rows, keys.end - keys.begin);
         for (int chunk = 0; chunk < num_chunks; ++chunk) {
             const Range part{max(first + chunk * size, keys.begin), min(first + (chunk + 1) * size, keys.end)};
-            chunks_.push_back({{batch, 0, heads, 0, seq.seqlen_q, part.begin, part.end, 1, nullptr, 0},
+            chunks_.push_back({{batch, 0, heads, query, count, part.begin, part.end, is_decoded, 1, nullptr, 0},
                                int64_t(rows) * max(part.end - part.begin, 0),
                                int(groups_.size()),
                                chunk});

@@ -9,8 +9,7 @@ namespace flash_attn::cpu {
 
 // Queries of one forward task, and keys of one step of it. Speed is flat between 64 and 256.
 constexpr int kQueryTile = 128, kKeyTile = 128;
-// Tiles of at most kDecodeRows rows are those of cpu/decode.h. A task has at most kDecodeTiles of them, and
-// kDecodeTaskRows rows in all.
+// A tile of cpu/decode.h has at most kDecodeRows rows; a task, kDecodeTiles tiles and kDecodeTaskRows rows in all.
 constexpr int kDecodeRows = 16, kDecodeTiles = 8, kDecodeTaskRows = 64;
 
 // One forward task: a tile of rows, and a chunk of the keys that they see. A tile has `heads` heads from `first_head`
@@ -18,6 +17,7 @@ constexpr int kDecodeRows = 16, kDecodeTiles = 8, kDecodeTaskRows = 64;
 struct FwdTask {
     int batch, first_head, heads, first_query, num_queries;
     int key_begin, key_end;
+    bool decodes;            // the tiles are those of cpu/decode.h, not of cpu/fwd.h
     int num_tiles;           // this tile, and those of the next key heads
     void* partial;           // its part of the result (cpu/merge.h); null: the chunk has all keys, the result is final
     int64_t partial_stride;  // bytes from the partial result of one tile to that of the next

@@ -11,8 +11,7 @@ template <class E, class Dot> static size_t fwd_scratch(const FwdParams& params)
     return max(FwdTile<E, Dot>::scratch_bytes(params), DecodeTile<E, Dot>::scratch_bytes(params));
 }
 template <class E, class Dot> static void fwd(const FwdParams& params, const FwdTask& task, void* scratch) {
-    if (task.num_queries * task.heads <= kDecodeRows && !params.problem.dropout.threshold)
-        return DecodeTile<E, Dot>::run(params, task, Arena(scratch));
+    if (task.decodes) return DecodeTile<E, Dot>::run(params, task, Arena(scratch));
     for (int i = 0; i < task.num_tiles; ++i) FwdTile<E, Dot>(params, tile_of(task, i), Arena(scratch)).run();
 }
 
