@@ -1,7 +1,7 @@
 """Type checks and conversions of the Python layer. The operators check everything else.
 
-Only calls with unusual types (numpy scalars, 0-dim tensors, lists for tuples, ...) get here: csrc/ops/eager_call.cpp
-handles calls with plain Python types.
+Only calls with unusual types (numpy scalars, 0-dim tensors, lists for tuples, ...) get here: the fast paths of
+csrc/ops/eager_call.h handle calls with plain Python types.
 """
 
 from __future__ import annotations

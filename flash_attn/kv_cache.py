@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn import _checks, _library
 
+_eager_call = _library.function("attention_with_kvcache")
 _fwd_kvcache = _library.op("fwd_kvcache")
 
 _NAME = "flash_attn_with_kvcache"
@@ -83,92 +84,69 @@ def flash_attn_with_kvcache(
             all reasons. On the CPU, and on CUDA with FLASH_ATTN_CHECK=1, also lengths past the capacity and pages
             outside the cache; otherwise such rows are not written on CUDA. Nothing is written to the caches.
     """
-    scalars = _Scalars(
-        cache_seqlens, softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, attention_chunk
-    )
-    tensors = (q, k_cache, v_cache)
-    optional = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, alibi_slopes)
-    if not (_are_tensors(tensors, optional) and scalars.are_plain()):
-        scalars = _convert(tensors, optional, scalars)
-    if not k_cache.is_meta and torch.is_autocast_enabled(k_cache.device.type):
-        q = _cast(q, k_cache.dtype)
-        k, v, rotary_cos, rotary_sin = (
-            None if x is None else _cast(x, k_cache.dtype) for x in (k, v, rotary_cos, rotary_sin)
+    if not torch.compiler.is_compiling():
+        result = _eager_call(
+            *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad),
+            *(block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits),
+            *(return_softmax_lse, attention_chunk),
         )
-    length = scalars.cache_seqlens
-    is_tensor = isinstance(length, Tensor)
-    out, softmax_lse = _fwd_kvcache(
-        *(q, k_cache, v_cache),
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=scalars.rotary_interleaved,
-        cache_seqlen=None if is_tensor else length,
-        cache_seqlens=length if is_tensor else None,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-        alibi_slopes=alibi_slopes,
-        softmax_scale=scalars.softmax_scale,
-        causal=scalars.causal,
-        window_size_left=scalars.window_size[0],
-        window_size_right=scalars.window_size[1],
-        attention_chunk=scalars.attention_chunk,
-        softcap=scalars.softcap,
-        num_splits=scalars.num_splits,
-    )
+        if result is not None:
+            return result
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    optional = {
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+        "alibi_slopes": alibi_slopes,
+    }
+    scalars = {
+        "cache_seqlens": cache_seqlens,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "rotary_interleaved": rotary_interleaved,
+        "num_splits": num_splits,
+        "attention_chunk": attention_chunk,
+    }
+    out, softmax_lse = _python_call(tensors, optional, scalars)
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-class _Scalars(NamedTuple):
-    """The arguments that are not tensors, and cache_seqlens, which may be one."""
-
-    cache_seqlens: Any
-    softmax_scale: Any
-    causal: Any
-    window_size: Any
-    softcap: Any
-    rotary_interleaved: Any
-    num_splits: Any
-    attention_chunk: Any
-
-    def are_plain(self) -> bool:
-        """Whether the op takes them as they are."""
-        length, scale, window = self.cache_seqlens, self.softmax_scale, self.window_size
-        return (
-            (length is None or type(length) is int or isinstance(length, Tensor))
-            and (scale is None or type(scale) is float)
-            and (type(self.causal) is bool and type(self.softcap) is float and type(self.rotary_interleaved) is bool)
-            and (type(window) is tuple and len(window) == 2 and type(window[0]) is int and type(window[1]) is int)
-            and (type(self.num_splits) is int and type(self.attention_chunk) is int)
-        )
-
-
-def _are_tensors(tensors: Sequence[Any], optional: Sequence[Any]) -> bool:
-    return all(isinstance(x, Tensor) and _checks.is_dense(x) for x in tensors) and all(
-        x is None or isinstance(x, Tensor) for x in optional
-    )
+def _python_call(tensors: dict[str, Any], optional: dict[str, Any], scalars: dict[str, Any]) -> Any:
+    """Convert the scalars and call the op; raises TypeError with all reasons."""
+    scalars = _convert(tensors, optional, scalars)
+    k_cache = tensors["k_cache"]
+    if not k_cache.is_meta and torch.is_autocast_enabled(k_cache.device.type):
+        tensors["q"] = _cast(tensors["q"], k_cache.dtype)
+        new = ("k", "v", "rotary_cos", "rotary_sin")
+        optional.update((name, _cast(optional[name], k_cache.dtype)) for name in new if optional[name] is not None)
+    length = scalars.pop("cache_seqlens")
+    optional["cache_seqlens" if isinstance(length, Tensor) else "cache_seqlen"] = length
+    scalars["window_size_left"], scalars["window_size_right"] = scalars.pop("window_size")
+    return _fwd_kvcache(*tensors.values(), **optional, **scalars)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if {x.dtype, dtype} <= _CAST_DTYPES else x
 
 
-def _convert(tensors: Sequence[Any], optional: Sequence[Any], scalars: _Scalars) -> _Scalars:
+def _convert(tensors: dict[str, Any], optional: dict[str, Any], scalars: dict[str, Any]) -> dict[str, Any]:
     """Convert the scalars to plain Python numbers; raises TypeError with all reasons."""
-    required = dict(zip(("q", "k_cache", "v_cache"), tensors, strict=True))
-    names = ("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad", "block_table", "alibi_slopes")
     reasons = [
         f"{name}: expected torch.Tensor, got {_checks.describe(x)}"
-        for name, x in required.items()
+        for name, x in tensors.items()
         if not isinstance(x, Tensor)
     ]
-    given = {name: x for name, x in required.items() if isinstance(x, Tensor)}
+    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     reasons += _checks.dense_reasons(given, "a KV cache is one, with cache_seqlens for the lengths")
     reasons += [
         f"{name}: expected torch.Tensor or None, got {_checks.describe(x)}"
-        for name, x in zip(names, optional, strict=True)
+        for name, x in optional.items()
         if not (x is None or isinstance(x, Tensor))
     ]
     converters: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -182,7 +160,7 @@ def _convert(tensors: Sequence[Any], optional: Sequence[Any], scalars: _Scalars)
         "attention_chunk": (_checks.as_int, "int"),
     }
     converted: dict[str, Any] = {}
-    for name, value in scalars._asdict().items():
+    for name, value in scalars.items():
         convert, expected = converters[name]
         may_be_none = name in ("cache_seqlens", "softmax_scale")
         converted[name] = None if value is None and may_be_none else convert(value)
@@ -190,7 +168,7 @@ def _convert(tensors: Sequence[Any], optional: Sequence[Any], scalars: _Scalars)
             reasons.append(f"{name}: expected {expected}, got {_checks.describe(value)}")
     if reasons:
         _checks.reject(TypeError, _NAME, reasons)
-    return _Scalars(**converted)
+    return converted
 
 
 def _as_lengths(value: Any) -> Any:

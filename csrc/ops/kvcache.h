@@ -77,6 +77,8 @@ template <class... Options> struct KvCacheOp {
         return implementation({{options...}, q, k_cache, v_cache});
     }
 };
-using KvCacheOps = WithTail<KvCacheOp, decltype(KvCacheOptions::fields(std::declval<KvCacheOptions&>()))>;
+template <template <class...> class Template> using WithKvCacheOptions =
+    WithTail<Template, decltype(KvCacheOptions::fields(std::declval<KvCacheOptions&>()))>;
+using KvCacheOps = WithKvCacheOptions<KvCacheOp>;
 
 }  // namespace flash_attn

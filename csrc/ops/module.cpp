@@ -1,5 +1,5 @@
-// The extension module. Importing it registers the ops; the module itself has only the fast path of eager_call.h and a
-// description of the build.
+// The extension module. Importing it registers the ops; the module itself has only the fast paths of eager_call.h and
+// a description of the build.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 #include "cpu/backend.h"
@@ -54,9 +54,14 @@ pybind11::dict build_info() {
 }
 
 // METH_FASTCALL costs a tenth of pybind11's argument handling.
+PyMethodDef fast_call(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+            "The public functions where every argument is plain; None where one is not."};
+}
+
 PyMethodDef functions[] = {
-    {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(eager_call)), METH_FASTCALL,
-     "The public functions where every argument is plain; None where one is not."},
+    fast_call("attention", eager_call),
+    fast_call("attention_with_kvcache", eager_kvcache_call),
     {nullptr, nullptr, 0, nullptr},
 };
 

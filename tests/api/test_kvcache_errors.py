@@ -1,6 +1,7 @@
 """Invalid calls of flash_attn_with_kvcache: one error with all reasons, and no bit of the caches is changed."""
 
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import flash_attn
 from bad_calls import assert_lists, ints, rows
 from bad_kvcache_calls import CALLS, FINE, PREFIX, SHAPES, VALUES, appending, latent, paged, plain
+from flash_attn import kv_cache
 
 
 def name_of(row) -> str:
@@ -36,13 +38,17 @@ def to_meta(arguments: dict) -> dict:
 
 
 def rejection(arguments: dict, error: type = ValueError) -> str:
-    """The text of the error. The caches, full of different numbers, stay as they are."""
+    """The text of the error, the same from C++ and through Python. The caches, full of different numbers, stay."""
     caches = [x for name, x in arguments.items() if name.endswith("_cache") and isinstance(x, torch.Tensor)]
     before = [x.clone() for x in caches]
-    with pytest.raises(error) as raised:
-        call(arguments)
+    texts = []
+    for eager_call in (kv_cache._eager_call, lambda *_: None):
+        with patch.object(kv_cache, "_eager_call", eager_call), pytest.raises(error) as raised:
+            call(arguments)
+        texts.append(str(raised.value))
     assert all(x.is_meta or torch.equal(x, y) for x, y in zip(caches, before, strict=True)), "a cache was written"
-    return str(raised.value)
+    assert texts[0] == texts[1]
+    return texts[0]
 
 
 @pytest.mark.parametrize("row", SHAPES + VALUES, ids=name_of)

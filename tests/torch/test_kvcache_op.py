@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import re
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flash_attn
 from compare import assert_bitwise
 from device import DEVICE, on_device
-from kvcache import LATENT, ONE_BUFFER, KvCase, arguments_of, make_kv_inputs, op_arguments_of, run_kvcache
+from flash_attn import kv_cache
+from kvcache import LATENT, ONE_BUFFER, KvCase, KvInputs, arguments_of, make_kv_inputs, op_arguments_of, run_kvcache
 
 SCHEMA = (
     "flash_attn::fwd_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor? k=None, Tensor? v=None, "
@@ -27,7 +30,7 @@ CASES = {
     "dense": KvCase((9, 4), 2, head_dim_v=24, **{k: x for k, x in SMALL.items() if k != "head_dim_v"}),
     "dense, appending": KvCase((9, 4), 2, 2, rotary_dim=8, **SMALL),
     "paged": KvCase((9, 4), 2, page_size=4, **SMALL),
-    "paged, appending": KvCase((9, 4), 1, 2, page_size=4, rotary_dim=16, **SMALL),
+    "paged, appending": KvCase((9, 4), 1, 2, page_size=4, rotary_dim=16, interleaved=False, **SMALL),
     "one buffer": KvCase((9, 4), 2, layout=ONE_BUFFER, **SMALL),
     "one buffer, appending": KvCase((9, 4), 3, 1, layout=ONE_BUFFER, **SMALL),
     "latent, appending": KvCase((9, 4), 1, 2, layout=LATENT, num_heads_k=1, num_splits=2, **{**SMALL, "head_dim_v": 8}),
@@ -73,6 +76,62 @@ def test_op_and_function_are_the_same(name):
         assert_bitwise(what, a, b)
     assert_bitwise("k_cache", x.k_cache, other.k_cache)
     assert_bitwise("v_cache", x.v_cache, other.v_cache)
+
+
+# The fast path: plain calls take no other.
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+NOT_PLAIN = {
+    "numpy scalar": {"softmax_scale": np.float64(0.25)},
+    "numpy length": {"cache_seqlens": np.int64(4)},
+    "list": {"window_size": [3, 0]},
+    "0-dim tensor": {"num_splits": torch.tensor(2)},
+    "int for a bool": {"causal": 1},
+    "int for a float": {"softcap": 1},
+    "subclass": {"q": torch.ones(2, 2, 4, 16, dtype=torch.bfloat16).as_subclass(Subclass)},
+    "subclass among optional ones": {"alibi_slopes": torch.ones(4).as_subclass(Subclass)},
+}
+
+
+def takes_the_fast_path(case: KvCase, x: KvInputs, other: KvInputs, **changes) -> bool:
+    """Whether a call takes the fast path. It gives the same bits as the way through Python."""
+    with patch.object(kv_cache, "_python_call", side_effect=kv_cache._python_call) as python_call:
+        got = run_kvcache(case, x, **changes)
+    with patch.object(kv_cache, "_eager_call", return_value=None):
+        expected = run_kvcache(case, other, **changes)
+    names = ("out", "softmax_lse", "k_cache", "v_cache")
+    for name, a, b in zip(names, (*got, x.k_cache, x.v_cache), (*expected, other.k_cache, other.v_cache), strict=True):
+        assert type(a) is type(b)
+        assert_bitwise(name, a, b)
+    return not python_call.called
+
+
+@with_cases
+def test_plain_calls_take_the_fast_path(name):
+    case, x = inputs_of(name)
+    assert takes_the_fast_path(case, x, make_kv_inputs(case, padding=0.0))
+    with torch.no_grad():
+        out = run_kvcache(case, x, q=x.q.requires_grad_(), return_softmax_lse=False)
+    assert isinstance(out, torch.Tensor)
+
+
+@pytest.mark.parametrize("changes", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_other_calls_do_not(changes):
+    case, x = inputs_of("dense, appending")
+    assert not takes_the_fast_path(case, x, make_kv_inputs(case, padding=0.0), **changes)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.autocast("cpu", dtype=torch.bfloat16), torch.device("cpu")], ids=["autocast", "device"]
+)
+def test_calls_that_torch_intercepts_do_not(context):
+    case, x = inputs_of("dense, appending")
+    with context:
+        assert not takes_the_fast_path(case, x, make_kv_inputs(case, padding=0.0))
 
 
 @with_cases
