@@ -165,11 +165,12 @@ private:
         for (; row < rows_.count; ++row) add_values<1>(row);
     }
 
-    // s = q k^T for kRows rows. Fetches the keys of the next block.
+    // s = q k^T for kRows rows. The first rows fetch the keys of the next block, the others what is there.
     template <int kRows> void multiply(int row) {
         constexpr int kKeys = kAccumulators / kRows;
+        const int64_t* const next = row == 0 ? block_.next_k_offset : block_.k_offset;
         for (int key = 0; key < keys_.end - keys_.begin; key += kKeys)
-            dot_products<kRows, kKeys>(b_.q + row * b_.q_stride, block_.k_offset + key, block_.next_k_offset + key,
+            dot_products<kRows, kKeys>(b_.q + row * b_.q_stride, block_.k_offset + key, next + key,
                                        block_.s + row * kBlock + key);
     }
     template <int kRows, int kKeys> void dot_products(const Operand* q, const int64_t* k, const int64_t* next, T* s) {
@@ -272,6 +273,7 @@ private:
     template <int kRows, int kVectors, class Count> void add_columns(int row, int d, Count count) {
         Vec<T> acc[kRows][kVectors] = {};
         const Operand* const weights = block_.weights + row * kPairs;
+        const int64_t* const next_values = row == 0 ? block_.next_v_offset : block_.v_offset;
         const int num_pairs = min(kPairs, keys_.end - keys_.begin);
         for (int i = 0; i < num_pairs; ++i) {
             Vec<Operand> w[kRows];
@@ -281,7 +283,7 @@ private:
 #pragma GCC unroll 4
                 for (int m = 0; m < kRows; ++m) acc[m][n] = Dot::multiply_add(acc[m][n], w[m], x);
             };
-            const E *const v = v_ + values_[i] + d, *const next = v_ + block_.next_v_offset[i] + d;
+            const E *const v = v_ + values_[i] + d, *const next = v_ + next_values[i] + d;
             if constexpr (Dot::kDepth == 1) {
 #pragma GCC unroll 16
                 for (int n = 0; n < kVectors; ++n) {
@@ -290,7 +292,7 @@ private:
                 }
             } else {
                 const E* const partner = v_ + values_[i + kPairs] + d;
-                const E* const next_partner = v_ + block_.next_v_offset[i + kPairs] + d;
+                const E* const next_partner = v_ + next_values[i + kPairs] + d;
 #pragma GCC unroll 8
                 for (int n = 0; n < kVectors; n += 2) {
                     const Vec<Operand> x = load_operand(v + n * L, count), y = load_operand(partner + n * L, count);

@@ -15,7 +15,7 @@ constexpr int kMaxSplits = 128;      // the most that a caller may ask for
 FA_HOST_DEVICE int keys_per_chunk(int num_keys, int num_rows, int num_splits) {
     if (num_splits > 0) return max(round_up(ceil_div(num_keys, num_splits), kSplitAlignment), kSplitAlignment);
     const int enough = num_keys < 4096 ? 256 : 512;  // shorter chunks for more tasks where there are few keys
-    return max(max(enough, 4 * num_rows), round_up(ceil_div(num_keys, kMaxChunks), 128));
+    return max(max(enough, 2 * num_rows), round_up(ceil_div(num_keys, kMaxChunks), 128));
 }
 
 }  // namespace flash_attn

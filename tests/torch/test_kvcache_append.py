@@ -228,7 +228,7 @@ def test_refusals():
     _, x = make(CASES["direct"])
     with pytest.raises(ValueError, match="v: expected a tensor, as k is given"):
         torch.ops.flash_attn._append(**{**x, "v": None})
-    with pytest.raises(ValueError, match="inputs: expected tensors that do not require grad"):
+    with pytest.raises(ValueError, match="k: expected a tensor that does not require grad"):
         torch.ops.flash_attn._append(**{**x, "k": x["k"].requires_grad_()})
     with pytest.raises(RuntimeError, match=r"_append: torch\.vmap is not supported"):
         torch.vmap(lambda q: torch.ops.flash_attn._append(**{**x, "q": q, "k": x["k"].detach()}))(x["q"][None])
