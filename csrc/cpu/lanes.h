@@ -5,9 +5,9 @@
 
 namespace flash_attn::cpu::FA_ISA {
 
-// In each block of 2 kHalf lanes: the first half of x and the second of y, in place (kCross = false); or the second half
-// of x and the first of y, each where the other was (true). Two such vectors have all that is left of x and y to be
-// summed, and the first takes no shuffle.
+// In each block of 2 kHalf lanes: the first half of x and the second of y, in place (kCross = false); or the second
+// half of x and the first of y, each where the other was (true). Two such vectors have all that is left of x and y to
+// be summed, and the first takes no shuffle.
 template <int kHalf, bool kCross, class V, int... kLane>
 FA_INLINE V halves(V x, V y, std::integer_sequence<int, kLane...>) {
     constexpr int kCount = sizeof...(kLane);
