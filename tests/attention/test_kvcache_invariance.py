@@ -24,6 +24,8 @@ FEATURES = [
     {"seqlen_q": 4, "causal": True, "alibi": "heads", "softcap": 3.0},
     {"seqlen_new": 1, "rotary_dim": 16, "window_size": (200, 0)},
     {"seqlen_q": 5, "seqlen_new": 3, "causal": True, "num_splits": 3},
+    {"seqlen_q": 30, "causal": True, "window_size": (500, 0)},
+    {"num_heads": 8, "num_heads_k": 8, "seqlen_new": 1},
 ]
 OTHERS = (3, 700, 0, -1, 1300, 64, 129)
 CROWD = tuple(b * 37 % 211 - 1 for b in range(127))
@@ -73,7 +75,7 @@ def pytest_generate_tests(metafunc):
 
 def test_place_and_company_do_not_matter(dtype, length, features):
     shape = {"num_heads": 6, "num_heads_k": 2, "head_dim": 32, "head_dim_v": 32}
-    sequence = KvCase((length,), dtype=dtype, **shape, **features)
+    sequence = KvCase((length,), dtype=dtype, **{**shape, **features})
     expected = placed(sequence)
     for setting, fields in SETTINGS.items():
         for name, got, alone in zip(("out", "softmax_lse"), placed(sequence, **fields), expected, strict=True):

@@ -294,8 +294,8 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 
 def copies_of_caches(x: KvInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """k_cache and v_cache in copies of their storages."""
-    storages = {cache.data_ptr(): cache.untyped_storage() for cache in (x.k_cache, x.v_cache)}
-    clones = {storage.data_ptr(): storage.clone() for storage in storages.values()}
+    storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in (x.k_cache, x.v_cache)}
+    clones = {address: storage.clone() for address, storage in storages.items()}
     k_cache, v_cache = (
         cache.new_empty(0).set_(
             clones[cache.untyped_storage().data_ptr()], cache.storage_offset(), cache.shape, cache.stride()

@@ -177,6 +177,9 @@ SELECTED = [
     KvCase((40, 33, 64), 60, causal=True, num_splits=4, spare=30),
     KvCase((70, 100), 9, 1, window_size=(-1, -40), num_splits=3, dtype="bfloat16", num_heads=4),
     KvCase((5, 1, 0), 2, 1, num_splits=128),
+    # More rows in a group than a panel has, in several chunks; as many as one tile still has, and one more.
+    *(KvCase((1190, 301), 33, num_heads=n, num_heads_k=1, head_dim=24, dtype=t) for n in (2, 3) for t in DTYPES),
+    *(KvCase((700, 530), q, 1, num_heads=1, num_heads_k=1, causal=True) for q in (15, 16, 17, 65, 127, 128, 129)),
     # More queries than the cache has rows.
     KvCase((5, 2), 130, spare=0),
     KvCase((5, 2), 130, spare=0, causal=True, alibi="batch", page_size=1),
