@@ -86,8 +86,8 @@ private:
         }
     }
 
-    // Whether cpu/decode.h computes a tile. The backward pass computes scores again, and rounds them as cpu/fwd.h does: so
-    // before one, only where one query sees many keys, whose weights are small.
+    // Whether cpu/decode.h computes a tile. The backward pass computes scores again, and rounds them as cpu/fwd.h does:
+    // so before one, only where one query sees many keys, whose weights are small.
     bool decodes(int num_queries, int num_rows, int num_keys) const {
         constexpr int kManyKeys = 128;
         return num_rows <= kDecodeRows && (params_.inference || (num_queries == 1 && num_keys >= kManyKeys));

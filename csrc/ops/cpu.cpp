@@ -57,7 +57,9 @@ FwdResult fwd_kvcache_cpu(const KvCacheArgs& args) {
     TorchHost host;
     if (args.k) cpu::append(prepared.append_params(), host);
     if (has_pairs(problem)) {
-        cpu::run_fwd({problem, view_of(out, false), row_view_of(softmax_lse, false), int32_t(args.num_splits), /*inference=*/true}, host);
+        cpu::run_fwd({problem, view_of(out, false), row_view_of(softmax_lse, false), int32_t(args.num_splits),
+                      /*inference=*/true},
+                     host);
     } else {
         out.zero_();
         softmax_lse.fill_(-kInfinity);

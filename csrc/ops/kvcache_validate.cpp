@@ -203,7 +203,7 @@ public:
     void check() {
         each(&KvCacheValues::is_length_good);
         if (p_.seqlens.leftpad_k) each(&KvCacheValues::is_leftpad_good);
-        if (append_.rotary.cos) each(&KvCacheValues::is_position_good);
+        if (append_.rotary.cos && p_.seqlens.seqlen_q > 0) each(&KvCacheValues::is_position_good);
         if (p_.paged_kv.block_table) each(&KvCacheValues::are_entries_good);
         if (reasons_.empty() && seqlen_new_ > 0) check_rows_are_apart();
         reasons_.raise_if_any();
@@ -233,7 +233,7 @@ private:
         return false;
     }
     bool is_position_good(int b) {
-        const int64_t last = length(b) + (append_.rotary.queries_advance ? max(p_.seqlens.seqlen_q - 1, 0) : 0);
+        const int64_t last = length(b) + (append_.rotary.queries_advance ? p_.seqlens.seqlen_q - 1 : 0);
         if (last < append_.rotary.seqlen_rotary) return true;
         reasons_.add("rotary_cos", c10::str("a row for position ", last, ", that of the last query of sequence ", b),
                      c10::str(append_.rotary.seqlen_rotary, " rows"));

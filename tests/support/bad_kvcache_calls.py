@@ -181,6 +181,7 @@ FINE = [
     ("rotary", {"rotary_cos": rows(10, 1), "rotary_sin": rows(10, 1)}),
     ("rotary", {"rotary_cos": rows(99, 3), "rotary_sin": rows(99, 3)}),
     ("rotary", {"cache_seqlens": ints(4, 8)}),
+    ("rotary", {"q": rows(2, 0, 4, 8), "k": rows(2, 0, 2, 8), "v": rows(2, 0, 2, 6), "cache_seqlens": ints(10, 10)}),
     ("chosen", {"cache_batch_idx": ints(1, 1), "k": None, "v": None}),
     ("chosen", {"cache_batch_idx": ints(1, 1), "cache_seqlens": ints(4, 6)}),
     ("chosen", {"cache_batch_idx": ints(1, 1), "cache_seqlens": ints(5, -1)}),

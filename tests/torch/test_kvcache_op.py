@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import flash_attn
 from compare import assert_bitwise
@@ -379,3 +380,16 @@ def test_python_threads_at_once(threads_each):
             for result in results:
                 for name, a, b in zip(("out", "softmax_lse"), result, expected[index], strict=True):
                     assert_bitwise(name, a, b, LARGER[index].name)
+
+
+@pytest.mark.parametrize(
+    "lengths", [5, torch.tensor([5, 5], dtype=torch.int32), torch.tensor([10, -1], dtype=torch.int32)]
+)
+def test_flops(lengths):
+    """Two products for every pair of a query and a key, new keys included; a skipped sequence has none."""
+    q, k, v = (torch.ones(2, 3, heads, dim) for heads, dim in ((4, 16), (2, 16), (2, 8)))
+    k_cache, v_cache = torch.zeros(2, 40, 2, 16), torch.zeros(2, 40, 2, 8)
+    with FlopCounterMode(display=False) as counter:
+        flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+    num_keys = 13 if isinstance(lengths, torch.Tensor) and lengths[1] < 0 else 16
+    assert counter.get_total_flops() == 2 * 4 * 3 * num_keys * (16 + 8)
