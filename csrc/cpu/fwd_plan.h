@@ -86,12 +86,8 @@ private:
         }
     }
 
-    // Whether cpu/decode.h computes a tile. The backward pass computes scores again, and rounds them as cpu/fwd.h does:
-    // so before one, only where one query sees many keys, whose weights are small.
-    bool decodes(int num_queries, int num_rows, int num_keys) const {
-        constexpr int kManyKeys = 128;
-        return num_rows <= kDecodeRows && (params_.inference || (num_queries == 1 && num_keys >= kManyKeys));
-    }
+    // Whether cpu/decode.h computes a tile. A backward pass computes scores again, and rounds them as cpu/fwd.h does.
+    bool decodes(int num_rows) const { return params_.inference && num_rows <= kDecodeRows; }
 
     void add_group(int batch, const Sequence& seq, const WindowMask& mask, int query, int count) {
         const int heads = group_size(), rows = count * heads;
@@ -99,10 +95,9 @@ private:
         const int first = round_down(max(keys.begin, 0), kSplitAlignment);
         const int size = keys_per_chunk(max(keys.end - first, 0), rows, params_.num_splits);
         const int num_chunks = max(ceil_div(keys.end - first, size), 1);
-        const bool is_decoded = decodes(count, rows, keys.end - keys.begin);
         for (int chunk = 0; chunk < num_chunks; ++chunk) {
             const Range part{max(first + chunk * size, keys.begin), min(first + (chunk + 1) * size, keys.end)};
-            chunks_.push_back({{batch, 0, heads, query, count, part.begin, part.end, is_decoded, 1, nullptr, 0},
+            chunks_.push_back({{batch, 0, heads, query, count, part.begin, part.end, decodes(rows), 1, nullptr, 0},
                                int64_t(rows) * max(part.end - part.begin, 0),
                                int(groups_.size()),
                                chunk});
