@@ -26,7 +26,7 @@ public:
             const WindowMask mask = WindowMask::of(p_, seq, batch, 0);
             const int queries = queries_of_group(seq);
             for (int query = 0; queries > 0 && query < seq.seqlen_q; query += queries)
-                add_group(batch, seq, mask, query, min(queries, seq.seqlen_q - query));
+                add_group(batch, mask, query, min(queries, seq.seqlen_q - query));
             if (queries == 0) add_query_tiles(batch, seq, mask);
         }
         longest_first(tiles_);
@@ -89,7 +89,7 @@ private:
     // Whether cpu/decode.h computes a tile. A backward pass computes scores again, and rounds them as cpu/fwd.h does.
     bool decodes(int num_rows) const { return params_.inference && num_rows <= kDecodeRows; }
 
-    void add_group(int batch, const Sequence& seq, const WindowMask& mask, int query, int count) {
+    void add_group(int batch, const WindowMask& mask, int query, int count) {
         const int heads = group_size(), rows = count * heads;
         const Range keys = mask.kv_range({query, query + count});
         const int first = round_down(max(keys.begin, 0), kSplitAlignment);
