@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from decoding import BATCH, CAPACITY, EMBED, HEAD_DIM, HEADS, MAX_BATCH, SEQLEN, make, one_pass, params_of, run, tokens
@@ -303,4 +304,6 @@ def test_compile(use_flash_attn, options, kind):
         if kind == "lengths":
             params.lengths_per_sample += 1
     assert_near([torch.cat(outs, dim=1)], [expected], atol=1e-12)
-    assert counter.frame_count <= (1 if kind == "lengths" else 2)
+    # Older releases of torch guard the offset even where lengths take its place.
+    needs_one = kind == "lengths" and Version(torch.__version__) >= Version("2.13")
+    assert counter.frame_count <= (1 if needs_one else 2)
