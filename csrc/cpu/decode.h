@@ -35,10 +35,14 @@ template <class E, class Dot> struct DecodeBlock {
             weights = arena.take<Operand>(kDecodeRows * kPairs);
     }
 
-    // Looks up the block after `keys`, up to key `end`.
+    // Looks up the block after `keys`, up to key `end`; after the last one, nothing is left to fetch but this one.
     void look_up_next(const Problem& p, const Sequence& seq, int batch, int end) {
         const int count = min(kDecodeBlock, end - keys.end);
-        if (count <= 0) return;
+        if (count <= 0) {
+            memcpy(next_k_offset, k_offset, sizeof(int64_t) * kDecodeBlock);
+            memcpy(next_v_offset, v_offset, sizeof(int64_t) * kDecodeBlock);
+            return;
+        }
         look_up(p.k, p, batch, seq.first_row_k + keys.end, count, next_k_offset);
         look_up(p.v, p, batch, seq.first_row_k + keys.end, count, next_v_offset);
     }

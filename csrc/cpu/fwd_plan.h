@@ -107,7 +107,7 @@ private:
         partial_bytes_ += bytes * num_chunks * p_.num_heads_k;
     }
 
-    // Where the heads of a key lie next to each other, one task takes several of them, so that memory is read in order;
+    // Where the heads of a key lie next to each other, one task takes several of them, so that memory is read in order,
     // as long as there are tasks enough to keep all threads busy.
     void join_heads(int num_threads) {
         constexpr int kTasksPerThread = 4;
