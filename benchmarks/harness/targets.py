@@ -47,9 +47,9 @@ TARGETS = (
     Target("window 256 at seqlen 4096, to torch's best", 10.0, _group("window", 4096)),
     Target("ragged batch, to torch's best with a dense mask", 5.0, _group("varlen", 1024), "mask"),
     Target(
-        "no case under the floor, to torch's best (fp32 with seqlen_q up to 16 excepted)",
+        "no case under the floor, to torch's best",
         0.95,
-        lambda case: case["seqlen_k"] >= 512 and not (case["dtype"] == "fp32" and case["seqlen_q"] <= 16),
+        lambda case: case["seqlen_k"] >= 512,
     ),
 )
 

@@ -3,12 +3,12 @@
 // tile), then P = exp(S - lse), dS = P (dP - dsoftmax_sum), dV += P^T dO, dK += dS^T Q, dQ += dS K. softmax_lse and
 // dsoftmax_sum hold all row statistics, so there are no reductions within a vector.
 #pragma once
+#include "cpu/bwd_rows.h"
 #include "cpu/long_sum.h"
+#include "cpu/row_vectors.h"
 #include "cpu/tile.h"
 
 namespace flash_attn::cpu::FA_ISA {
-
-template <class T> FA_INLINE int padded_row(int head_dim) { return round_up(head_dim, kLanes<T>); }
 
 template <class E, class Dot> class BwdSlice {
     using T = Compute<E>;
@@ -27,6 +27,8 @@ template <class E, class Dot> class BwdSlice {
         LongSum<T> dk, dv;                   // [kKeys][padded head_dim(_v)]; one term per query tile of each head
         T* derivative;                       // [kQueries][kKeys]: derivative of softcap
         uint16_t* keep;                      // [kQueries][kKeys]
+        Operand* q_vectors;                  // [kDecodeRows][vectors of head_dim]: of sequences with few rows
+        int64_t* k_offset;                   // [kKeys]: likewise; of rows from the first one of the head on
         const E** rows;                      // [kKeys]
 
         Buffers(Arena& arena, const Problem& p) {
@@ -52,10 +54,13 @@ template <class E, class Dot> class BwdSlice {
             dv = LongSum<T>::take(arena, kKeys * row_v, long_sums);
             derivative = arena.take<T>(p.score.softcap > 0 ? kQueries * kKeys : 0);
             keep = arena.take<uint16_t>(p.dropout.threshold ? kQueries * kKeys : 0);
+            q_vectors = arena.take<Operand>(int64_t(kDecodeRows) * row_vectors(p));
+            k_offset = arena.take<int64_t>(kKeys);
             rows = arena.take<const E*>(kKeys);
         }
     };
 
+    static int row_vectors(const Problem& p) { return RowVectors<E, Dot>::count_of(p.head_dim) * L; }
     // Number of query tiles that may see one key tile.
     static int64_t most_tiles(const Problem& p) {
         return int64_t(p.num_heads / p.num_heads_k) * ceil_div(p.seqlens.seqlen_q, kQueries);
@@ -72,8 +77,9 @@ public:
         : params_(params), p_(params.problem), task_(task), b_(arena, p_),
           seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)),
           mask_(WindowMask::of(p_, seq_, task.batch, task.head_k * (p_.num_heads / p_.num_heads_k))),
-          heads_per_key_head_(p_.num_heads / p_.num_heads_k), row_(padded_row<T>(p_.head_dim)),
-          row_v_(padded_row<T>(p_.head_dim_v)), row_q_(kDepth == 1 ? row_ : PackE::depth_of(p_.head_dim)),
+          few_rows_(has_few_rows(p_, seq_)), heads_per_key_head_(p_.num_heads / p_.num_heads_k),
+          row_(padded_row<T>(p_.head_dim)), row_v_(padded_row<T>(p_.head_dim_v)),
+          row_q_(kDepth == 1 ? row_ : PackE::depth_of(p_.head_dim)),
           row_dout_(kDepth == 1 ? row_v_ : PackE::depth_of(p_.head_dim_v)),
           rescale_(scalars_of<T>(p_).dropout_rescale) {}
 
@@ -146,8 +152,11 @@ private:
         const Range part{round_down(first, L), round_up(last, L)};
         const int count = rows.end - rows.begin, padded = round_up(count, kDepth), columns = part.end - part.begin;
         load_queries(head, rows);
-        gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim), {b_.q, row_q_},
-                                {b_.k_t + part.begin, kKeys}, {b_.s + part.begin, kKeys});
+        if (few_rows_)
+            multiply_in_place(head, rows);
+        else
+            gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim), {b_.q, row_q_},
+                                    {b_.k_t + part.begin, kKeys}, {b_.s + part.begin, kKeys});
         gemm_over_head_dim<Dot>(padded, columns, PackE::depth_of(p_.head_dim_v), {b_.dout, row_dout_},
                                 {b_.v_t + part.begin, kKeys}, {b_.dp + part.begin, kKeys});
         const bool is_full = mask_.is_full_block(rows, {keys_.begin + part.begin, keys_.begin + part.end});
@@ -157,6 +166,18 @@ private:
         weights_and_gradients(head, rows, padded, part, is_full, variant);
         if (p_.dropout.threshold) drop_p(padded, part);
         accumulate(head, rows, padded, {first, last}, part, is_full);
+    }
+
+    // S of the whole key tile, as the forward pass computes it.
+    void multiply_in_place(int head, Range rows) {
+        const int count = rows.end - rows.begin, keys = keys_.end - keys_.begin, stride = row_vectors(p_);
+        for (int r = 0; r < count; ++r)
+            RowVectors<E, Dot>::pack(row_ptr<E>(p_.q, task_.batch, seq_.first_row_q + rows.begin + r, head),
+                                     p_.head_dim, b_.q_vectors + r * stride);
+        for (int i = 0; i < kKeys; ++i) b_.k_offset[i] = int64_t(min(i, keys - 1)) * p_.k.row_stride;
+        const RowsInPlace<E> k{row_ptr<E>(p_.k, task_.batch, seq_.first_row_k + keys_.begin, task_.head_k),
+                               b_.k_offset};
+        DotProducts<E, Dot>::multiply(count, keys, p_.head_dim, {b_.q_vectors, stride}, k, k, {b_.s, kKeys});
     }
 
     void modify_scores(const HeadVariant<T>& variant, Range rows, Range part) {
@@ -322,76 +343,12 @@ private:
     const Buffers b_;
     const Sequence seq_;
     const WindowMask mask_;
+    const bool few_rows_;
     const int heads_per_key_head_, row_, row_v_;  // row_: padded head_dim
     const int row_q_, row_dout_;                  // row strides of b_.q and b_.dout
     const T rescale_;                             // of the weights that dropout keeps
     Range keys_{0, 0};                            // the key tile
     int64_t num_tiles_ = 0;                       // query tiles added so far to dK and dV of this key tile
 };
-
-constexpr int kPreprocessRows = 64;
-
-// dsoftmax_sum = rowsum(dout * out), for one head of one sequence, summed in the order of dP = dO V^T: for a query that
-// sees a single key, out is v, and dP - dsoftmax_sum is exactly 0, as it must be.
-template <class E, class Dot> static void bwd_preprocess(const BwdParams& params, int batch, int head, void* scratch) {
-    using T = Compute<E>;
-    using Operand = typename Dot::Operand;
-    using PackE = Pack<E, Dot>;
-    constexpr int kRows = kPreprocessRows;
-    const Problem& p = params.problem;
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
-    Arena arena(scratch);
-    const int depth = PackE::depth_of(p.head_dim_v);
-    // [depth][kRows]
-    Operand *out_t = arena.take<Operand>(kRows * depth), *dout_t = arena.take<Operand>(kRows * depth);
-    for (int row0 = 0; row0 < seq.seqlen_q; row0 += kRows) {
-        const int count = min(kRows, seq.seqlen_q - row0);
-        const E* rows[kRows];
-        collect_rows<E>(params.out, batch, seq.first_row_q + row0, head, count, rows);
-        PackE::transposed(rows, count, kRows, p.head_dim_v, {out_t, kRows});
-        collect_rows<E>(params.dout, batch, seq.first_row_q + row0, head, count, rows);
-        PackE::transposed(rows, count, kRows, p.head_dim_v, {dout_t, kRows});
-        T sums[kRows];
-        for (int i = 0; i < kRows; i += kLanes<T>) {
-            Vec<T> sum{};
-            for (int k0 = 0; k0 < depth; k0 += kLongestSum) {
-                Vec<T> part{};
-                for (int k = k0; k < min(k0 + kLongestSum, depth); ++k)
-                    part = Dot::multiply_add(part, load(dout_t + k * kRows + i), load(out_t + k * kRows + i));
-                sum += part;
-            }
-            store(sums + i, sum);
-        }
-        memcpy(row_ptr<T>(params.dsoftmax_sum, batch, seq.first_row_q + row0, head), sums, sizeof(T) * count);
-    }
-}
-static size_t bwd_preprocess_scratch(const BwdParams& params) {
-    return size_t(2 * kPreprocessRows) * params.problem.head_dim_v * sizeof(double);
-}
-
-// dQ of one head of one sequence: the sum over splits in a fixed order, times softmax_scale. dlse is subtracted from
-// dsoftmax_sum only here: the main pass adds it to dP - rowsum(dout * out), which may be much smaller than either term.
-template <class E> static void bwd_postprocess(const BwdParams& params, const BwdTask& task, int head) {
-    using T = Compute<E>;
-    const Problem& p = params.problem;
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, task.batch);
-    const int row_length = padded_row<T>(p.head_dim);
-    const int64_t split_stride = int64_t(p.num_heads) * seq.seqlen_q * row_length;
-    const T* accum = static_cast<const T*>(task.dq_accum) + int64_t(head) * seq.seqlen_q * row_length;
-    for (int i = 0; i < seq.seqlen_q; ++i, accum += row_length) {
-        const int64_t row = seq.first_row_q + i;
-        E* dq = row_ptr<E>(params.dq, task.batch, row, head);
-        for_each_vector<T>(p.head_dim, [&](int d, int n) {
-            Vec<T> sum = load(accum + d);
-            for (int split = 1; split < task.num_splits; ++split) sum += load(accum + split * split_stride + d);
-            store_some(dq + d, sum * T(p.score.softmax_scale), n);
-        });
-        T* const dsoftmax_sum = row_ptr<T>(params.dsoftmax_sum, task.batch, row, head);
-        if (std::isinf(*row_ptr<T>(params.softmax_lse, task.batch, row, head)))
-            *dsoftmax_sum = T(0);  // no visible keys: no gradients
-        else if (params.dlse.data)
-            *dsoftmax_sum -= *row_ptr<T>(params.dlse, task.batch, row, head);
-    }
-}
 
 }  // namespace flash_attn::cpu::FA_ISA

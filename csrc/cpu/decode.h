@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/lanes.h"
 #include "cpu/merge.h"
+#include "cpu/row_vectors.h"
 #include "cpu/tile.h"
 
 namespace flash_attn::cpu::FA_ISA {
@@ -75,25 +76,28 @@ private:
 template <class E, class Dot> class DecodeTile {
     using T = Compute<E>;
     using Operand = typename Dot::Operand;
-    using PackE = Pack<E, Dot>;
+    using Rows = RowVectors<E, Dot>;
     using Block = DecodeBlock<E, Dot>;
-    static constexpr int L = kLanes<T>, kStep = L * Dot::kDepth;  // elements of a row in one vector of operands
-    static constexpr int kBlock = kDecodeBlock, kPairs = Block::kPairs;
-    // Accumulators of a block of dot products: as many as registers allow, a multiple of the vector length.
-    static constexpr int kAccumulators = FA_MICRO_ROWS * FA_MICRO_VECTORS >= 16 ? 16 : 8;
+    using Products = DotProducts<E, Dot>;
+    static constexpr int L = kLanes<T>, kBlock = kDecodeBlock, kPairs = Block::kPairs;
+    static constexpr int kStep = Rows::kElements;  // elements of V in one vector
+    static constexpr int kSums = kStep / L;        // vectors of sums that they are added to
+    static constexpr int kAccumulators = Products::kAccumulators;
 
     struct Buffers {
-        Operand* q;                             // [row][head_dim / kDepth, padded]
-        T* o;                                   // [row][head_dim_v, padded]
-        T *row_max, *row_sum, *factor, *slope;  // [row]
-        int *position, *first_key, *last_key;   // [row]: on the axis of keys; visible keys
+        Operand* q;                            // [row][head_dim / kDepth, padded], in the order of RowVectors
+        T* o;                                  // [row][head_dim_v, padded], in the same order
+        T *row_max, *factor, *slope;           // [row]
+        T* row_sum;                            // [row][L]: of the weights in each lane
+        int *position, *first_key, *last_key;  // [row]: on the axis of keys; visible keys
         int q_stride, o_stride;
 
         Buffers(Arena& arena, const Problem& p, int rows)
-            : q_stride(round_up(PackE::depth_of(p.head_dim), L)), o_stride(round_up(p.head_dim_v, kStep)) {
+            : q_stride(Rows::count_of(p.head_dim) * L), o_stride(round_up(p.head_dim_v, kStep)) {
             q = arena.take<Operand>(int64_t(rows) * q_stride);
             o = arena.take<T>(int64_t(rows) * o_stride);
-            for (T** each : {&row_max, &row_sum, &factor, &slope}) *each = arena.take<T>(rows);
+            for (T** each : {&row_max, &factor, &slope}) *each = arena.take<T>(rows);
+            row_sum = arena.take<T>(int64_t(rows) * L);
             for (int** each : {&position, &first_key, &last_key}) *each = arena.take<int>(rows);
         }
     };
@@ -111,7 +115,10 @@ public:
         while (block.keys.end < task.key_end) {
             block.move_on(task.key_end);
             block.look_up_next(p, tiles->seq_, task.batch, task.key_end);
-            for (int i = 0; i < task.num_tiles; ++i) tiles[i].add_block();
+            for (int i = 0; i < task.num_tiles; ++i) {
+                const bool is_last = i + 1 == task.num_tiles;
+                tiles[i].add_block(is_last ? tiles[0].in_next_block() : tiles[i + 1].here());
+            }
         }
         for (int i = 0; i < task.num_tiles; ++i) tiles[i].write();
     }
@@ -138,8 +145,7 @@ private:
     void load_rows() {
         const E* q_rows[kDecodeRows];
         collect_query_rows<E>(p_.q, task_.batch, seq_.first_row_q, rows_, q_rows);
-        memset(b_.q, 0, sizeof(Operand) * rows_.count * b_.q_stride);
-        PackE::rows(q_rows, rows_.count, p_.head_dim, {b_.q, b_.q_stride});
+        for (int row = 0; row < rows_.count; ++row) Rows::pack(q_rows[row], p_.head_dim, b_.q + row * b_.q_stride);
         memset(b_.o, 0, sizeof(T) * rows_.count * b_.o_stride);
         shared_ = {task_.key_begin, task_.key_end};
         for (int row = 0; row < rows_.count; ++row) {
@@ -150,69 +156,30 @@ private:
             b_.position[row] = variant_.mask.position(query);
             b_.slope[row] = alibi_slope(p_.score, task_.batch, rows_.head(row));
             b_.row_max[row] = -INFINITY;
-            b_.row_sum[row] = 0;
+            store(b_.row_sum + row * L, Vec<T>{});
         }
     }
 
-    void add_block() {
+    // The keys and values of a block.
+    struct KeyRows { RowsInPlace<E> k, v; };
+    KeyRows here() const { return {{k_, block_.k_offset}, {v_, block_.v_offset}}; }
+    KeyRows in_next_block() const { return {{k_, block_.next_k_offset}, {v_, block_.next_v_offset}}; }
+
+    // Meanwhile fetches what the task reads next: the rows of the same keys for the next tile, or of the next keys.
+    void add_block(const KeyRows& fetched) {
+        fetched_ = fetched;
         keys_ = block_.keys;
         const int count = keys_.end - keys_.begin, begin = clamp(shared_.begin - keys_.begin, 0, count);
         all_ = {begin, clamp(shared_.end - keys_.begin, begin, count)};
         values_ = block_.values_in(all_, v_);
+        Products::multiply(rows_.count, count, p_.head_dim, {b_.q, b_.q_stride}, here().k, fetched_.k,
+                           {block_.s, kBlock});
+        for (int row = 0; row < rows_.count; ++row) softmax(row);
         int row = 0;
-        for (; row + 4 <= rows_.count; row += 4) multiply<4>(row);
-        for (; row + 2 <= rows_.count; row += 2) multiply<2>(row);
-        for (; row < rows_.count; ++row) multiply<1>(row);
-        for (row = 0; row < rows_.count; ++row) softmax(row);
-        for (row = 0; row + 4 <= rows_.count; row += 4) add_values<4>(row);
+        for (; row + 4 <= rows_.count; row += 4) add_values<4>(row);
         for (; row + 2 <= rows_.count; row += 2) add_values<2>(row);
         for (; row < rows_.count; ++row) add_values<1>(row);
     }
-
-    // s = q k^T for kRows rows. The first rows fetch the keys of the next block, the others what is there.
-    template <int kRows> void multiply(int row) {
-        constexpr int kKeys = kAccumulators / kRows;
-        const int64_t* const next = row == 0 ? block_.next_k_offset : block_.k_offset;
-        for (int key = 0; key < keys_.end - keys_.begin; key += kKeys)
-            dot_products<kRows, kKeys>(b_.q + row * b_.q_stride, block_.k_offset + key, next + key,
-                                       block_.s + row * kBlock + key);
-    }
-    template <int kRows, int kKeys> void dot_products(const Operand* q, const int64_t* k, const int64_t* next, T* s) {
-        Vec<T> acc[kRows * kKeys] = {};
-        const auto step = [&](int i, auto count) __attribute__((always_inline)) {
-            Vec<Operand> queries[kRows];
-#pragma GCC unroll 4
-            for (int m = 0; m < kRows; ++m) queries[m] = load(q + m * b_.q_stride + i * L);
-#pragma GCC unroll 16
-            for (int n = 0; n < kKeys; ++n) {
-                const Vec<Operand> x = load_operand(k_ + k[n] + i * kStep, count);
-                prefetch(k_ + next[n] + i * kStep);
-#pragma GCC unroll 4
-                for (int m = 0; m < kRows; ++m)
-                    acc[m * kKeys + n] = Dot::multiply_add(acc[m * kKeys + n], x, queries[m]);
-            }
-        };
-        const int whole = p_.head_dim / kStep, rest = p_.head_dim % kStep;
-        for (int i = 0; i < whole; ++i) step(i, std::integral_constant<int, kStep>());
-        if (rest) step(whole, rest);
-        T sums[kRows * kKeys];
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows * kKeys; i += L) store(sums + i, lane_sums(acc + i));
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) memcpy(s + m * kBlock, sums + m * kKeys, sizeof(T) * kKeys);
-    }
-    // `count` elements as operands: numbers or pairs; zeros after them.
-    FA_INLINE Vec<Operand> load_operand(const E* p, int count) {
-        if constexpr (Dot::kDepth == 1) {
-            return load_some(p, count);
-        } else {
-            Vec<Operand> x{};
-            memcpy(&x, p, count == kStep ? sizeof x : sizeof(E) * count);
-            return x;
-        }
-    }
-    // To the second-level cache: the first is too small for a block.
-    FA_INLINE void prefetch(const E* p) { __builtin_prefetch(p, 0, 2); }
 
     // Scores become weights exp2(score - max); factor rescales the previous sum and O.
     void softmax(int row) {
@@ -223,18 +190,19 @@ private:
         if (seen.first > 0 || seen.last < padded - 1) mask_scores(seen, s, padded);
         Vec<T> top = splat<T>(-INFINITY), sum{};
         for (int i = 0; i < padded; i += L) top = vmax(top, load(s + i));
-        const T old = b_.row_max[row], now = lane_max(vmax(splat<T>(old), top));
+        const T old = b_.row_max[row];
+        const T now = any_above(top, old) ? lane_max(vmax(splat<T>(old), top)) : old;
         // A row that has seen no key yet must not compute inf - inf.
         const T offset = now == T(-INFINITY) ? T(0) : now;
         b_.row_max[row] = now;
-        b_.factor[row] = exp2(splat<T>((old - offset) * variant_.scale_log2))[0];
+        b_.factor[row] = now == old ? T(1) : exp2(splat<T>((old - offset) * variant_.scale_log2))[0];
         // The max is subtracted before scaling: the largest weight is exactly 1, and a lone key gives exactly v.
         for (int i = 0; i < padded; i += L) {
             const Vec<T> weight = exp2((load(s + i) - offset) * variant_.scale_log2);
             sum += weight;
             store(s + i, weight);
         }
-        b_.row_sum[row] = b_.row_sum[row] * b_.factor[row] + lane_sum(sum);
+        store(b_.row_sum + row * L, load(b_.row_sum + row * L) * b_.factor[row] + sum);
         if constexpr (Dot::kDepth == 2) {
             for (int i = padded; i < kBlock; i += L) store(s + i, Vec<T>{});
             for (int i = 0; i < kPairs; i += L)
@@ -256,7 +224,7 @@ private:
         }
     }
 
-    // O = O * factor + P V for kRows rows. Fetches the values of the next block. Keys that only some of the rows see
+    // O = O * factor + P V for kRows rows. Fetches other values. Keys that only some of the rows see
     // are not multiplied by weights of 0, for 0 * NaN is NaN: they are added row by row.
     template <int kRows> void add_values(int row) {
         add_all_columns<kRows, kAccumulators / kRows>(row, 0);
@@ -269,7 +237,7 @@ private:
     template <int kRows, int kVectors> void add_all_columns(int row, int d) {
         for (; d + kVectors * L <= p_.head_dim_v; d += kVectors * L)
             add_columns<kRows, kVectors>(row, d, std::integral_constant<int, kStep>());
-        if constexpr (kVectors > Dot::kDepth)
+        if constexpr (kVectors > kSums)
             add_all_columns<kRows, kVectors / 2>(row, d);
         else if (d < p_.head_dim_v)
             add_columns<kRows, kVectors>(row, d, p_.head_dim_v - d);
@@ -277,7 +245,7 @@ private:
     template <int kRows, int kVectors, class Count> void add_columns(int row, int d, Count count) {
         Vec<T> acc[kRows][kVectors] = {};
         const Operand* const weights = block_.weights + row * kPairs;
-        const int64_t* const next_values = row == 0 ? block_.next_v_offset : block_.v_offset;
+        const RowsInPlace<E> fetched = row == 0 ? fetched_.v : here().v;
         const int num_pairs = min(kPairs, keys_.end - keys_.begin);
         for (int i = 0; i < num_pairs; ++i) {
             Vec<Operand> w[kRows];
@@ -287,23 +255,24 @@ private:
 #pragma GCC unroll 4
                 for (int m = 0; m < kRows; ++m) acc[m][n] = Dot::multiply_add(acc[m][n], w[m], x);
             };
-            const E *const v = v_ + values_[i] + d, *const next = v_ + next_values[i] + d;
+            const E *const v = v_ + values_[i] + d, *const next = fetched.row(i) + d;
             if constexpr (Dot::kDepth == 1) {
 #pragma GCC unroll 16
                 for (int n = 0; n < kVectors; ++n) {
-                    prefetch(next + n * L);
-                    add(n, load_operand(v + n * L, count));
+                    if (n % kSums == 0) __builtin_prefetch(next + n * L);
+                    add(n, Rows::operand(v + n / kSums * kStep, n % kSums, count));
                 }
             } else {
                 const E* const partner = v_ + values_[i + kPairs] + d;
-                const E* const next_partner = v_ + next_values[i + kPairs] + d;
+                const E* const next_partner = fetched.row(i + kPairs) + d;
 #pragma GCC unroll 8
                 for (int n = 0; n < kVectors; n += 2) {
-                    const Vec<Operand> x = load_operand(v + n * L, count), y = load_operand(partner + n * L, count);
-                    prefetch(next + n * L);
-                    prefetch(next_partner + n * L);
-                    add(n, interleave<0>(x, y));
-                    add(n + 1, interleave<1>(x, y));
+                    const Vec<Operand> x = Rows::operand(v + n * L, 0, count),
+                                       y = Rows::operand(partner + n * L, 0, count);
+                    __builtin_prefetch(next + n * L);
+                    __builtin_prefetch(next_partner + n * L);
+                    add(n, interleave<0, uint16_t>(x, y));
+                    add(n + 1, interleave<1, uint16_t>(x, y));
                 }
             }
         }
@@ -320,19 +289,19 @@ private:
         T* const o = b_.o + row * b_.o_stride;
         for (int key = part.begin; key < part.end; ++key) {
             if (keys_.begin + key < b_.first_key[row] || keys_.begin + key > b_.last_key[row]) continue;
-            const E* const v = v_ + block_.v_offset[key];
-            const T weight = block_.s[row * kBlock + key];
-            for_each_vector<T>(p_.head_dim_v,
-                               [&](int d, int count) { store(o + d, load(o + d) + weight * load_some(v + d, count)); });
+            Rows::add_scaled(block_.s[row * kBlock + key], v_ + block_.v_offset[key], p_.head_dim_v, o);
         }
     }
 
     void write() {
-        for (int row = 0; row < rows_.count; ++row) task_.partial ? write_partial(row) : write_out(row);
+        for (int row = 0; row < rows_.count; ++row) {
+            Rows::restore_order(b_.o + row * b_.o_stride, p_.head_dim_v);
+            task_.partial ? write_partial(row) : write_out(row);
+        }
     }
     void write_out(int row) {
         const int64_t query = seq_.first_row_q + rows_.query(row);
-        const T sum = b_.row_sum[row], inverse = sum == 0 ? T(0) : 1 / sum;
+        const T sum = lane_sum(load(b_.row_sum + row * L)), inverse = sum == 0 ? T(0) : 1 / sum;
         *row_ptr<T>(params_.softmax_lse, task_.batch, query, rows_.head(row)) =
             lse_of(b_.row_max[row] * variant_.scale, sum);
         E* const out = row_ptr<E>(params_.out, task_.batch, query, rows_.head(row));
@@ -343,7 +312,7 @@ private:
     void write_partial(int row) {
         const Partial<T> partial(task_.partial, rows_.count, p_.head_dim_v);
         partial.row_max[row] = b_.row_max[row];
-        partial.row_sum[row] = b_.row_sum[row];
+        partial.row_sum[row] = lane_sum(load(b_.row_sum + row * L));
         memcpy(partial.row(row), b_.o + row * b_.o_stride, sizeof(T) * partial.stride);
     }
 
@@ -359,6 +328,7 @@ private:
     Range shared_{0, 0};               // the keys that all rows see
     Range keys_{0, 0};                 // the block
     Range all_{0, 0};                  // the part of the block that all rows see, from its start
+    KeyRows fetched_{};                // fetched meanwhile
     const int64_t* values_ = nullptr;  // [kBlock]: offsets of the values of that part
 };
 

@@ -26,7 +26,7 @@ public:
             const WindowMask mask = WindowMask::of(p_, seq, batch, 0);
             const int queries = queries_of_group(seq);
             for (int query = 0; queries > 0 && query < seq.seqlen_q; query += queries)
-                add_group(batch, mask, query, min(queries, seq.seqlen_q - query));
+                add_group(batch, seq, mask, query, min(queries, seq.seqlen_q - query));
             if (queries == 0) add_query_tiles(batch, seq, mask);
         }
         longest_first(tiles_);
@@ -86,18 +86,17 @@ private:
         }
     }
 
-    // Whether cpu/decode.h computes a tile. A backward pass computes scores again, and rounds them as cpu/fwd.h does.
-    bool decodes(int num_rows) const { return params_.inference && num_rows <= kDecodeRows; }
-
-    void add_group(int batch, const WindowMask& mask, int query, int count) {
+    void add_group(int batch, const Sequence& seq, const WindowMask& mask, int query, int count) {
         const int heads = group_size(), rows = count * heads;
+        // The last tile of many may have few rows, too.
+        const bool decodes = has_few_rows(p_, seq) || (params_.inference && rows <= kDecodeRows);
         const Range keys = mask.kv_range({query, query + count});
         const int first = round_down(max(keys.begin, 0), kSplitAlignment);
         const int size = keys_per_chunk(max(keys.end - first, 0), rows, params_.num_splits);
         const int num_chunks = max(ceil_div(keys.end - first, size), 1);
         for (int chunk = 0; chunk < num_chunks; ++chunk) {
             const Range part{max(first + chunk * size, keys.begin), min(first + (chunk + 1) * size, keys.end)};
-            chunks_.push_back({{batch, 0, heads, query, count, part.begin, part.end, decodes(rows), 1, nullptr, 0},
+            chunks_.push_back({{batch, 0, heads, query, count, part.begin, part.end, decodes, 1, nullptr, 0},
                                int64_t(rows) * max(part.end - part.begin, 0),
                                int(groups_.size()),
                                chunk});

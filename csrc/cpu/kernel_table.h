@@ -12,6 +12,12 @@ constexpr int kQueryTile = 128, kKeyTile = 128;
 // A tile of cpu/decode.h has at most kDecodeRows rows; a task, kDecodeTiles tiles and kDecodeTaskRows rows in all.
 constexpr int kDecodeRows = 16, kDecodeTiles = 8, kDecodeTaskRows = 64;
 
+// Whether a sequence has so few queries that cpu/decode.h computes them, and the backward pass their scores, by the
+// same dot products: gradients need the weights that the output was made of. Dropout blocks are of one head.
+inline bool has_few_rows(const Problem& p, const Sequence& seq) {
+    return !p.dropout.threshold && int64_t(seq.seqlen_q) * (p.num_heads / p.num_heads_k) <= kDecodeRows;
+}
+
 // One forward task: a tile of rows, and a chunk of the keys that they see. A tile has `heads` heads from `first_head`
 // on, which share a key head; its row r is query first_query + r / heads of head first_head + r % heads.
 struct FwdTask {

@@ -28,16 +28,15 @@ template <class V, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2> FA_INLINE V lane_
     }
 }
 
-// 16-bit elements of x and y by turns, as pairs (low: x, high: y), of the first half (kPart = 0) or of the second.
-template <int kPart, int... kPair>
-FA_INLINE Vec<uint32_t> interleave(Vec<uint32_t> x, Vec<uint32_t> y, std::integer_sequence<int, kPair...>) {
-    typedef uint16_t Elements __attribute__((vector_size(kVectorBytes)));
-    constexpr int kCount = kVectorBytes / 2, kFirst = kPart * kCount / 2;
-    return (Vec<uint32_t>)__builtin_shufflevector((Elements)x, (Elements)y,
-                                                  (kFirst + kPair / 2 + (kPair % 2 ? kCount : 0))...);
+// Elements of x and y by turns, of the first half of each (kPart = 0) or of the second. Element: of any size.
+template <int kPart, class Element, class V, int... kIndex>
+FA_INLINE V interleave(V x, V y, std::integer_sequence<int, kIndex...>) {
+    typedef Element Elements __attribute__((vector_size(sizeof(V))));
+    constexpr int kCount = sizeof...(kIndex), kFirst = kPart * kCount / 2;
+    return (V)__builtin_shufflevector((Elements)x, (Elements)y, (kFirst + kIndex / 2 + (kIndex % 2 ? kCount : 0))...);
 }
-template <int kPart> FA_INLINE Vec<uint32_t> interleave(Vec<uint32_t> x, Vec<uint32_t> y) {
-    return interleave<kPart>(x, y, std::make_integer_sequence<int, kVectorBytes / 2>());
+template <int kPart, class Element, class V> FA_INLINE V interleave(V x, V y) {
+    return interleave<kPart, Element>(x, y, std::make_integer_sequence<int, sizeof(V) / sizeof(Element)>());
 }
 
 // Combines all lanes of x; every lane of the result has the outcome.

@@ -38,7 +38,8 @@ template <class T> FA_INLINE Vec<T> load(const T* p) {
     return *reinterpret_cast<const typename VecOf<T>::Unaligned*>(p);
 }
 template <class T> FA_INLINE void store(T* p, Vec<T> x) { *reinterpret_cast<typename VecOf<T>::Unaligned*>(p) = x; }
-template <class T> FA_INLINE Vec<T> splat(T x) { return Vec<T>{} + x; }
+// x - 0 is x, also for -0, so that nothing is computed; 0 + x would be.
+template <class T> FA_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 template <class T> FA_INLINE IntVec<T> splat_int(IntLane<T> x) { return IntVec<T>{} + x; }
 template <class T> FA_INLINE IntVec<T> lane_index() {
     IntVec<T> index;
@@ -70,6 +71,22 @@ FA_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
 #else
     return a > b ? a : b;
 #endif
+}
+
+// Whether any lane of x is above y.
+FA_INLINE bool any_above(Vec<float> x, float y) {
+#if FA_X86_LEVEL == 3
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(y), _CMP_GT_OQ);
+#elif FA_X86_LEVEL == 2
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)splat(y), _CMP_GT_OQ));
+#else
+    return x[0] > y || x[1] > y || x[2] > y || x[3] > y;
+#endif
+}
+FA_INLINE bool any_above(Vec<double> x, double y) {
+    bool any = false;
+    for (int i = 0; i < kLanes<double>; ++i) any |= x[i] > y;
+    return any;
 }
 
 // Adding this rounds to an integer, held in the low bits of the mantissa.
