@@ -15,6 +15,12 @@ std::string most_rows(const c10::SymInt& capacity, const c10::SymInt& seqlen_new
                     capacity);
 }
 
+// Whether the caches share memory, but for values that are leading columns of keys. Of tensors with holes nobody knows.
+bool overlap(const KvCacheArgs& args) {
+    return !args.k_cache.is_meta() &&
+           at::get_overlap_status(args.k_cache, args.v_cache) == at::MemOverlapStatus::Partial;
+}
+
 class KvCacheValidator : public Checks {
 public:
     explicit KvCacheValidator(const KvCacheArgs& args)
@@ -75,7 +81,8 @@ private:
         }
         check_layout("k_cache", k);
         check_layout("v_cache", v);
-        if (args_.k && !k.is_meta() && at::get_overlap_status(k, v) == at::MemOverlapStatus::Partial)
+        // Pages of keys and values may be those of one pool: then the table decides (KvCacheValues).
+        if (args_.k && !args_.block_table && overlap(args_))
             reasons_.add("v_cache", "memory apart from k_cache, or its leading columns", "overlapping memory");
     }
     // A copy of a cache could not be written in place, and would cost more than the attention.
@@ -184,6 +191,13 @@ private:
     Size batch_size_, seqlen_q_, num_heads_, num_heads_k_, head_dim_, head_dim_v_;
 };
 
+// A page in use, in memory.
+struct PageInMemory {
+    int64_t begin, end;  // bytes
+    bool of_values;
+    int32_t page;
+};
+
 // Rows of the cache that one sequence appends: within an entry, which is a page or a batch entry.
 struct NewRows {
     int64_t entry, begin, end;
@@ -206,6 +220,7 @@ public:
         if (append_.rotary.cos && p_.seqlens.seqlen_q > 0) each(&KvCacheValues::is_position_good);
         if (p_.paged_kv.block_table) each(&KvCacheValues::are_entries_good);
         if (reasons_.empty() && seqlen_new_ > 0) check_rows_are_apart();
+        if (reasons_.empty() && seqlen_new_ > 0 && args_.block_table && overlap(args_)) check_pages_are_apart();
         reasons_.raise_if_any();
     }
 
@@ -257,6 +272,41 @@ private:
             return false;
         }
         return true;
+    }
+    // Pages of keys and pages of values in one pool must not be the same.
+    void check_pages_are_apart() {
+        std::vector<PageInMemory> all;
+        for (const Tensor* cache : {&args_.k_cache, &args_.v_cache}) {
+            const int64_t size = cache->itemsize(), last = (cache->size(1) - 1) * cache->stride(1) +
+                                                           (cache->size(2) - 1) * cache->stride(2) + cache->size(3);
+            const int64_t start = cache->storage_offset();
+            for (const int32_t page : pages_in_use()) {
+                const int64_t begin = start + page * cache->stride(0);
+                all.push_back({begin * size, (begin + last) * size, cache == &args_.v_cache, page});
+            }
+        }
+        std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
+        for (size_t i = 1; i < all.size(); ++i) {
+            const PageInMemory &one = all[i - 1], &two = all[i];
+            if (one.of_values == two.of_values || one.end <= two.begin) continue;
+            const int32_t of_keys = one.of_values ? two.page : one.page,
+                          of_values = one.of_values ? one.page : two.page;
+            return reasons_.add("block_table", "pages whose keys and values are apart in memory",
+                                c10::str("page ", of_keys, " of k_cache where page ", of_values, " of v_cache is"));
+        }
+    }
+    std::vector<int32_t> pages_in_use() const {
+        const PagedKv& paged = p_.paged_kv;
+        std::vector<int32_t> pages;
+        for (int b = 0; b < p_.batch_size; ++b) {
+            if (length(b) < 0) continue;
+            const int64_t count = ceil_div<int64_t>(length(b) + seqlen_new_, paged.page_size);
+            for (int64_t i = 0; i < count; ++i) {
+                const int32_t page = paged.block_table[b * paged.batch_stride + i];
+                if (page >= 0 && page < paged.num_pages) pages.push_back(page);  // of padding, it may be another
+            }
+        }
+        return pages;
     }
     // Two sequences must not append to the same rows.
     void check_rows_are_apart() {

@@ -84,7 +84,7 @@ def count_calls(monkeypatch):
 
         return call
 
-    for name in ("flash_attn_func", "flash_attn_varlen_func"):
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
         monkeypatch.setattr(flash_attn, name, counted(getattr(flash_attn, name)))
     for name in ("pad_input", "unpad_input"):
         monkeypatch.setattr(bert_padding, name, counted(getattr(bert_padding, name)))

@@ -34,13 +34,19 @@ def ints(values):
 @with_dtypes
 @pytest.mark.parametrize("page_size", [4, 256])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=str)
-def test_continuous_batching(page_size, dtype, options):
-    """transformers: one token each, a batch padded to a fixed size, keywords chosen by inspect.signature."""
+@pytest.mark.parametrize("one_pool", [False, True])
+def test_continuous_batching(page_size, dtype, options, one_pool):
+    """transformers: one token each, a batch padded to a fixed size, keywords chosen by inspect.signature.
+
+    one_pool: pages of keys and values are by turns in one tensor, of which both caches are views, a page apart.
+    """
     lengths, slots, max_pages, steps = [6, 0, 13], 5, 6, 5
     seen = [[random(n, HK, D, dtype=dtype) for n in lengths] for _ in "kv"]
-    caches = [torch.full((20, page_size, HK, D), torch.nan, dtype=dtype) for _ in "kv"]
+    caches = [torch.full((40, page_size, HK, D), torch.nan, dtype=dtype) for _ in "kv"]
+    if one_pool:
+        caches = [caches[0][:-1], caches[0][1:]]
     block_table = torch.full((slots, max_pages), -1, dtype=torch.int32)
-    pool = torch.randperm(20).tolist()
+    pool = (2 * torch.randperm(20)).tolist()
     for b, n in enumerate(lengths):
         pages = -(-(n + steps) // page_size)
         block_table[b, :pages] = ints([pool.pop() for _ in range(pages)])

@@ -53,6 +53,13 @@ def overlapping(*shape):
     return {"k_cache": both[:-8].view(shape), "v_cache": both[8:].view(shape)}
 
 
+def one_pool(page_of_keys: int):
+    """Pages of keys and of values in one pool: page i of v_cache is page i + 1 of k_cache."""
+    pool = torch.ones(8, 4, 2, 8)
+    caches = {"k_cache": pool[:-1], "v_cache": pool[1:], "v": rows(2, 2, 2, 8), "cache_seqlens": ints(4, 1)}
+    return {**caches, "block_table": ints([0, page_of_keys, -1], [6, -1, -1])}
+
+
 # (call, changed arguments, [(argument, part of the expected text, part of the received text)])
 SHAPES = [
     # What goes together.
@@ -158,6 +165,8 @@ VALUES = [
      [("cache_batch_idx", "different rows", "sequences 1 and 0, which both append to row 5 of batch entry 1")]),
     ("paged", {"block_table": ints([0, 1, -1], [2, 1, 5]), "cache_seqlens": ints(4, 5)},
      [("block_table", "different rows", "sequences 0 and 1, which both append to row 1 of page 1")]),
+    # Keys and values in one page.
+    ("paged", one_pool(1), [("block_table", "apart in memory", "page 1 of k_cache where page 0 of v_cache is")]),
     # Queries at positions that rotary_cos lacks.
     ("rotary", {"cache_seqlens": ints(4, 8), "causal": True}, [("rotary_cos", "position 10", "10 rows")]),
     ("chosen", {"cache_batch_idx": ints(5, 0), "cache_seqlens": ints(1, 9), "cache_leftpad": ints(-3, 0)},
@@ -188,6 +197,8 @@ FINE = [
     ("chosen", {"cache_batch_idx": ints(99, 0), "cache_seqlens": ints(-1, 5)}),
     ("paged", {"block_table": ints([0, 1, -1], [-9, -9, 99]), "cache_seqlens": ints(6, -3)}),
     ("paged", {"cache_leftpad": ints(3, 1)}),
+    ("paged", one_pool(2)),
+    ("paged", {**one_pool(1), "k": None, "v": None}),
     ("paged", {"cache_leftpad": ints(4, 9), "block_table": ints([-5, 1, -1], [99, 4, 5])}),
     ("paged", {"block_table": ints([0, 1, -1], [0, 4, 5])}),
     ("latent", {}),
