@@ -101,24 +101,10 @@ private:
     void load_keys() {
         const int count = tile_.end - tile_.begin;
         const int64_t first = seq_.first_row_k + tile_.begin;
-        k_ = contiguous_rows(p_.k, first, p_.head_dim);
-        v_ = contiguous_rows(p_.v, first, p_.head_dim_v);
-        if (!k_) {
-            collect_kv_rows<E>(p_.k, p_.paged_kv, task_.batch, first, head_k_, count, b_.rows);
-            PackE::rows(b_.rows, count, p_.head_dim, {b_.k, PackE::depth_of(p_.head_dim)});
-            k_ = b_.k;
-        }
-        if (!v_) {
-            collect_kv_rows<E>(p_.v, p_.paged_kv, task_.batch, first, head_k_, count, b_.rows);
-            PackE::by_row(b_.rows, count, round_up(count, kDepth), p_.head_dim_v, p_.head_dim_v, {b_.v, p_.head_dim_v});
-            v_ = b_.v;
-        }
-    }
-    // Rows that are operands in contiguous memory as they are; null if they are not.
-    const Operand* contiguous_rows(const TensorView& t, int64_t first, int length) const {
-        if constexpr (std::is_same_v<E, Operand>)
-            if (!p_.paged_kv.block_table && t.row_stride == length) return row_ptr<E>(t, task_.batch, first, head_k_);
-        return nullptr;
+        collect_kv_rows<E>(p_.k, p_.paged_kv, task_.batch, first, head_k_, count, b_.rows);
+        PackE::rows(b_.rows, count, p_.head_dim, {b_.k, PackE::depth_of(p_.head_dim)});
+        collect_kv_rows<E>(p_.v, p_.paged_kv, task_.batch, first, head_k_, count, b_.rows);
+        PackE::by_row(b_.rows, count, round_up(count, kDepth), p_.head_dim_v, p_.head_dim_v, {b_.v, p_.head_dim_v});
     }
 
     // One step of online softmax: the key tile for the queries of one panel.
@@ -129,7 +115,7 @@ private:
                          min(round_up(max(seen.end - tile_.begin, 0), kDepth), tile_.end - tile_.begin)};
         if (part.empty()) return;
         const int vectors = ceil_div(rows.end - rows.begin, L), depth = PackE::depth_of(p_.head_dim);
-        gemm_over_head_dim<Dot>(part.end - part.begin, vectors * L, depth, {k_ + int64_t(part.begin) * depth, depth},
+        gemm_over_head_dim<Dot>(part.end - part.begin, vectors * L, depth, {b_.k + int64_t(part.begin) * depth, depth},
                                 {b_.q_t + int64_t(panel) * depth * kPanel, kPanel},
                                 {b_.s + part.begin * kPanel, kPanel});
         const bool is_full = mask_.is_full_block(queries, {tile_.begin + part.begin, tile_.begin + part.end});
@@ -235,7 +221,7 @@ private:
     void accumulate(int panel, Range part, int vectors, bool is_full) {
         T* o_t = b_.o_t + int64_t(panel) * p_.head_dim_v * kPanel;
         const int first = part.begin / kDepth, depth = ceil_div(part.end, kDepth) - first;
-        const Operand* v = v_ + int64_t(first) * p_.head_dim_v;
+        const Operand* v = b_.v + int64_t(first) * p_.head_dim_v;
         if (!is_full && holds_nonfinite<Operand>({v, p_.head_dim_v}, depth, p_.head_dim_v)) {
             accumulate_selected(panel, part, vectors, o_t);
             return;
@@ -254,7 +240,7 @@ private:
                 for (int key = part.begin; key < part.end; ++key)
                     if (seen.keep(tile_.begin + key))
                         sum += unpack_operand(b_.p[key / kDepth * kPanel + i], key % kDepth) *
-                               unpack_operand(v_[int64_t(key / kDepth) * p_.head_dim_v + d], key % kDepth);
+                               unpack_operand(b_.v[int64_t(key / kDepth) * p_.head_dim_v + d], key % kDepth);
                 o_t[d * kPanel + i] = sum + o_t[d * kPanel + i] * b_.factor[i];
             }
         }
@@ -317,8 +303,7 @@ private:
     const WindowMask& mask_;
     const DropoutMask& dropout_;
     const int head_k_, num_panels_;
-    Range tile_{0, 0};                           // the key tile
-    const Operand *k_ = nullptr, *v_ = nullptr;  // its rows, as in b_.k and b_.v
+    Range tile_{0, 0};  // the key tile in b_.k and b_.v
 };
 
 }  // namespace flash_attn::cpu::FA_ISA
