@@ -308,6 +308,8 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(tiles, **used, **modified, seed=93), Sim(smem=SMALL_SMEM)),
         (Case((256, 256), (128, 128), "bfloat16", 1, 1, causal=True, lse_grad=True), Sim(deterministic=True)),
         (Case((64,), (500,), "bfloat16"), Sim(deterministic=True)),
+        # Rows that are multiples of 16 bytes apart, and begin at none.
+        (Case((70,), (40,), "bfloat16", 7, 7), Sim(layout="gaps")),
         (threshold_case(), Sim()),
         # Scores near zero, which a softcap must leave as exact as they are.
         (Case((32,), (32,), "bfloat16", 1, 1, 1, 1, window_size=(0, 0), softcap=20.0, softmax_scale=0.9), Sim()),
