@@ -46,11 +46,7 @@ TARGETS = (
     Target("GQA 8/2, to torch flash", 1.4, _group("gqa", 2048), FLASH),
     Target("window 256 at seqlen 4096, to torch's best", 10.0, _group("window", 4096)),
     Target("ragged batch, to torch's best with a dense mask", 5.0, _group("varlen", 1024), "mask"),
-    Target(
-        "no case under the floor, to torch's best",
-        0.95,
-        lambda case: case["seqlen_k"] >= 512,
-    ),
+    Target("no case under the floor, to torch's best", 0.95, lambda case: case["seqlen_k"] >= 512),
 )
 
 

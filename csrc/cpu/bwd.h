@@ -110,7 +110,10 @@ private:
         collect_rows<E>(p_.v, task_.batch, first, task_.head_k, count, b_.rows);
         PackE::transposed(b_.rows, count, padded, p_.head_dim_v, {b_.v_t, kKeys});
         collect_rows<E>(p_.k, task_.batch, first, task_.head_k, count, b_.rows);
-        PackE::transposed(b_.rows, count, padded, p_.head_dim, {b_.k_t, kKeys});
+        if (few_rows_)
+            for (int i = 0; i < kKeys; ++i) b_.k_offset[i] = int64_t(min(i, count - 1)) * p_.k.row_stride;
+        else
+            PackE::transposed(b_.rows, count, padded, p_.head_dim, {b_.k_t, kKeys});
         PackE::by_row(b_.rows, count, padded, p_.head_dim, row_, {b_.k_by_row, row_});
         b_.dk.clear(count * row_);
         b_.dv.clear(count * row_v_);
@@ -174,7 +177,6 @@ private:
         for (int r = 0; r < count; ++r)
             RowVectors<E, Dot>::pack(row_ptr<E>(p_.q, task_.batch, seq_.first_row_q + rows.begin + r, head),
                                      p_.head_dim, b_.q_vectors + r * stride);
-        for (int i = 0; i < kKeys; ++i) b_.k_offset[i] = int64_t(min(i, keys - 1)) * p_.k.row_stride;
         const RowsInPlace<E> k{row_ptr<E>(p_.k, task_.batch, seq_.first_row_k + keys_.begin, task_.head_k),
                                b_.k_offset};
         DotProducts<E, Dot>::multiply(count, keys, p_.head_dim, {b_.q_vectors, stride}, k, k, {b_.s, kKeys});

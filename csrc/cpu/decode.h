@@ -86,7 +86,7 @@ template <class E, class Dot> class DecodeTile {
 
     struct Buffers {
         Operand* q;                            // [row][head_dim / kDepth, padded], in the order of RowVectors
-        T* o;                                  // [row][head_dim_v, padded], in the same order
+        T* o;                                  // [row][head_dim_v, padded], as RowVectors sums rows
         T *row_max, *factor, *slope;           // [row]
         T* row_sum;                            // [row][L]: of the weights in each lane
         int *position, *first_key, *last_key;  // [row]: on the axis of keys; visible keys

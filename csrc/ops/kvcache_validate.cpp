@@ -1,5 +1,6 @@
 // The checks of fwd_kvcache: of shapes and numbers, and of values in host memory.
 #include <ATen/MemoryOverlap.h>
+#include <c10/util/irange.h>
 #include <algorithm>
 #include <vector>
 #include "ops/checks.h"
@@ -254,12 +255,17 @@ private:
                      c10::str(append_.rotary.seqlen_rotary, " rows"));
         return false;
     }
+    // Indices into the table of a sequence: not those of padding alone, nor those after the new rows.
+    c10::integer_range<int64_t> entries_in_use(int b) const {
+        const int64_t rows = min(length(b) + seqlen_new_, append_.capacity), size = p_.paged_kv.page_size;
+        const int64_t skipped = p_.seqlens.leftpad_k ? max(p_.seqlens.leftpad_k[b], 0) : 0;
+        const int64_t first = min(skipped, length(b)) / size;
+        return c10::irange(first, max(ceil_div(rows, size), first));
+    }
     // The pages in use are of the pool, or the batch entry is of the cache.
     bool are_entries_good(int b) {
         const PagedKv& paged = p_.paged_kv;
-        const int64_t rows = min(length(b) + seqlen_new_, append_.capacity);
-        const int64_t skipped = p_.seqlens.leftpad_k ? max(p_.seqlens.leftpad_k[b], 0) : 0;
-        for (int64_t i = min(skipped, length(b)) / paged.page_size; i * paged.page_size < rows; ++i) {
+        for (const int64_t i : entries_in_use(b)) {
             const int32_t entry = paged.block_table[b * paged.batch_stride + i];
             if (entry >= 0 && entry < paged.num_pages) continue;
             if (args_.block_table) {
@@ -300,11 +306,7 @@ private:
         std::vector<int32_t> pages;
         for (int b = 0; b < p_.batch_size; ++b) {
             if (length(b) < 0) continue;
-            const int64_t count = ceil_div<int64_t>(length(b) + seqlen_new_, paged.page_size);
-            for (int64_t i = 0; i < count; ++i) {
-                const int32_t page = paged.block_table[b * paged.batch_stride + i];
-                if (page >= 0 && page < paged.num_pages) pages.push_back(page);  // of padding, it may be another
-            }
+            for (const int64_t i : entries_in_use(b)) pages.push_back(paged.block_table[b * paged.batch_stride + i]);
         }
         return pages;
     }

@@ -198,6 +198,7 @@ FINE = [
     ("paged", {"block_table": ints([0, 1, -1], [-9, -9, 99]), "cache_seqlens": ints(6, -3)}),
     ("paged", {"cache_leftpad": ints(3, 1)}),
     ("paged", one_pool(2)),
+    ("paged", {**one_pool(1), "cache_leftpad": ints(4, 0)}),  # page 0 of v_cache is padding
     ("paged", {**one_pool(1), "k": None, "v": None}),
     ("paged", {"cache_leftpad": ints(4, 9), "block_table": ints([-5, 1, -1], [99, 4, 5])}),
     ("paged", {"block_table": ints([0, 1, -1], [0, 4, 5])}),
