@@ -43,7 +43,17 @@ struct PagedKv {
     int32_t max_pages, num_pages, page_size;
 };
 
-// Query i sees key j iff i + shift - left <= j <= i + shift + right, with shift = seqlen_k - seqlen_q.
+// Where the queries and keys at hand lie in a longer sequence, of which other devices have the rest: query i at q_start +
+// i, key j at k_start + j, all below kMaxSeqlen. Not given: the last query is at the position of the last key. With
+// dropout, starts are multiples of kStartAlignment.
+struct Positions {
+    bool given;
+    const int32_t *q_starts, *k_starts;  // [batch_size], or null: of every sequence
+    int32_t q_start, k_start;
+};
+
+// Query i sees key j iff i + shift - left <= j <= i + shift + right, with shift = seqlen_k - seqlen_q or, where
+// positions are given, q_start - k_start.
 struct Window {
     int32_t left, right;  // kMaxSeqlen: unbounded
 };
@@ -65,6 +75,7 @@ struct DropoutParams {
     uint32_t threshold;  // a weight is dropped iff its 16 random bits are below: probability threshold / 2^16; 0: off
     uint64_t seed, offset;
     const int64_t* state;  // [2], device memory: seed and offset; null: the two fields above are used
+    int32_t head_start, heads_elsewhere;  // of a shard of heads: those before it, and all that are not in it
 };
 
 // softmax_scale and softcap as kernels use them (policy/scalars.h): softmax_scale, softmax_scale * log2(e),
@@ -80,11 +91,13 @@ struct Problem {
     TensorView v;  // as k, with head_dim_v
     Seqlens seqlens;
     PagedKv paged_kv;
+    Positions positions;
     Window window;
     Chunks chunks;  // from make_chunks() of policy/mask.h
     ScoreParams score;
     DropoutParams dropout;
     Scalars<float> scalars;
+    bool float_results;  // out, dq, dk and dv are not rounded to the element type: partial results, to be summed
 };
 
 struct FwdParams {

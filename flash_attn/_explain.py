@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _library
-from flash_attn.autograd import SEPARATE, Sequences, cast_for_autocast, convert_arguments
+from flash_attn import _library
+from flash_attn.autograd import SEPARATE, Sequences, cast_for_autocast, convert_arguments, extended_options
 
 _explain = _library.op("_explain")
 
@@ -46,6 +46,9 @@ def explain(
     return_attn_probs: bool = False,
     *,
     attention_chunk: int = 0,
+    q_start: int | Tensor | None = None,
+    k_start: int | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
@@ -55,7 +58,7 @@ def explain(
     """Find the backend that would run the forward pass of a call, without running it.
 
     Args:
-        q, k, v, ..., attention_chunk: as in flash_attn_func. deterministic and return_attn_probs have no effect.
+        q, k, v, ..., out_dtype: as in flash_attn_func. deterministic and return_attn_probs have no effect.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table: as in flash_attn_varlen_func, for a packed
             call. max_seqlen_q and max_seqlen_k may be omitted: they are then computed from cu_seqlens.
 
@@ -73,9 +76,9 @@ def explain(
     sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
         "explain", SEPARATE, (q, k, v), sequences, alibi_slopes, *numbers
     )
-    (attention_chunk,) = _checks.integers("explain", attention_chunk=attention_chunk)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = cast_for_autocast((q, k, v), q.device.type)
+    extended = extended_options("explain", q.dtype, attention_chunk, q_start, k_start, out_dtype)
     where: dict[str, Any] = {} if sequences is None else sequences._asdict()
     state = torch.zeros(2, dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     with torch.no_grad():
@@ -87,10 +90,10 @@ def explain(
             causal=causal,
             window_size_left=window_size[0],
             window_size_right=window_size[1],
-            attention_chunk=attention_chunk,
             softcap=softcap,
             dropout_p=dropout_p,
             rng_state=state,
+            **extended,
         )
     return Explanation(backend, tuple(zip(others[::2], others[1::2], strict=True)))
 

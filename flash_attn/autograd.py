@@ -107,6 +107,34 @@ def convert_arguments(
     return sequences, *rest
 
 
+def extended_options(
+    function: str, dtype: torch.dtype, attention_chunk: Any, q_start: Any, k_start: Any, out_dtype: Any
+) -> dict[str, Any]:
+    """The options beyond those of flash_attn 2.8.3, as arguments of the operators; those at their defaults are left out.
+
+    Args:
+        dtype: of the inputs.
+
+    Raises:
+        TypeError: an argument has the wrong type; the error names all of them.
+        ValueError: out_dtype is not one that results can have.
+    """
+    options: dict[str, Any] = {}
+    numbers = {"attention_chunk": attention_chunk, "q_start": q_start, "k_start": k_start}
+    for name in ("q_start", "k_start"):
+        if isinstance(numbers[name], Tensor) and numbers[name].dim() == 1:
+            options[f"{name}s"] = numbers.pop(name)
+        elif numbers[name] is None:
+            del numbers[name]
+    values = dict(zip(numbers, _checks.integers(function, **numbers), strict=True))
+    options |= {name: value for name, value in values.items() if name != "attention_chunk" or value != 0}
+    full = torch.float64 if dtype is torch.float64 else torch.float32
+    if out_dtype not in (None, dtype, full):
+        choices = " or ".join(dict.fromkeys((str(dtype), str(full))))
+        _checks.reject(ValueError, function, [f"out_dtype: expected {choices} for inputs of {dtype}, got {out_dtype}"])
+    return options | ({"float_results": True} if out_dtype not in (None, dtype) else {})
+
+
 def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -141,13 +169,23 @@ def _gather_pages(inputs: tuple[Tensor, ...], sequences: Sequences) -> tuple[tup
 
 
 def _run(
-    layout: str, inputs: tuple[Tensor, ...], where: dict[str, Any], options: dict[str, Any], deterministic: bool | None
+    layout: str,
+    inputs: tuple[Tensor, ...],
+    where: dict[str, Any],
+    options: dict[str, Any],
+    is_extended: bool,
+    deterministic: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out, softmax_lse and rng_state. deterministic: for the gradients; None if none are needed."""
+    """Returns out, softmax_lse and rng_state.
+
+    Args:
+        is_extended: the options are more than those of flash_attn 2.8.3.
+        deterministic: for the gradients; None if none are needed.
+    """
     # Under torch.compile packed inputs are split here: with dynamic shapes, inductor (torch 2.13) loses the storage
     # offsets of the views through which the gradient buffer would be written.
     in_one_piece = layout != SEPARATE and not torch.compiler.is_compiling()
-    if deterministic or (deterministic is not None and in_one_piece) or "attention_chunk" in options:
+    if deterministic or (deterministic is not None and in_one_piece) or is_extended:
         return _attention(inputs, **where, **options, deterministic=bool(deterministic))
     forward = _varlen_forward if where else _dense_forward
     out, softmax_lse, _, rng_state = forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
@@ -169,6 +207,9 @@ def attention(
     deterministic: bool,
     return_attn_probs: bool,
     attention_chunk: int = 0,
+    q_start: Any = None,
+    k_start: Any = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """The implementation of every public function.
 
@@ -178,7 +219,7 @@ def attention(
         sequences: None for a dense call.
         The other arguments: as in flash_attn_func.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and q_start is None and k_start is None and out_dtype is None:
         numbers = (dropout_p, softmax_scale, causal, window_size, attention_chunk, softcap)
         result = _eager_call(inputs, sequences, *numbers, alibi_slopes, deterministic, return_attn_probs)
         if result is not None:
@@ -187,12 +228,12 @@ def attention(
         *(function, layout, inputs, sequences, alibi_slopes),
         *(dropout_p, softmax_scale, causal, window_size, softcap),
     )
-    (attention_chunk,) = _checks.integers(function, attention_chunk=attention_chunk)
     if layout != SEPARATE:
         _check_packing(function, layout, inputs, sequences is not None)
     first = inputs[0]
     if not first.is_meta and torch.is_autocast_enabled(first.device.type):
         inputs = cast_for_autocast(inputs, first.device.type)
+    extended = extended_options(function, inputs[0].dtype, attention_chunk, q_start, k_start, out_dtype)
     needs_grad = _needs_grad(function, inputs, alibi_slopes)
     if needs_grad and layout == SEPARATE and sequences is not None:
         inputs, sequences = _gather_pages(inputs, sequences)
@@ -205,10 +246,10 @@ def attention(
         "window_size_right": window_size[1],
         "softcap": softcap,
         "dropout_p": dropout_p,
+        **extended,
     }
-    if attention_chunk != 0:
-        options["attention_chunk"] = attention_chunk
-    out, softmax_lse, rng_state = _run(layout, inputs, where, options, bool(deterministic) if needs_grad else None)
+    reproducible = bool(deterministic) if needs_grad else None
+    out, softmax_lse, rng_state = _run(layout, inputs, where, options, bool(extended), reproducible)
     if not return_attn_probs:
         return out
     if dropout_p == 0:

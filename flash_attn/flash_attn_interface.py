@@ -70,6 +70,9 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     attention_chunk: int = 0,
+    q_start: int | Tensor | None = None,
+    k_start: int | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """Attention, softmax(softmax_scale * q @ k^T) @ v, for a batch of sequences of equal length.
 
@@ -113,9 +116,15 @@ def flash_attn_func(
         return_attn_probs: also return softmax_lse and S_dmask.
         attention_chunk: chunked attention, as in Llama 4 (2025): query i, at position p = i + seqlen_k - seqlen_q, sees
             only keys j with j // attention_chunk == p // attention_chunk (floor division); 0: off.
+        q_start, k_start: positions of the first query and the first key in a longer sequence, of which q, k and v are a
+            part; an int or, per sequence, (batch_size,) int32. Masks, ALiBi, chunks and dropout are then those of the
+            whole sequence: query i is at position q_start + i, key j at k_start + j, and there is no shift by
+            seqlen_k - seqlen_q. At least 0, and below 2^30 in all; with dropout multiples of 32. None: 0 if the other
+            is given. merge_attention_states joins the results of several parts of the keys.
+        out_dtype: dtype of out: that of q (None), or float32 to join results without rounding each of them.
 
     Returns:
-        out: (batch_size, seqlen_q, num_heads, head_dim_v), dtype of q. With return_attn_probs: (out, softmax_lse,
+        out: (batch_size, seqlen_q, num_heads, head_dim_v), out_dtype. With return_attn_probs: (out, softmax_lse,
         S_dmask). softmax_lse: (batch_size, num_heads, seqlen_q), float32 (float64 for float64 input), the natural
         logarithm of the sum of exp(score) over the visible keys. S_dmask, for tests, with O(N^2) memory: (batch_size,
         num_heads, seqlen_q, seqlen_k), the attention weights with the sign bit set where dropped; empty if dropout_p
@@ -139,6 +148,9 @@ def flash_attn_func(
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
         attention_chunk=attention_chunk,
+        q_start=q_start,
+        k_start=k_start,
+        out_dtype=out_dtype,
     )
 
 
@@ -229,6 +241,9 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = None,
     *,
     attention_chunk: int = 0,
+    q_start: int | Tensor | None = None,
+    k_start: int | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """flash_attn_func for sequences of different lengths, packed without padding.
 
@@ -262,6 +277,9 @@ def flash_attn_varlen_func(
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
         attention_chunk=attention_chunk,
+        q_start=q_start,
+        k_start=k_start,
+        out_dtype=out_dtype,
     )
 
 

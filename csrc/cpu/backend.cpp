@@ -78,7 +78,7 @@ struct Wave {
 };
 
 int64_t dq_accum_bytes(const Problem& p, const Kernels& k, int batch) {
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     return int64_t(num_splits(p, seq.seqlen_k)) * p.num_heads * seq.seqlen_q * k.head_dim_padded(p.head_dim) *
            k.compute_bytes;
 }
@@ -98,7 +98,7 @@ std::vector<Wave> plan_waves(const Problem& p, const Kernels& k, int num_threads
         }
         waves.back().end = batch + 1;
         waves.back().dq_accum_bytes += bytes;
-        tasks += int64_t(p.num_heads_k) * num_splits(p, sequence_at(p.seqlens, p.paged_kv, batch).seqlen_k);
+        tasks += int64_t(p.num_heads_k) * num_splits(p, sequence_at(p, batch).seqlen_k);
     }
     return waves;
 }
@@ -113,7 +113,7 @@ void run_wave(const BwdParams& params, const Kernels& k, const Wave& wave, char*
     std::vector<CostedTask> tasks;
     std::vector<BwdTask> sequences;
     for (int batch = wave.begin; batch < wave.end; ++batch) {
-        const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+        const Sequence seq = sequence_at(p, batch);
         const int splits = num_splits(p, seq.seqlen_k);
         sequences.push_back({batch, 0, 0, splits, dq_accum});
         for (int i = 0; i < p.num_heads_k * splits; ++i)

@@ -75,7 +75,7 @@ public:
 
     BwdSlice(const BwdParams& params, const BwdTask& task, Arena arena)
         : params_(params), p_(params.problem), task_(task), b_(arena, p_),
-          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)),
+          seq_(sequence_at(p_, task.batch)),
           mask_(WindowMask::of(p_, seq_, task.batch, task.head_k * (p_.num_heads / p_.num_heads_k))),
           few_rows_(has_few_rows(p_, seq_)), heads_per_key_head_(p_.num_heads / p_.num_heads_k),
           row_(padded_row<T>(p_.head_dim)), row_v_(padded_row<T>(p_.head_dim_v)),
@@ -329,12 +329,15 @@ private:
         const bool moved_on = num_tiles_ > LongSum<T>::kTerms;
         for (int r = 0; r < keys_.end - keys_.begin; ++r) {
             const int64_t row = seq_.first_row_k + keys_.begin + r;
-            E *dk = row_ptr<E>(params_.dk, task_.batch, row, task_.head_k),
-              *dv = row_ptr<E>(params_.dv, task_.batch, row, task_.head_k);
-            for_each_vector<T>(p_.head_dim,
-                               [&](int d, int n) { store_some(dk + d, b_.dk.at(r * row_ + d, moved_on) * scale, n); });
-            for_each_vector<T>(p_.head_dim_v, [&](int d, int n) {
-                store_some(dv + d, b_.dv.at(r * row_v_ + d, moved_on) * rescale_, n);
+            with_result_row<E>(p_, params_.dk, task_.batch, row, task_.head_k, [&](auto* dk) {
+                for_each_vector<T>(p_.head_dim, [&](int d, int n) {
+                    store_some(dk + d, b_.dk.at(r * row_ + d, moved_on) * scale, n);
+                });
+            });
+            with_result_row<E>(p_, params_.dv, task_.batch, row, task_.head_k, [&](auto* dv) {
+                for_each_vector<T>(p_.head_dim_v, [&](int d, int n) {
+                    store_some(dv + d, b_.dv.at(r * row_v_ + d, moved_on) * rescale_, n);
+                });
             });
         }
     }

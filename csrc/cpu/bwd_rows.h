@@ -17,7 +17,7 @@ template <class E, class Dot> static void bwd_preprocess(const BwdParams& params
     using PackE = Pack<E, Dot>;
     constexpr int kRows = kPreprocessRows;
     const Problem& p = params.problem;
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     Arena arena(scratch);
     const int depth = PackE::depth_of(p.head_dim_v);
     // [depth][kRows]
@@ -52,17 +52,18 @@ static size_t bwd_preprocess_scratch(const BwdParams& params) {
 template <class E> static void bwd_postprocess(const BwdParams& params, const BwdTask& task, int head) {
     using T = Compute<E>;
     const Problem& p = params.problem;
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, task.batch);
+    const Sequence seq = sequence_at(p, task.batch);
     const int row_length = padded_row<T>(p.head_dim);
     const int64_t split_stride = int64_t(p.num_heads) * seq.seqlen_q * row_length;
     const T* accum = static_cast<const T*>(task.dq_accum) + int64_t(head) * seq.seqlen_q * row_length;
     for (int i = 0; i < seq.seqlen_q; ++i, accum += row_length) {
         const int64_t row = seq.first_row_q + i;
-        E* dq = row_ptr<E>(params.dq, task.batch, row, head);
-        for_each_vector<T>(p.head_dim, [&](int d, int n) {
-            Vec<T> sum = load(accum + d);
-            for (int split = 1; split < task.num_splits; ++split) sum += load(accum + split * split_stride + d);
-            store_some(dq + d, sum * T(p.score.softmax_scale), n);
+        with_result_row<E>(p, params.dq, task.batch, row, head, [&](auto* dq) {
+            for_each_vector<T>(p.head_dim, [&](int d, int n) {
+                Vec<T> sum = load(accum + d);
+                for (int split = 1; split < task.num_splits; ++split) sum += load(accum + split * split_stride + d);
+                store_some(dq + d, sum * T(p.score.softmax_scale), n);
+            });
         });
         T* const dsoftmax_sum = row_ptr<T>(params.dsoftmax_sum, task.batch, row, head);
         if (std::isinf(*row_ptr<T>(params.softmax_lse, task.batch, row, head)))

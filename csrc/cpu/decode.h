@@ -133,7 +133,7 @@ public:
 private:
     DecodeTile(const FwdParams& params, const FwdTask& task, Block& block, Arena& arena)
         : params_(params), p_(params.problem), task_(task), rows_(task), block_(block), b_(arena, p_, rows_.count),
-          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
+          seq_(sequence_at(p_, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
           k_(first_row(p_.k)), v_(first_row(p_.v)) {
         load_rows();
     }
@@ -304,9 +304,10 @@ private:
         const T sum = lane_sum(load(b_.row_sum + row * L)), inverse = sum == 0 ? T(0) : 1 / sum;
         *row_ptr<T>(params_.softmax_lse, task_.batch, query, rows_.head(row)) =
             lse_of(b_.row_max[row] * variant_.scale, sum);
-        E* const out = row_ptr<E>(params_.out, task_.batch, query, rows_.head(row));
-        for_each_vector<T>(p_.head_dim_v, [&](int d, int count) {
-            store_some(out + d, load(b_.o + row * b_.o_stride + d) * inverse, count);
+        with_result_row<E>(p_, params_.out, task_.batch, query, rows_.head(row), [&](auto* out) {
+            for_each_vector<T>(p_.head_dim_v, [&](int d, int count) {
+                store_some(out + d, load(b_.o + row * b_.o_stride + d) * inverse, count);
+            });
         });
     }
     void write_partial(int row) {

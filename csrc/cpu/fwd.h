@@ -60,7 +60,7 @@ public:
 
     FwdTile(const FwdParams& params, const FwdTask& task, Arena arena)
         : params_(params), p_(params.problem), task_(task), rows_(task), b_(arena, p_),
-          seq_(sequence_at(p_.seqlens, p_.paged_kv, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
+          seq_(sequence_at(p_, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
           mask_(variant_.mask), dropout_(variant_.score.dropout),
           head_k_(task.first_head / (p_.num_heads / p_.num_heads_k)), num_panels_(ceil_div(rows_.count, kPanel)) {}
 
@@ -257,8 +257,11 @@ private:
                 lse_of(row_max[i] * variant_.scale, row_sum[i]);
         }
         for (int i = 0; i < kPanel; ++i) b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
+        p_.float_results ? write_out_rows<T>(panel) : write_out_rows<E>(panel);
+    }
+    template <class Result> void write_out_rows(int panel) {
         write_rows(panel, [&](int row) {
-            return row_ptr<E>(params_.out, task_.batch, seq_.first_row_q + rows_.query(row), rows_.head(row));
+            return row_ptr<Result>(params_.out, task_.batch, seq_.first_row_q + rows_.query(row), rows_.head(row));
         });
     }
 

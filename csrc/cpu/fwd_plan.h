@@ -22,7 +22,7 @@ public:
     FwdPlan(const FwdParams& params, const Kernels& kernels, int num_threads)
         : params_(params), p_(params.problem), k_(kernels) {
         for (int batch = 0; batch < p_.batch_size; ++batch) {
-            const Sequence seq = sequence_at(p_.seqlens, p_.paged_kv, batch);
+            const Sequence seq = sequence_at(p_, batch);
             const WindowMask mask = WindowMask::of(p_, seq, batch, 0);
             const int queries = queries_of_group(seq);
             for (int query = 0; queries > 0 && query < seq.seqlen_q; query += queries)

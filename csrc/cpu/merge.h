@@ -39,7 +39,7 @@ template <class E> void merge(const FwdParams& params, const MergeTask& task) {
     using T = Compute<E>;
     const Problem& p = params.problem;
     const TileRows rows(task.tile);
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, task.tile.batch);
+    const Sequence seq = sequence_at(p, task.tile.batch);
     const HeadVariant<T> variant(p, seq, task.tile.batch, task.tile.first_head);
     const int64_t bytes = int64_t(partial_bytes<E>(params, rows.count));
     const auto partial = [&](int chunk) {
@@ -60,13 +60,14 @@ template <class E> void merge(const FwdParams& params, const MergeTask& task) {
         const int64_t query = seq.first_row_q + rows.query(row);
         *row_ptr<T>(params.softmax_lse, task.tile.batch, query, rows.head(row)) =
             lse_of(row_max * variant.scale, row_sum);
-        E* const out = row_ptr<E>(params.out, task.tile.batch, query, rows.head(row));
         const T inverse = row_sum == 0 ? T(0) : 1 / row_sum;
-        for_each_vector<T>(p.head_dim_v, [&](int d, int count) {
-            Vec<T> sum{};
-            for (int chunk = 0; chunk < task.num_chunks; ++chunk)
-                sum += load(partial(chunk).row(row) + d) * factor[chunk];
-            store_some(out + d, sum * inverse, count);
+        with_result_row<E>(p, params.out, task.tile.batch, query, rows.head(row), [&](auto* out) {
+            for_each_vector<T>(p.head_dim_v, [&](int d, int count) {
+                Vec<T> sum{};
+                for (int chunk = 0; chunk < task.num_chunks; ++chunk)
+                    sum += load(partial(chunk).row(row) + d) * factor[chunk];
+                store_some(out + d, sum * inverse, count);
+            });
         });
     }
 }

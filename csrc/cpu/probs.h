@@ -7,7 +7,7 @@ namespace flash_attn::cpu::FA_ISA {
 template <class E> static void attn_probs(const ProbsParams& params, int batch, int head) {
     using T = Compute<E>;
     const Problem& p = params.problem;
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     const HeadVariant<T> variant(p, seq, batch, head);
     const DropoutMask& dropout = variant.score.dropout;
     const int head_k = head / (p.num_heads / p.num_heads_k);

@@ -25,6 +25,11 @@ template <class E> FA_INLINE E* row_ptr(const TensorView& t, int64_t batch, int6
 template <class T> FA_INLINE T* row_ptr(const RowView& t, int64_t batch, int64_t row, int64_t head) {
     return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + row;
 }
+// Calls f(row) with a row of out, dq, dk or dv, whose elements are those of the computation in partial results.
+template <class E, class F>
+FA_INLINE void with_result_row(const Problem& p, const TensorView& t, int64_t batch, int64_t row, int64_t head, F f) {
+    p.float_results ? f(row_ptr<Compute<E>>(t, batch, row, head)) : f(row_ptr<E>(t, batch, row, head));
+}
 // Pointers to `count` rows of q, out or dout, starting at row `first` of the tensor.
 template <class E> FA_INLINE void collect_rows(const TensorView& t, int64_t batch, int64_t first, int64_t head,
                                                int count, const E** rows) {

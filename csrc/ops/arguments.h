@@ -25,16 +25,27 @@ struct AttentionArgs {
     int64_t window_size_left = -1, window_size_right = -1, attention_chunk = 0;
     double softcap = 0, dropout_p = 0;
     OptionalTensor rng_state = {};
+    // Positions in a longer sequence: of every sequence or, as tensors, of each. Heads: of the dropout mask.
+    std::optional<int64_t> q_start = {}, k_start = {};
+    OptionalTensor q_starts = {}, k_starts = {};
+    int64_t head_start = 0;
+    std::optional<int64_t> total_heads = {};
+    bool float_results = false;  // out, dq, dk and dv are not rounded to the dtype of q
 
     // References to all fields, in the order of declaration, which is the order of the schema.
     template <class Self> static auto fields(Self& a) {
         return std::tie(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.seqused_k, a.leftpad_k,
                         a.block_table, a.alibi_slopes, a.softmax_scale, a.causal, a.window_size_left,
-                        a.window_size_right, a.attention_chunk, a.softcap, a.dropout_p, a.rng_state);
+                        a.window_size_right, a.attention_chunk, a.softcap, a.dropout_p, a.rng_state, a.q_start,
+                        a.k_start, a.q_starts, a.k_starts, a.head_start, a.total_heads, a.float_results);
     }
     bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
     // Whether the forward ops of flash_attn 2.8.3 accept these arguments.
-    bool fits_original() const { return !rng_state && softmax_scale && !attention_chunk && (packed() || !seqused_k); }
+    bool fits_original() const {
+        return !rng_state && softmax_scale && !attention_chunk && (packed() || !seqused_k) && !has_positions() &&
+               !head_start && !total_heads && !float_results;
+    }
+    bool has_positions() const { return q_start || k_start || q_starts || k_starts; }
 };
 
 enum class Pass { kForward, kBackward, kProbs, kCache };
@@ -72,8 +83,11 @@ using FwdResult = std::tuple<Tensor, Tensor>;                  // out, softmax_l
 using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsoftmax_sum
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor>;    // out, softmax_lse, rng_state
 
-// Uninitialised memory for the gradient of a tensor.
-inline Tensor gradient_buffer(const Tensor& of) { return at::empty_symint(of.sym_sizes(), of.options()); }
+// Uninitialised memory for the gradient of a tensor. is_float: not of its dtype, but float32 (float64 for float64).
+inline Tensor gradient_buffer(const Tensor& of, bool is_float = false) {
+    const bool as_float = is_float && of.scalar_type() != at::kDouble;
+    return at::empty_symint(of.sym_sizes(), as_float ? of.options().dtype(at::kFloat) : of.options());
+}
 
 // Implementation of the ops for one dispatch key. bwd fills dq, dk and dv, and returns dsoftmax_sum.
 using FwdImplementation = FwdResult (*)(const FwdArgs&);
@@ -92,9 +106,10 @@ template <class... Tail> struct OpsWithTail {
     template <BwdImplementation bwd>
     static BwdResult run_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                              const Tensor& softmax_lse, const OptionalTensor& dlse, Tail... tail, bool deterministic) {
-        Tensor dq = gradient_buffer(q), dk = gradient_buffer(k), dv = gradient_buffer(v);
-        Tensor dsoftmax_sum =
-            bwd({{{tail...}, Pass::kBackward, q, k, &v}, dout, dlse, out, softmax_lse, dq, dk, dv, deterministic});
+        const ProblemArgs problem{{tail...}, Pass::kBackward, q, k, &v};
+        Tensor dq = gradient_buffer(q, problem.float_results), dk = gradient_buffer(k, problem.float_results),
+               dv = gradient_buffer(v, problem.float_results);
+        Tensor dsoftmax_sum = bwd({problem, dout, dlse, out, softmax_lse, dq, dk, dv, deterministic});
         return {std::move(dq), std::move(dk), std::move(dv), std::move(dsoftmax_sum)};
     }
     template <BwdImplementation bwd>

@@ -69,10 +69,17 @@ struct Call {
         dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
         if (grads[1].defined()) dlse = grads[1];
         if (dlse || args.seqused_k || args.leftpad_k) ops = BackwardOps::kOurs;
+        if (args.float_results) round_to_inputs();
         return gradients();
     }
 
 private:
+    // Kernels read out and dout as elements, and gradients have the dtype of their tensors.
+    void round_to_inputs() {
+        args.float_results = false;
+        out = out.to(qkv[0].scalar_type());
+        dout = dout.to(qkv[0].scalar_type());
+    }
     variable_list gradients() const {
         // The gradient of a packed input (kv or qkv) is allocated once and written through views. Not under
         // create_graph, where autograd forbids writes to views without history.

@@ -25,7 +25,7 @@ FwdResult fwd_cpu(const FwdArgs& args) {
     const Problem& problem = *prepared;
     validate_values(args.problem, problem);
 
-    Tensor out = empty(out_sizes(args.problem), args.problem.q, args.problem.q.scalar_type());
+    Tensor out = empty(out_sizes(args.problem), args.problem.q, result_type(args.problem));
     Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, lse_type(args.problem));
     if (!has_pairs(problem)) {
         out.zero_();

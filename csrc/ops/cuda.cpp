@@ -35,6 +35,7 @@ void require_supported(const ProblemArgs& args) {
                     "the CPU, which takes every dtype)",
                     c10::getDtypeNames(type).first);
     }
+    if (args.float_results) reasons.add("float_results", "False on a CUDA device", "True");
     const auto check_head_dim = [&](const char* name, const char* what, int64_t size) {
         if (size <= cuda::kMaxHeadDim) return;
         const auto expected =
@@ -140,6 +141,8 @@ public:
         copy(args.seqused_k, problem_.seqlens.seqused_k);
         copy(args.leftpad_k, problem_.seqlens.leftpad_k);
         copy(args.block_table, problem_.paged_kv.block_table);
+        copy(args.q_starts, problem_.positions.q_starts);
+        copy(args.k_starts, problem_.positions.k_starts);
         problem_.paged_kv.batch_stride = problem_.paged_kv.max_pages;
     }
     const Problem& operator*() const { return problem_; }
@@ -150,7 +153,7 @@ private:
     }
 
     Problem problem_;
-    c10::SmallVector<Tensor, 5> copies_;
+    c10::SmallVector<Tensor, 7> copies_;
 };
 
 void check_values(const ProblemArgs& args, const Problem& problem) {
@@ -169,7 +172,7 @@ Tensor make_workspace(const ProblemArgs& args, int64_t bytes) {
 }
 
 FwdResult empty_result(const ProblemArgs& args) {
-    return {empty(out_sizes(args), args.q, args.q.scalar_type()), empty(lse_sizes(args), args.q, at::kFloat)};
+    return {empty(out_sizes(args), args.q, result_type(args)), empty(lse_sizes(args), args.q, at::kFloat)};
 }
 
 void run_fwd(const ProblemArgs& args, const Problem& problem, const FwdResult& result, const DeviceScope& device) {
@@ -286,7 +289,7 @@ Names explain_cuda(const FwdArgs& args) {
     const DeviceScope device(args.problem);
     const PreparedProblem prepared(args.problem, aligned_rows);
     check_values(args.problem, *prepared);
-    const Tensor out = empty(out_sizes(args.problem), args.problem.q, args.problem.q.scalar_type());
+    const Tensor out = empty(out_sizes(args.problem), args.problem.q, result_type(args.problem));
     const cuda::Explanation explanation =
         cuda::explain(FwdParams{*prepared, view_of(out, args.problem.packed()), {}}, *device);
     Names names{explanation.backend ? explanation.backend : ""};

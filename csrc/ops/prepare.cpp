@@ -62,8 +62,8 @@ DropoutParams PreparedProblem::dropout_of(const ProblemArgs& args) {
     rng_state_ = last_dim_contiguous(*args.rng_state);
     const int64_t* state = rng_state_->const_data_ptr<int64_t>();
     const uint32_t threshold = min<uint32_t>(std::lround(args.dropout_p * 65536), 65535);
-    if (!rng_state_->is_cpu()) return {threshold, 0, 0, state};
-    return {threshold, uint64_t(state[0]), uint64_t(state[1]), nullptr};
+    if (!rng_state_->is_cpu()) return {threshold, 0, 0, state, 0, 0};
+    return {threshold, uint64_t(state[0]), uint64_t(state[1]), nullptr, 0, 0};
 }
 
 PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const Tensor&)) {
@@ -99,6 +99,9 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
         p.paged_kv.num_pages = int32_t(args.k.size(0));
         p.paged_kv.page_size = int32_t(args.k.size(1));
     }
+    p.positions = {args.has_positions(), metadata(args.q_starts, q_starts_), metadata(args.k_starts, k_starts_),
+                   int32_t(args.q_start.value_or(0)), int32_t(args.k_start.value_or(0))};
+    p.float_results = args.float_results;
     p.window = window_of(args);
     p.chunks = make_chunks(int(min<int64_t>(args.attention_chunk, kMaxSeqlen - 1)));
     // The same floating-point result as Python's head_dim ** -0.5.
@@ -110,6 +113,8 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
         p.score.alibi_batch_stride = alibi_slopes_->dim() == 2 ? alibi_slopes_->stride(0) : 0;
     }
     p.dropout = dropout_of(args);
+    p.dropout.head_start = int32_t(args.head_start);
+    p.dropout.heads_elsewhere = int32_t(args.total_heads.value_or(p.num_heads) - p.num_heads);
     round_scalars(p);
 }
 
@@ -135,6 +140,10 @@ c10::SymDimVector probs_sizes(const ProblemArgs& args) {
 
 at::ScalarType lse_type(const ProblemArgs& args) {
     return args.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+at::ScalarType result_type(const ProblemArgs& args) {
+    return args.float_results ? lse_type(args) : args.q.scalar_type();
 }
 
 }  // namespace flash_attn

@@ -22,6 +22,8 @@ c10::SymDimVector lse_sizes(const ProblemArgs& args);
 c10::SymDimVector probs_sizes(const ProblemArgs& args);
 // float32, or float64 for float64 elements.
 at::ScalarType lse_type(const ProblemArgs& args);
+// Of out, dq, dk and dv: the dtype of q or, for partial results, lse_type().
+at::ScalarType result_type(const ProblemArgs& args);
 
 // Checks the values of cu_seqlens, seqused_k, leftpad_k and block_table, which must be in host memory. Raises one
 // ValueError with all reasons.
@@ -46,7 +48,8 @@ private:
     const int32_t* metadata(const OptionalTensor& tensor, Held& held);
     DropoutParams dropout_of(const ProblemArgs& args);
 
-    Held q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_, seqused_k_, leftpad_k_, block_table_, alibi_slopes_, rng_state_;
+    Held q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_, seqused_k_, leftpad_k_, block_table_, alibi_slopes_, rng_state_,
+        q_starts_, k_starts_;
 };
 
 // Views of tensors with a contiguous last dimension; packed: no batch dimension.

@@ -12,7 +12,7 @@ namespace {
 FwdResult fwd_meta(const FwdArgs& args) {
     validate(args);
     const ProblemArgs& p = args.problem;
-    return {at::empty_symint(out_sizes(p), p.q.options()),
+    return {at::empty_symint(out_sizes(p), p.q.options().dtype(result_type(p))),
             at::empty_symint(lse_sizes(p), p.q.options().dtype(lse_type(p)))};
 }
 
@@ -43,7 +43,9 @@ const std::string kScores =
 const std::string kTail =
     "*, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
     "Tensor? seqused_k=None, Tensor? leftpad_k=None, " +
-    kScores + ", float dropout_p=0.0, Tensor? rng_state=None";
+    kScores +
+    ", float dropout_p=0.0, Tensor? rng_state=None, int? q_start=None, int? k_start=None, Tensor? q_starts=None, "
+    "Tensor? k_starts=None, int head_start=0, int? total_heads=None, bool float_results=False";
 // The schema of KvCacheOptions.
 const std::string kKvCache =
     "*, Tensor? k=None, Tensor? v=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "

@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 #include "ops/checks.h"
 #include "ops/prepare.h"
+#include "policy/dropout.h"
 
 namespace flash_attn {
 namespace {
@@ -39,6 +40,8 @@ private:
     void check_metadata();
     void check_block_table();
     void check_rng_state();
+    void check_positions(bool is_q);
+    void check_heads_elsewhere();
     // Expected dimensions of a tensor shaped like q (is_q) or k, with the head_dim of v (is_v) or of q.
     c10::SmallVector<Dim, 4> dims_like(bool is_q, bool is_v) const;
 
@@ -139,6 +142,35 @@ void Validator::check_numbers() {
     if (!(args_.dropout_p >= 0 && args_.dropout_p < 1)) {
         reasons_.add("dropout_p", "a number in [0, 1)", args_.dropout_p);
     }
+    check_positions(true);
+    check_positions(false);
+    check_heads_elsewhere();
+}
+
+// Starts that are given per sequence are checked with the other tensors (validate_values.cpp).
+void Validator::check_positions(bool is_q) {
+    const std::optional<int64_t>& start = is_q ? args_.q_start : args_.k_start;
+    const OptionalTensor& starts = is_q ? args_.q_starts : args_.k_starts;
+    const char* name = is_q ? "q_start" : "k_start";
+    check_per_sequence(name, starts, batch_size_);
+    if (start && starts) reasons_.add(name, "None, as starts of each sequence are given", *start);
+    if (!start) return;
+    const Size rows = packed_ ? Size(is_q ? args_.max_seqlen_q : args_.max_seqlen_k) : is_q ? rows_q_ : rows_k_;
+    if (*start < 0 || *start > kMaxSeqlen || (rows && known((*rows + *start).sym_gt(kMaxSeqlen)))) {
+        reasons_.add(name, c10::str("a position of at least 0, with all of the sequence at most 2^30=", kMaxSeqlen),
+                     *start);
+    } else if (args_.dropout_p > 0 && *start % kStartAlignment != 0) {
+        reasons_.add(name, c10::str("a multiple of ", kStartAlignment, ", as dropout_p is above 0"), *start);
+    }
+}
+
+void Validator::check_heads_elsewhere() {
+    if (args_.head_start < 0) reasons_.add("head_start", "a head of at least 0", args_.head_start);
+    if (!num_heads_ || (!args_.total_heads && args_.head_start == 0)) return;
+    const Size total = args_.total_heads ? Size(*args_.total_heads) : num_heads_, least = *num_heads_ + args_.head_start;
+    if (known(total->sym_lt(*least)) || known(total->sym_ge(kMaxSeqlen))) {
+        reasons_.add("total_heads", c10::str("at least head_start + num_heads = ", *least), *total);
+    }
 }
 
 void Validator::check_metadata() {
@@ -192,7 +224,7 @@ void Validator::check_backward(const BwdArgs& args) {
                    {"dv", args.dv, false, true, true}};
     for (const auto& [name, tensor, is_q, is_v, written] : tensors) {
         check_device(name, tensor);
-        check_dtype(name, tensor, args_.q.scalar_type());
+        check_dtype(name, tensor, written ? result_type(args_) : args_.q.scalar_type());
         check_shape(name, tensor, dims_like(is_q, is_v));
         if (written && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
             reasons_.add(name, "elements that do not share memory", "an expanded tensor");

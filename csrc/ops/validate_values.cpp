@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 #include "ops/prepare.h"
+#include "policy/dropout.h"
 #include "policy/host_device.h"
 
 namespace flash_attn {
@@ -30,6 +31,8 @@ public:
         if (only_starts && args_.pass == Pass::kBackward) check_rows_are_apart();
         if (seqlens_.leftpad_k) check_leftpad();
         if (paged) check_block_table();
+        check_starts("q_start", problem_.positions.q_starts, true);
+        check_starts("k_start", problem_.positions.k_starts, false);
         reasons_.raise_if_any();
     }
 
@@ -135,7 +138,23 @@ private:
         }
     }
 
+    void check_starts(const char* name, const int32_t* starts, bool is_q) {
+        for (int b = 0; starts && b < problem_.batch_size; ++b) {
+            const int64_t rows = is_q ? seqlen_q(b) : used_k(b), most = kMaxSeqlen - rows;
+            if (starts[b] < 0 || starts[b] > most) {
+                return reasons_.add(at(name, b), c10::str("a position from 0 to ", most), starts[b]);
+            }
+            if (problem_.dropout.threshold && starts[b] % kStartAlignment != 0) {
+                const std::string multiple = c10::str("a multiple of ", kStartAlignment);
+                return reasons_.add(at(name, b), multiple + ", as dropout_p is above 0", starts[b]);
+            }
+        }
+    }
+
     static int64_t length(const int32_t* cu_seqlens, int b) { return int64_t(cu_seqlens[b + 1]) - cu_seqlens[b]; }
+    int64_t seqlen_q(int b) const {
+        return seqlens_.cu_seqlens_q ? length(seqlens_.cu_seqlens_q, b) : seqlens_.seqlen_q;
+    }
     int64_t seqlen_k(int b) const {
         return seqlens_.cu_seqlens_k ? length(seqlens_.cu_seqlens_k, b) : seqlens_.seqlen_k;
     }
@@ -152,7 +171,8 @@ private:
 
 void validate_values(const ProblemArgs& args, const Problem& problem) {
     const Seqlens& s = problem.seqlens;
-    if (s.cu_seqlens_q || s.seqused_k || s.leftpad_k) ValueValidator(args, problem).check();
+    const bool has_starts = problem.positions.q_starts || problem.positions.k_starts;
+    if (s.cu_seqlens_q || s.seqused_k || s.leftpad_k || has_starts) ValueValidator(args, problem).check();
 }
 
 }  // namespace flash_attn

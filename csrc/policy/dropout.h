@@ -6,6 +6,7 @@
 // numbers; with transposed scores they hold two of the keys, and half of the numbers are used.
 #pragma once
 #include "policy/host_device.h"
+#include "policy/seqlen.h"
 #include "problem.h"
 
 namespace flash_attn {
@@ -13,6 +14,7 @@ namespace flash_attn {
 // Seven rounds are the fewest that pass BigCrush (table 2 of the paper).
 constexpr int kPhiloxRounds = 7;
 constexpr int kDropoutBlockRows = 16, kDropoutBlockKeys = 32;
+constexpr int kStartAlignment = 32;  // of shards, with dropout: blocks do not straddle them
 
 struct PhiloxOutput { uint32_t word[4]; };
 
@@ -29,12 +31,15 @@ FA_HOST_DEVICE PhiloxOutput philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32
     return {{c0, c1, c2, c3}};
 }
 
-// The dropout mask of one batch entry and head.
+// The dropout mask of one batch entry and head. Rows and keys are counted from the first ones at hand.
 struct DropoutMask {
-    uint32_t threshold, batch_head, seed_low, seed_high, offset;
+    uint32_t threshold, batch_head, first_row, first_key, seed_low, seed_high, offset;
 
-    FA_HOST_DEVICE DropoutMask(const DropoutParams& p, int batch, int head, int num_heads)
-        : threshold(p.threshold), batch_head(uint32_t(batch) * uint32_t(num_heads) + uint32_t(head)) {
+    FA_HOST_DEVICE DropoutMask(const Problem& problem, const Sequence& seq, int batch, int head)
+        : threshold(problem.dropout.threshold), first_row(uint32_t(seq.q_start)), first_key(uint32_t(seq.k_start)) {
+        const DropoutParams& p = problem.dropout;
+        const uint32_t total_heads = uint32_t(problem.num_heads) + uint32_t(p.heads_elsewhere);
+        batch_head = uint32_t(batch) * total_heads + uint32_t(p.head_start + head);
         const uint64_t seed = p.state ? uint64_t(p.state[0]) : p.seed;
         const uint64_t full_offset = p.state ? uint64_t(p.state[1]) : p.offset;
         seed_low = uint32_t(seed);
@@ -45,6 +50,7 @@ struct DropoutMask {
     // The eight numbers of the block that contains (row, key): word i holds (row, key + 8 i) in its low half and (row +
     // 8, key + 8 i) in its high half, for row and key in the first octet of the block.
     FA_HOST_DEVICE PhiloxOutput block(uint32_t row, uint32_t key) const {
+        row += first_row, key += first_key;
         return philox(row / 16 * 8 + row % 8, key / 32 * 8 + key % 8, batch_head, offset, seed_low, seed_high);
     }
     FA_HOST_DEVICE bool drops(uint32_t row, uint32_t key) const {

@@ -2,8 +2,8 @@
 // no masking (is_full_block); for one pair, whether the query sees the key (keep). A block of scores is compared only
 // with the mask edges that cross it.
 //
-// Masks are bottom-right aligned: the last query is at the position of the last key. Causal is a window with right = 0.
-// Blocks above the diagonal are skipped (FlashAttention-2, section 3.1.1).
+// Masks are bottom-right aligned: the last query is at the position of the last key, unless the problem says where its
+// queries and keys lie in a longer sequence. Causal is a window with right = 0. Blocks above the diagonal are skipped (FlashAttention-2, section 3.1.1).
 #pragma once
 #include "policy/host_device.h"
 #include "policy/seqlen.h"
@@ -14,6 +14,7 @@ namespace flash_attn {
 struct Range {
     int begin, end;
     FA_HOST_DEVICE bool empty() const { return begin >= end; }
+    FA_HOST_DEVICE Range or_none() const { return empty() ? Range{0, 0} : *this; }
 };
 
 // Visible keys of one query, computed once and used for many keys. Int: a number, or a vector with one query per lane.
@@ -33,23 +34,24 @@ enum class Edge { kAfter, kBefore };  // hides the keys after, or those before, 
 struct WindowMask {
     static constexpr bool kMasked = true;  // some pairs of a query and a key are hidden
     int seqlen_q, seqlen_k;
+    int shift, k_start;  // those of the sequence
     int left, right;
     Chunks chunks;
 
     // The mask of one head of one sequence.
     FA_HOST_DEVICE static WindowMask of(const Problem& p, const Sequence& seq, int /*batch*/, int /*head*/) {
-        return {seq.seqlen_q, seq.seqlen_k, p.window.left, p.window.right, p.chunks};
+        return {seq.seqlen_q, seq.seqlen_k, seq.shift, seq.k_start, p.window.left, p.window.right, p.chunks};
     }
 
     // Position of a query on the axis of keys; negative if it is before the first key.
-    FA_HOST_DEVICE int position(int row) const { return row + (seqlen_k - seqlen_q); }
-    // First and last key of the chunk of a query, and position of the chunk of a key; without chunks, unbounded.
-    // Branchless: kernels compute these for every row of a block.
+    FA_HOST_DEVICE int position(int row) const { return row + shift; }
+    // First and last key of the chunk of a query, and position of the chunk of a key; without chunks, unbounded. Chunks
+    // are counted from the start of the whole sequence. Branchless: kernels compute these for every row of a block.
     FA_HOST_DEVICE int first_of_chunk(int position) const {
-        return chunks.size.quotient(max(position, 0)) * int(chunks.size.divisor);
+        return chunks.size.quotient(max(position + k_start, 0)) * int(chunks.size.divisor) - k_start;
     }
     FA_HOST_DEVICE int last_of_chunk(int position) const {
-        return position < chunks.lowest ? -1 : first_of_chunk(position) + int(chunks.size.divisor) - 1;
+        return position + k_start < chunks.lowest ? -1 : first_of_chunk(position) + int(chunks.size.divisor) - 1;
     }
     // First and last key that a query sees, and query that sees a key. These ranges may be empty or out of bounds.
     FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, first_of_chunk(position(row))); }
@@ -70,14 +72,15 @@ struct WindowMask {
         return !hides<Edge::kAfter, kByKey>(row, key) && !hides<Edge::kBefore, kByKey>(row, key);
     }
 
-    // Keys that at least one of the rows may see. Rows past the last query need no clamp: the last query sees the last
-    // key. An empty range has end <= 0.
-    FA_HOST_DEVICE Range kv_range(Range rows) const { return {first_key(rows.begin), last_key(rows.end - 1) + 1}; }
-    // Rows that may see at least one of the keys. Keys past the last one need no clamp: the last row sees the last key.
-    // An empty range has end <= 0.
+    // Keys that at least one of the rows may see, and rows that may see at least one of the keys. Rows and keys past the
+    // last ones do not count. An empty range has end = 0.
+    FA_HOST_DEVICE Range kv_range(Range rows) const {
+        const int last = min(rows.end, seqlen_q) - 1;
+        return Range{max(first_key(rows.begin), 0), last_key(last) + 1}.or_none();
+    }
     FA_HOST_DEVICE Range q_range(Range keys) const {
         const int last = min(keys.end, seqlen_k) - 1;
-        return {max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)};
+        return Range{max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)}.or_none();
     }
 
     // crosses: an edge hides some key of a block from some row. hides: it hides one key from one row. Two equivalent

@@ -9,6 +9,8 @@ namespace flash_attn {
 struct Sequence {
     int64_t first_row_q, first_row_k;  // relative to the batch entry of a dense tensor, or to the packed tensor
     int32_t seqlen_q, seqlen_k;
+    int32_t q_start, k_start;  // of a shard: position of the first query and key in the whole sequence; otherwise 0
+    int32_t shift;             // position of the first query on the axis of keys, which starts at the first key
 };
 
 // Rows of one packed sequence, clamped to [0, total]: from cu_seqlens[batch] to cu_seqlens[batch + 1] or, with `used`,
@@ -28,8 +30,18 @@ FA_HOST_DEVICE int32_t length_with_new(int32_t length, int32_t seqlen_new, int32
     return length < 0 ? 0 : min(min(length, capacity) + seqlen_new, capacity);
 }
 
-FA_HOST_DEVICE Sequence sequence_at(const Seqlens& p, const PagedKv& paged, int batch) {
-    Sequence s{0, 0, p.seqlen_q, p.seqlen_k};
+// Adds the positions to a sequence whose lengths are known.
+FA_HOST_DEVICE Sequence placed(Sequence s, const Positions& p, int batch) {
+    s.shift = s.seqlen_k - s.seqlen_q;
+    if (!p.given) return s;
+    s.q_start = clamp(p.q_starts ? p.q_starts[batch] : p.q_start, 0, kMaxSeqlen - s.seqlen_q);
+    s.k_start = clamp(p.k_starts ? p.k_starts[batch] : p.k_start, 0, kMaxSeqlen - s.seqlen_k);
+    s.shift = s.q_start - s.k_start;
+    return s;
+}
+
+FA_HOST_DEVICE Sequence rows_of_sequence(const Seqlens& p, const PagedKv& paged, int batch) {
+    Sequence s{0, 0, p.seqlen_q, p.seqlen_k, 0, 0, 0};
     if (p.cu_seqlens_q) s = packed_range(p.cu_seqlens_q, nullptr, batch, p.total_q, p.seqlen_q, s, true);
     if (p.cu_seqlens_k) {
         // Rows of a paged sequence are counted from its first page: cu_seqlens_k does not give its start.
@@ -49,6 +61,10 @@ FA_HOST_DEVICE Sequence sequence_at(const Seqlens& p, const PagedKv& paged, int 
         s.seqlen_k -= leftpad;
     }
     return s;
+}
+
+FA_HOST_DEVICE Sequence sequence_at(const Problem& p, int batch) {
+    return placed(rows_of_sequence(p.seqlens, p.paged_kv, batch), p.positions, batch);
 }
 
 }  // namespace flash_attn

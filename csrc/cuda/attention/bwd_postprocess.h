@@ -31,7 +31,7 @@ bwd_postprocess(FA_GRID_CONSTANT BwdKernelParams params) {
     const BwdParams& pass = params.pass;
     const Problem& p = pass.problem;
     const auto [m, head, batch] = query_grid(p, M).at(ptx::block_idx());
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     const int row0 = m * M + GridDq::row0();
     if (m * M >= seq.seqlen_q) return;
 

@@ -67,7 +67,7 @@ bwd_preprocess(FA_GRID_CONSTANT BwdKernelParams params) {
     const BwdParams& pass = params.pass;
     const Problem& p = pass.problem;
     const auto [m, head, batch] = query_grid(p, M).at(ptx::block_idx());
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     const int m0 = m * M;
     if (m0 >= seq.seqlen_q) return;
 

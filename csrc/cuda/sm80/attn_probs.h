@@ -15,7 +15,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
     constexpr int M = Config::kBlockM, N = Config::kBlockN, kThreads = Config::kThreads;
     const Problem& p = params.problem;
     const auto [m, head, batch] = query_grid(p, M).at(ptx::block_idx());
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     const int m0 = m * M, warp_row0 = warp_id() * Config::kWarpRows, row0 = m0 + warp_row0;
     if (m0 >= seq.seqlen_q) return;
     const AttentionVariant<WindowMask, ModifiedScore<float>> variant(p, seq, batch, head);

@@ -32,7 +32,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     const BwdParams& pass = params.pass;
     const Problem& p = pass.problem;
     const auto [n, head_k, batch] = key_grid(p, N).at(ptx::block_idx());
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     const int n0 = n * N;
     if (n0 >= seq.seqlen_k) return;
     const auto mask = Variant::Mask::of(p, seq, batch, head_k * (p.num_heads / p.num_heads_k));

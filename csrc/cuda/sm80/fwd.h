@@ -23,7 +23,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
     const Problem& p = params.problem;
     const TileGrid grid = query_grid(p, M);
     const auto [tile, head, batch] = grid.at(ptx::block_idx());
-    const Sequence seq = sequence_at(p.seqlens, p.paged_kv, batch);
+    const Sequence seq = sequence_at(p, batch);
     const int m0 = (grid.num_tiles - 1 - tile) * M;  // under a causal mask the last tiles have the most work
     if (m0 >= seq.seqlen_q) return;
     const Variant variant(p, seq, batch, head);

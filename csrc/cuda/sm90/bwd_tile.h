@@ -29,7 +29,7 @@ template <class Config, class Variant> struct BwdTileSm90 {
         const int n = adds_backwards(params) ? at.tile : params.order.grid.num_tiles - 1 - at.tile;
         n0 = n * Config::kBlockN, head_k = at.head, batch = at.batch;
         first_head = head_k * params.heads_per_key_head;
-        seq = sequence_at(p.seqlens, p.paged_kv, batch);
+        seq = sequence_at(p, batch);
         mask = Variant::Mask::of(p, seq, batch, first_head);
     }
     // Rows of this head of K and of tensors shaped like it.
