@@ -43,8 +43,8 @@ struct PagedKv {
     int32_t max_pages, num_pages, page_size;
 };
 
-// Where the queries and keys at hand lie in a longer sequence, of which other devices have the rest: query i at q_start +
-// i, key j at k_start + j, all below kMaxSeqlen. Not given: the last query is at the position of the last key. With
+// Where the queries and keys at hand lie in a longer sequence, of which other devices have the rest: query i at q_start
+// + i, key j at k_start + j, all below kMaxSeqlen. Not given: the last query is at the position of the last key. With
 // dropout, starts are multiples of kStartAlignment.
 struct Positions {
     bool given;
@@ -74,7 +74,7 @@ struct ScoreParams {
 struct DropoutParams {
     uint32_t threshold;  // a weight is dropped iff its 16 random bits are below: probability threshold / 2^16; 0: off
     uint64_t seed, offset;
-    const int64_t* state;  // [2], device memory: seed and offset; null: the two fields above are used
+    const int64_t* state;                 // [2], device memory: seed and offset; null: the two fields above are used
     int32_t head_start, heads_elsewhere;  // of a shard of heads: those before it, and all that are not in it
 };
 

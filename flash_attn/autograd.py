@@ -110,7 +110,7 @@ def convert_arguments(
 def extended_options(
     function: str, dtype: torch.dtype, attention_chunk: Any, q_start: Any, k_start: Any, out_dtype: Any
 ) -> dict[str, Any]:
-    """The options beyond those of flash_attn 2.8.3, as arguments of the operators; those at their defaults are left out.
+    """The options beyond those of flash_attn 2.8.3, as arguments of the operators, without those at their defaults.
 
     Args:
         dtype: of the inputs.

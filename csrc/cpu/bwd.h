@@ -74,8 +74,7 @@ public:
     }
 
     BwdSlice(const BwdParams& params, const BwdTask& task, Arena arena)
-        : params_(params), p_(params.problem), task_(task), b_(arena, p_),
-          seq_(sequence_at(p_, task.batch)),
+        : params_(params), p_(params.problem), task_(task), b_(arena, p_), seq_(sequence_at(p_, task.batch)),
           mask_(WindowMask::of(p_, seq_, task.batch, task.head_k * (p_.num_heads / p_.num_heads_k))),
           few_rows_(has_few_rows(p_, seq_)), heads_per_key_head_(p_.num_heads / p_.num_heads_k),
           row_(padded_row<T>(p_.head_dim)), row_v_(padded_row<T>(p_.head_dim_v)),

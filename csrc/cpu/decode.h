@@ -133,8 +133,8 @@ public:
 private:
     DecodeTile(const FwdParams& params, const FwdTask& task, Block& block, Arena& arena)
         : params_(params), p_(params.problem), task_(task), rows_(task), block_(block), b_(arena, p_, rows_.count),
-          seq_(sequence_at(p_, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
-          k_(first_row(p_.k)), v_(first_row(p_.v)) {
+          seq_(sequence_at(p_, task.batch)), variant_(p_, seq_, task.batch, task.first_head), k_(first_row(p_.k)),
+          v_(first_row(p_.v)) {
         load_rows();
     }
 

@@ -60,9 +60,9 @@ public:
 
     FwdTile(const FwdParams& params, const FwdTask& task, Arena arena)
         : params_(params), p_(params.problem), task_(task), rows_(task), b_(arena, p_),
-          seq_(sequence_at(p_, task.batch)), variant_(p_, seq_, task.batch, task.first_head),
-          mask_(variant_.mask), dropout_(variant_.score.dropout),
-          head_k_(task.first_head / (p_.num_heads / p_.num_heads_k)), num_panels_(ceil_div(rows_.count, kPanel)) {}
+          seq_(sequence_at(p_, task.batch)), variant_(p_, seq_, task.batch, task.first_head), mask_(variant_.mask),
+          dropout_(variant_.score.dropout), head_k_(task.first_head / (p_.num_heads / p_.num_heads_k)),
+          num_panels_(ceil_div(rows_.count, kPanel)) {}
 
     void run() {
         load_queries();

@@ -3,7 +3,8 @@
 // with the mask edges that cross it.
 //
 // Masks are bottom-right aligned: the last query is at the position of the last key, unless the problem says where its
-// queries and keys lie in a longer sequence. Causal is a window with right = 0. Blocks above the diagonal are skipped (FlashAttention-2, section 3.1.1).
+// queries and keys lie in a longer sequence. Causal is a window with right = 0. Blocks above the diagonal are skipped
+// (FlashAttention-2, section 3.1.1).
 #pragma once
 #include "policy/host_device.h"
 #include "policy/seqlen.h"
@@ -72,8 +73,8 @@ struct WindowMask {
         return !hides<Edge::kAfter, kByKey>(row, key) && !hides<Edge::kBefore, kByKey>(row, key);
     }
 
-    // Keys that at least one of the rows may see, and rows that may see at least one of the keys. Rows and keys past the
-    // last ones do not count. An empty range has end = 0.
+    // Keys that at least one of the rows may see, and rows that may see at least one of the keys, without rows and keys
+    // past the last ones. An empty range has end = 0.
     FA_HOST_DEVICE Range kv_range(Range rows) const {
         const int last = min(rows.end, seqlen_q) - 1;
         return Range{max(first_key(rows.begin), 0), last_key(last) + 1}.or_none();

@@ -46,9 +46,8 @@ template <class Real> struct ModifiedScore {
 
     FA_HOST_DEVICE ModifiedScore(const Problem& p, const Sequence& seq, int batch, int head)
         : scale(scalars_of<Real>(p).scale), scale_over_cap(scalars_of<Real>(p).scale_over_cap),
-          softcap(scalars_of<Real>(p).softcap), slope(alibi_slope(p.score, batch, head)),
-          shift(seq.shift), dropout(p, seq, batch, head),
-          dropout_rescale(scalars_of<Real>(p).dropout_rescale) {}
+          softcap(scalars_of<Real>(p).softcap), slope(alibi_slope(p.score, batch, head)), shift(seq.shift),
+          dropout(p, seq, batch, head), dropout_rescale(scalars_of<Real>(p).dropout_rescale) {}
 
     // Distance from the key to the query's position; positive if the key comes first.
     FA_HOST_DEVICE int distance(int row, int key) const { return row + shift - key; }

@@ -197,6 +197,8 @@ TYPE_ERRORS = {
     "softmax_scale": ["1", [1.0], 1j],
     "window_size": [3, None, (1,), (1, 2, 3), (1.5, 2), ("1", 2), "12", torch.ones(2)],
     "attention_chunk": [None, 1.5, "8"],
+    "q_start": [1.5, "8", [0, 32], torch.zeros(2, 2, dtype=torch.int32)],
+    "k_start": [True, torch.tensor(0.5)],
     "softcap": ["1", None],
     "alibi_slopes": [[0.1] * HEADS, 0.5],
     "cu_seqlens_q": [[0, 3], None],

@@ -8,6 +8,7 @@ from bad_calls import CALLS, SHAPES, VALUES, assert_lists, backward, dense, op_o
 
 ROWS = SHAPES + VALUES
 ONLY_IN_OPS = {"seqused_k", "leftpad_k", "rng_state", "block_table", "cu_seqlens_q", "cu_seqlens_k"}
+ONLY_IN_OPS |= {"head_start", "total_heads"}
 
 
 def name_of(row) -> str:
@@ -72,6 +73,8 @@ def test_meta_does_not_look_at_values(row):
 def is_public(row) -> bool:
     """Whether a public function has all of the changed arguments."""
     call, changes, _ = row
+    if {"q_start", "q_starts"} <= set(changes):
+        return False  # one argument of the public functions
     of_varlen = {"block_table", "cu_seqlens_q", "cu_seqlens_k"} if call in ("varlen", "paged") else set()
     return call in ("dense", "varlen", "paged") and not set(changes) & (ONLY_IN_OPS - of_varlen)
 
@@ -83,6 +86,8 @@ def call_public(call: str, a: dict):
     names = ("dropout_p", "softmax_scale", "causal", "attention_chunk", "softcap", "alibi_slopes")
     options = {name: a[name] for name in names}
     options["window_size"] = (a["window_size_left"], a["window_size_right"])
+    for name in ("q_start", "k_start"):
+        options[name] = a[name] if a[f"{name}s"] is None else a[f"{name}s"]
     if call == "dense":
         return flash_attn.flash_attn_func(a["q"], a["k"], a["v"], **options)
     lengths = (a["cu_seqlens_q"], a["cu_seqlens_k"], a["max_seqlen_q"], a["max_seqlen_k"])

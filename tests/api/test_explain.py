@@ -26,6 +26,7 @@ CALLS = {
         {
             "dropout_p": 0.1, "softmax_scale": 0.3, "causal": True, "window_size": [3, 1], "softcap": 2.0,
             "alibi_slopes": torch.ones(2), "deterministic": True, "return_attn_probs": True, "attention_chunk": 4,
+            "q_start": 32, "k_start": torch.tensor([64], dtype=torch.int32), "out_dtype": torch.float32,
         },
     ),
     "packed": (tensors(7, 2, 8), packed()),
@@ -71,6 +72,8 @@ def test_under_autocast_it_is_the_call_with_cast_inputs():
 BAD = {
     "type": (TypeError, {"causal": "yes"}, "explain: causal: expected bool"),
     "type of a later argument": (TypeError, {"attention_chunk": 1.5}, "explain: attention_chunk: expected int"),
+    "dtype": (ValueError, {"out_dtype": torch.bfloat16}, "explain: out_dtype: expected torch.float32 for inputs of"),
+    "start": (ValueError, {"q_start": -1}, "q_start: expected a position of at least 0"),
     "shape": (ValueError, {"k": torch.zeros(1, 5, 2, 9)}, "k: expected shape"),
     "value": (ValueError, {"dropout_p": 2.0}, "dropout_p: expected a number in"),
     "one of two": (TypeError, packed(cu_seqlens_k=None), "cu_seqlens_k: expected torch.Tensor, got None"),

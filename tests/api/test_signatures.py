@@ -26,12 +26,14 @@ VARLEN_BACKWARD = (
     "zero_tensors=False"
 )
 
+OURS = "attention_chunk=0, q_start=None, k_start=None, out_dtype=None"  # not in flash_attn 2.8.3
+
 FUNCTIONS = {
     "flash_attn.flash_attn_interface": {
-        "flash_attn_func": f"q, k, v, {TAIL}, attention_chunk=0",
+        "flash_attn_func": f"q, k, v, {TAIL}, {OURS}",
         "flash_attn_kvpacked_func": f"q, kv, {TAIL}",
         "flash_attn_qkvpacked_func": f"qkv, {TAIL}",
-        "flash_attn_varlen_func": f"q, k, v, {CU_SEQLENS}, {TAIL}, block_table=None, attention_chunk=0",
+        "flash_attn_varlen_func": f"q, k, v, {CU_SEQLENS}, {TAIL}, block_table=None, {OURS}",
         "flash_attn_varlen_kvpacked_func": f"q, kv, {CU_SEQLENS}, {TAIL}",
         "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
         "flash_attn_with_kvcache": (
@@ -150,7 +152,7 @@ def test_function_signature(module, name):
     assert parameters_of(function).replace(" = ", "=") == FUNCTIONS[module][name]
     assert inspect.isfunction(function), "getfullargspec-based callers need a plain Python function"
     # Arguments that flash_attn 2.8.3 does not have are keyword-only.
-    spec, ours = inspect.getfullargspec(function), {"attention_chunk"}
+    spec, ours = inspect.getfullargspec(function), {"attention_chunk", "q_start", "k_start", "out_dtype"}
     names = list(inspect.signature(function).parameters)
     assert (spec.args, spec.kwonlyargs) == ([n for n in names if n not in ours], [n for n in names if n in ours])
     assert function.__doc__ or name.startswith("_wrapped"), "a public function explains itself"

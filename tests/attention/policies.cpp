@@ -10,7 +10,12 @@ using namespace flash_attn;
 
 namespace {
 
-WindowMask make_mask(const int32_t* m) { return {m[0], m[1], m[2], m[3], make_chunks(m[4])}; }
+WindowMask make_mask(const int32_t* m) {
+    Sequence s{};
+    s.seqlen_q = m[0], s.seqlen_k = m[1];
+    s = placed(s, {m[5] != 0, nullptr, nullptr, m[6], m[7]}, 0);
+    return {s.seqlen_q, s.seqlen_k, s.shift, s.k_start, m[2], m[3], make_chunks(m[4])};
+}
 
 // The same, computed with the bounds of the key (kByKey).
 bool keep_by_key(const WindowMask& mask, int row, int key) {
@@ -24,7 +29,8 @@ uint8_t agreed(bool a, bool b) { return a == b ? a : 2; }
 
 extern "C" {
 
-// A mask is five numbers: seqlen_q, seqlen_k, left, right and the chunk size (0: no chunks).
+// A mask is eight numbers: seqlen_q, seqlen_k, left, right, the chunk size (0: no chunks), whether positions are given,
+// q_start and k_start.
 uint8_t mask_keep(const int32_t* mask, int row, int key) {
     return agreed(make_mask(mask).keep(row, key), keep_by_key(make_mask(mask), row, key));
 }
@@ -67,9 +73,10 @@ void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_
 // whether keys are paged.
 void sequence(const int32_t* cu_q, const int32_t* cu_k, const int32_t* seqused_k, const int32_t* leftpad_k,
               const int32_t* block_table, const int32_t* sizes, int batch, int64_t* out) {
-    const Seqlens seqlens{cu_q, cu_k, seqused_k, leftpad_k, sizes[0], sizes[1], sizes[2], sizes[3], sizes[7]};
-    const PagedKv paged{block_table, sizes[4], sizes[4], sizes[5], sizes[6]};
-    const Sequence s = sequence_at(seqlens, paged, batch);
+    Problem p{};
+    p.seqlens = {cu_q, cu_k, seqused_k, leftpad_k, sizes[0], sizes[1], sizes[2], sizes[3], sizes[7]};
+    p.paged_kv = {block_table, sizes[4], sizes[4], sizes[5], sizes[6]};
+    const Sequence s = sequence_at(p, batch);
     out[0] = s.first_row_q, out[1] = s.seqlen_q, out[2] = s.first_row_k, out[3] = s.seqlen_k;
 }
 
@@ -83,12 +90,17 @@ void philox_words(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
     for (int i = 0; i < 4; ++i) out[i] = words.word[i];
 }
 
-void drops(uint32_t threshold, uint64_t seed, uint64_t offset, int batch, int head, int num_heads, int rows, int keys,
-           uint8_t* out) {
-    const DropoutMask mask({threshold, seed, offset, nullptr}, batch, head, num_heads);
+// heads: how many there are, then, of a shard, those before it and all that are not in it. starts: q_start, k_start.
+void drops(uint32_t threshold, uint64_t seed, uint64_t offset, int batch, int head, const int32_t* heads,
+           const int32_t* starts, int rows, int keys, uint8_t* out) {
+    Problem p{};
+    p.num_heads = heads[0];
+    p.dropout = {threshold, seed, offset, nullptr, heads[1], heads[2]};
+    const Sequence s = placed({0, 0, rows, keys, 0, 0, 0}, {true, nullptr, nullptr, starts[0], starts[1]}, batch);
+    const DropoutMask mask(p, s, batch, head);
     for (int row = 0; row < rows; ++row)
         for (int key = 0; key < keys; ++key) *out++ = mask.drops(uint32_t(row), uint32_t(key));
 }
 
-double rescale(uint32_t threshold) { return dropout_rescale({threshold, 0, 0, nullptr}); }
+double rescale(uint32_t threshold) { return dropout_rescale({threshold, 0, 0, nullptr, 0, 0}); }
 }

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from cases import DTYPES, Case, edge_cases, key_range_cases, large_cases, table
+from cases import DTYPES, Case, edge_cases, key_range_cases, large_cases, shard_cases, table
 from check import check_backward, check_forward, op_bwd, op_fwd
 from compare import assert_bitwise
 from device import for_device, needs_gpu, on_device
 from inputs import make_inputs
 
-CASES = [*table(), *edge_cases(), *key_range_cases()]
+CASES = [*table(), *edge_cases(), *key_range_cases(), *shard_cases()]
 of_every_case = pytest.mark.parametrize("case", for_device(CASES), ids=lambda case: case.name)
 
 

@@ -72,6 +72,15 @@ def test_mask_does_not_depend_on_the_other_sequences():
     assert torch.equal(keep_of(BASE)[:1], keep_of(dataclasses.replace(BASE, seqlens_q=(100,), seqlens_k=(130,))))
 
 
+@on_device
+@pytest.mark.parametrize(("q_start", "k_start"), [(0, 0), (32, 64), (64, 32), (96, 96)])
+def test_mask_of_a_shard_is_a_part_of_the_whole(q_start, k_start):
+    """Of rows and keys, and of heads: whichever device has them, a weight is kept or dropped alike."""
+    whole = keep_of(dataclasses.replace(BASE, seqlens_q=(200,) * 2, seqlens_k=(300,) * 2, num_heads=8, num_heads_k=8))
+    shard = dataclasses.replace(BASE, q_starts=(q_start,) * 2, k_starts=(k_start,) * 2, head_start=4, total_heads=8)
+    assert torch.equal(keep_of(shard), whole[:, 4:7, q_start : q_start + 100, k_start : k_start + 130])
+
+
 def test_masks_of_heads_batches_and_states_are_unrelated():
     """Two masks agree in about p^2 + (1 - p)^2 of the elements; so do a mask and a copy shifted by rows or keys."""
     case = dataclasses.replace(BASE, seqlens_q=(256, 256), seqlens_k=(256, 256))

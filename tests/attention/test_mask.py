@@ -50,9 +50,16 @@ def spans(length: int) -> np.ndarray:
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
-def brute_mask(seqlen_q, seqlen_k, left, right, chunk) -> np.ndarray:
-    row = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-    key = np.arange(seqlen_k)[None, :]
+def mask_numbers(seqlen_q, seqlen_k, left, right, chunk, starts):
+    """The numbers that policies.cpp takes for a mask."""
+    unbounded = [UNBOUNDED if side < 0 else side for side in (left, right)]
+    return ints([seqlen_q, seqlen_k, *unbounded, chunk, starts is not None, *(starts or (0, 0))])
+
+
+def brute_mask(seqlen_q, seqlen_k, left, right, chunk, starts) -> np.ndarray:
+    first_q, first_k = starts or (seqlen_k - seqlen_q, 0)
+    row = np.arange(seqlen_q)[:, None] + first_q
+    key = np.arange(seqlen_k)[None, :] + first_k
     keep = np.ones((seqlen_q, seqlen_k), dtype=bool)
     if left >= 0:
         keep &= row - key <= left
@@ -73,17 +80,16 @@ def brute_range(lines: np.ndarray, ranges: np.ndarray):
     return np.stack([np.where(some, first, 0), np.where(some, last, 0)], 1)
 
 
-def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0):
-    """keep, kv_range, q_range and is_full_block for all rows, keys and ranges."""
-    mask = brute_mask(seqlen_q, seqlen_k, left, right, chunk)
+def check_mask(policies, seqlen_q, seqlen_k, left, right, chunk=0, starts=None):
+    """keep, kv_range, q_range and is_full_block for all rows, keys and ranges. starts: q_start and k_start."""
+    mask = brute_mask(seqlen_q, seqlen_k, left, right, chunk, starts)
     rows, keys = spans(seqlen_q), spans(seqlen_k)
     keep = np.zeros(mask.shape, np.uint8)
     kv_range, q_range = np.zeros((len(rows), 2), np.int32), np.zeros((len(keys), 2), np.int32)
     is_full_block = np.zeros((len(rows), len(keys)), np.uint8)
     arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (keep, kv_range, q_range, is_full_block)]
-    unbounded = [UNBOUNDED if side < 0 else side for side in (left, right)]
-    policies.mask_tables(ints([seqlen_q, seqlen_k, *unbounded, chunk]), *arrays)
-    where = f"seqlens {seqlen_q}, {seqlen_k}, window {left}, {right}, chunk {chunk}"
+    policies.mask_tables(mask_numbers(seqlen_q, seqlen_k, left, right, chunk, starts), *arrays)
+    where = f"seqlens {seqlen_q}, {seqlen_k}, window {left}, {right}, chunk {chunk}, starts {starts}"
     assert np.array_equal(keep, mask), where
     for found, lines, ranges in [(kv_range, mask, rows), (q_range, mask.T, keys)]:
         if lines.shape[1] == 0:
@@ -107,9 +113,20 @@ def test_mask_of_every_small_shape(policies, seqlen_q):
         check_mask(policies, seqlen_q, seqlen_k, left, right, chunk)
 
 
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 50), st.integers(-1, 50), st.integers(0, 50))
-def test_mask_of_larger_shapes(policies, seqlen_q, seqlen_k, left, right, chunk):
-    check_mask(policies, seqlen_q, seqlen_k, left, right, chunk)
+@pytest.mark.parametrize("starts", list(itertools.product((0, 1, 4, 9), (0, 3, 8))))
+def test_mask_of_every_small_shard(policies, starts):
+    for seqlen_q, seqlen_k, left, right in itertools.product((1, 2, 5), (1, 3, 6), (-1, 0, 1, 4), (-1, 0, 2, 7)):
+        check_mask(policies, seqlen_q, seqlen_k, left, right, starts=starts)
+    for seqlen_q, seqlen_k, left, right, chunk in itertools.product((1, 5), (1, 6), (-1, 3), (-1, 0), (1, 2, 3, 7, 20)):
+        check_mask(policies, seqlen_q, seqlen_k, left, right, chunk, starts)
+
+
+STARTS = st.one_of(st.none(), st.tuples(st.integers(0, 60), st.integers(0, 60)))
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 50), st.integers(-1, 50), st.integers(0, 50), STARTS)
+def test_mask_of_larger_shapes(policies, seqlen_q, seqlen_k, left, right, chunk, starts):
+    check_mask(policies, seqlen_q, seqlen_k, left, right, chunk, starts)
 
 
 LENGTH = st.one_of(st.integers(1, 300), st.integers(1, UNBOUNDED - 1))
@@ -117,13 +134,20 @@ SIDE = st.one_of(st.just(-1), st.integers(0, 300), st.integers(0, UNBOUNDED - 1)
 CHUNK = st.one_of(st.just(0), st.integers(1, 300), st.integers(1, UNBOUNDED - 1))
 
 
-@given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK)
-def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chunk):
+def start_below(length):
+    """Positions of rows are below the limit, too."""
+    return st.one_of(st.integers(0, min(300, UNBOUNDED - length)), st.integers(0, UNBOUNDED - length))
+
+
+@given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK, st.booleans())
+def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chunk, is_shard):
     """Lengths up to the limit: no overflow, and the four functions agree with the definition and each other."""
-    mask = ints([seqlen_q, seqlen_k, *(UNBOUNDED if side < 0 else side for side in (left, right)), chunk])
+    starts = tuple(data.draw(start_below(n)) for n in (seqlen_q, seqlen_k)) if is_shard else None
+    mask = mask_numbers(seqlen_q, seqlen_k, left, right, chunk, starts)
+    first_q, first_k = starts or (seqlen_k - seqlen_q, 0)
 
     def sees(row, key):
-        position = row + seqlen_k - seqlen_q
+        position, key = first_q + row, first_k + key
         in_window = (left < 0 or key >= position - left) and (right < 0 or key <= position + right)
         return in_window and (chunk == 0 or position // chunk == key // chunk)
 
@@ -265,14 +289,18 @@ def test_philox_is_the_same_in_both_languages(policies, numbers):
 WORD = st.integers(0, 2**64 - 1)
 
 
-@given(WORD, WORD, st.integers(0, 65535), st.integers(0, 1000), st.integers(0, 63))
-def test_dropout_mask(policies, seed, offset, threshold, batch, head):
+@given(WORD, WORD, st.integers(0, 65535), st.integers(0, 1000), st.integers(0, 63), st.integers(0, 40), st.data())
+def test_dropout_mask(policies, seed, offset, threshold, batch, head, elsewhere, data):
+    """Of a shard of rows, keys and heads: the part of the mask of the whole."""
     rows, keys, num_heads = 35, 70, 64
+    before, q_start, k_start = data.draw(st.integers(0, elsewhere)), *(32 * data.draw(st.integers(0, 3)) for _ in "qk")
     dropped = np.zeros((rows, keys), np.uint8)
     numbers = [ctypes.c_uint32(threshold), ctypes.c_uint64(seed), ctypes.c_uint64(offset)]
-    policies.drops(*numbers, batch, head, num_heads, rows, keys, dropped.ctypes.data_as(ctypes.c_void_p))
-    expected = philox.random_bits(batch * num_heads + head, rows, keys, seed, offset) < threshold
-    assert np.array_equal(dropped, expected)
+    heads, starts = ints([num_heads, before, elsewhere]), ints([q_start, k_start])
+    policies.drops(*numbers, batch, head, heads, starts, rows, keys, dropped.ctypes.data_as(ctypes.c_void_p))
+    batch_head = batch * (num_heads + elsewhere) + before + head
+    whole = philox.random_bits(batch_head, q_start + rows, k_start + keys, seed, offset) < threshold
+    assert np.array_equal(dropped, whole[q_start:, k_start:])
 
 
 @given(st.integers(0, 65535))

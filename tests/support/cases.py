@@ -34,6 +34,11 @@ class Case:
     leftpad_k: tuple[int, ...] | None = None
     page_size: int = 0  # 0: keys and values are not paged
     unused_rows: int = 0  # rows of the packed tensors after the last sequence
+    q_starts: tuple[int, ...] | None = None  # of shards: positions of the first query and key of each sequence
+    k_starts: tuple[int, ...] | None = None
+    head_start: int = 0  # the heads are head_start, ... of total_heads heads
+    total_heads: int = 0  # 0: there are no others
+    float_results: bool = False  # out, dq, dk and dv are not rounded to dtype
     lse_grad: bool = False  # whether softmax_lse gets a gradient
     seqlen_k_if_empty: int = 0  # seqlen_k of a dense batch of size 0
     seqlen_q_if_empty: int = 0
@@ -65,7 +70,14 @@ class Case:
     @property
     def only_in_op(self) -> bool:
         """Whether only the op, not the public functions, has arguments for this case."""
-        return self.seqused_k is not None or self.leftpad_k is not None
+        only_shards = self.head_start > 0 or self.total_heads > 0
+        return self.seqused_k is not None or self.leftpad_k is not None or only_shards
+
+    def places(self, index: int) -> tuple[int, int] | None:
+        """Positions of the first query and key of a sequence; None: it is not part of a longer one."""
+        if self.q_starts is None and self.k_starts is None:
+            return None
+        return (self.q_starts[index] if self.q_starts else 0, self.k_starts[index] if self.k_starts else 0)
 
     @property
     def name(self) -> str:
@@ -270,6 +282,44 @@ def key_range_cases() -> list[Case]:
         dims = {"head_dim": 24, "head_dim_v": 40}
         cases.append(Case(*lengths, **keys, **row["mask"], **row["score"], **heads, **dims, **rest, seed=seed))
     return cases
+
+
+def shard_cases() -> list[Case]:
+    """Parts of longer sequences: before, on, across and after the diagonal, near and far; results not rounded."""
+    axes = {
+        "dtype": list(DTYPES),
+        "lengths": [((96, 96), (128, 128)), ((65, 65), (300, 300)), ((1, 1), (129, 129)), ((200, 200), (33, 33))],
+        "packed": [False, True],
+        "starts": [
+            {"q_starts": (0, 0)},
+            {"q_starts": (128, 128), "k_starts": (128, 128)},
+            {"q_starts": (96, 96), "k_starts": (160, 160)},
+            {"q_starts": (512, 512), "k_starts": (64, 64)},
+            {"k_starts": (32, 256)},
+            {"q_starts": (1 << 29, 64), "k_starts": ((1 << 29) - 64, 0)},
+        ],
+        "mask": [{}, {"causal": True}, {"window_size": (300, 60)}, {"attention_chunk": 96}, {"window_size": (20, -1)}],
+        "score": SCORES[:3],
+        "alibi": ["", "batch"],
+        "dropout_p": [0.0, 0.0, 0.25],
+        "heads": [(2, 2), (4, 2), (12, 1)],
+        "elsewhere": [{}, {}, {"head_start": 3, "total_heads": 24}],
+        "float_results": [False, True],
+        "lse_grad": [False, True],
+    }
+    cases = []
+    for seed, row in enumerate(pairwise(axes)):
+        rest = {key: row[key] for key in ("dtype", "packed", "alibi", "dropout_p", "float_results", "lse_grad")}
+        heads = {"num_heads": row["heads"][0], "num_heads_k": row["heads"][1]}
+        dims = {"head_dim": 40, "head_dim_v": 24}
+        where = {**row["starts"], **row["elsewhere"]}
+        lengths = row["lengths"]
+        cases.append(Case(*lengths, **where, **row["mask"], **row["score"], **heads, **dims, **rest, seed=seed))
+    odd = [
+        Case((70,), (90,), q_starts=(q,), k_starts=(k,), dtype="bfloat16", float_results=True, **mask)
+        for (q, k), mask in itertools.product([(17, 5), (0, 3), (101, 0)], [{"causal": True}, {"attention_chunk": 50}])
+    ]
+    return [*cases, *odd]
 
 
 def paged_cases() -> list[Case]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import flash_attn
-from cases import Case, edge_cases, key_range_cases, paged_cases, small_table, table
+from cases import Case, edge_cases, key_range_cases, paged_cases, shard_cases, small_table, table
 from compare import assert_bitwise, assert_finite, compare
 from inputs import Inputs, eps_of, lse_dtype, make_inputs, sequences
 from reference import ORDERS, Result, attention, attn_probs, visible
@@ -56,7 +56,26 @@ def scores_of(case: Case, x: Inputs) -> dict:
         "softcap": case.softcap,
         "dropout_p": case.dropout_p,
         "rng_state": x.rng_state,
+        **{key: value for side in "qk" for key, value in start_of(case, x, side, f"{side}_starts").items()},
+        "head_start": case.head_start,
+        "total_heads": case.total_heads or None,
+        "float_results": case.float_results,
     }
+
+
+def start_of(case: Case, x: Inputs, side: str, name_of_tensor: str) -> dict:
+    """Where q or k starts: a number if all sequences have the same."""
+    starts = case.q_starts if side == "q" else case.k_starts
+    if starts is None:
+        return {}
+    if len(set(starts)) == 1:
+        return {f"{side}_start": starts[0]}
+    return {name_of_tensor: torch.tensor(starts, dtype=torch.int32, device=x.q.device)}
+
+
+def result_dtype(case: Case, x: Inputs) -> torch.dtype:
+    """Of out and, from the op, of gradients."""
+    return lse_dtype(x.q.dtype) if case.float_results else x.q.dtype
 
 
 def op_fwd(case: Case, x: Inputs) -> Tensors:
@@ -74,7 +93,7 @@ def op_bwd(
     deterministic: bool = True,
 ) -> Tensors:
     """(dq, dk, dv, dsoftmax_sum) from the op, written into grads if given."""
-    head = (x.dout, x.q, x.k, x.v, out, lse, x.dlse if case.lse_grad else None)
+    head = (x.dout, x.q, x.k, x.v, out.to(x.q.dtype), lse, x.dlse if case.lse_grad else None)
     arguments = {**lengths_of(case, x), **scores_of(case, x), "deterministic": deterministic}
     if grads is None:
         return torch.ops.flash_attn.bwd(*head, **arguments)
@@ -100,6 +119,9 @@ def public(case: Case, x: Inputs) -> Tensors:
         "softcap": case.softcap,
         "alibi_slopes": x.alibi_slopes,
         "return_attn_probs": True,
+        **start_of(case, x, "q", "q_start"),
+        **start_of(case, x, "k", "k_start"),
+        "out_dtype": result_dtype(case, x) if case.float_results else None,
     }
     torch.manual_seed(case.seed)
     if not case.packed:
@@ -152,7 +174,8 @@ def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> 
     single = torch.zeros(sizes.shape[:-1], dtype=torch.bool, device=sizes.device)
     for s in sequences(case):
         shape = (s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start)
-        s.take(single, s.rows_q)[:] = visible(*shape, case.window, sizes.device, case.attention_chunk).sum(1) == 1
+        seen = visible(*shape, case.window, sizes.device, case.attention_chunk, case.places(s.index))
+        s.take(single, s.rows_q)[:] = seen.sum(1) == 1
     largest = max(other.abs().double().nan_to_num(0).flatten().tolist(), default=0.0)
     return case.scale * sizes[single].norm().item() * largest
 
@@ -168,7 +191,7 @@ def check_forward(case: Case) -> None:
     # A relative error eps of a sum is an absolute error eps of its logarithm, even near 0: so size is at least 1.
     lse = [p.softmax_lse for p in plain]
     compare("softmax_lse", run.softmax_lse, ref.softmax_lse, lse, size=1.0, context=case.name)
-    assert run.out.dtype == x.q.dtype
+    assert run.out.dtype == result_dtype(case, x)
     assert run.softmax_lse.dtype == lse_dtype(x.q.dtype)
     ref_probs = attn_probs(case, x)
     scores_error = 64 * eps_of(lse_dtype(x.q.dtype)) * ref_probs
@@ -190,7 +213,8 @@ def check_backward(case: Case, deterministic: bool = True) -> None:
             *op_grads, dsoftmax_sum = op_bwd(case, x, run.out, run.softmax_lse)
             if case.dropout_p == 0:
                 for name, got, expected in zip(("dq", "dk", "dv"), grads, op_grads, strict=True):
-                    assert_bitwise(f"{name} by autograd and by the op", got, expected, case.name)
+                    assert expected.dtype == result_dtype(case, x)
+                    assert_bitwise(f"{name} by autograd and by the op", got, expected.to(got.dtype), case.name)
     ref, plain = attention(case, x, run.keep, grads=True), plain_attention(case, x, run.keep, grads=True)
     sizes = [cancelling_size(case, x, ref, other) for other in (x.k, x.q)] + [0.0]
     for name, got, size in zip(("dq", "dk", "dv"), grads, sizes, strict=True):
@@ -206,6 +230,7 @@ def _public_backward(case: Case, x: Inputs) -> tuple[Run, Tensors]:
     outputs, gradients = [run.out], [x.dout]
     if case.lse_grad:
         outputs, gradients = [run.out, run.softmax_lse], [x.dout, x.dlse]
+    gradients = [gradient.to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, leaves, gradients)
     return Run(run.out.detach(), run.softmax_lse.detach(), run.probs, run.keep), grads
 
@@ -216,12 +241,13 @@ def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Ten
     assert dsoftmax_sum.shape == run.softmax_lse.shape
     dlse = x.dlse if case.lse_grad else torch.zeros_like(x.dlse)
     sees_any = torch.isfinite(run.softmax_lse)
+    out = run.out.to(x.q.dtype)  # as the op gets it
 
     def expected(dtype: torch.dtype) -> torch.Tensor:
-        products = (run.out.to(dtype) * x.dout.to(dtype)).sum(-1).transpose(-1, -2)
+        products = (out.to(dtype) * x.dout.to(dtype)).sum(-1).transpose(-1, -2)
         return torch.where(sees_any, products - dlse.to(dtype), 0.0)
 
-    size = (run.out.double() * x.dout.double()).abs().sum(-1).transpose(-1, -2) + dlse.abs()
+    size = (out.double() * x.dout.double()).abs().sum(-1).transpose(-1, -2) + dlse.abs()
     slack = torch.where(sees_any, 2 * eps_of(dsoftmax_sum.dtype) * size, 0.0)
     compare("dsoftmax_sum", dsoftmax_sum, expected(torch.float64), [expected(torch.float64) + slack], context=case.name)
 
@@ -232,7 +258,7 @@ def main() -> None:
     check.py whole: all of them; check.py 60 7: the small table and 60 cases of the others, chosen by the seed 7.
     """
     torch.set_num_threads(1)
-    cases = [*table(), *edge_cases(), *key_range_cases(), *paged_cases()]
+    cases = [*table(), *edge_cases(), *key_range_cases(), *shard_cases(), *paged_cases()]
     if sys.argv[1:] != ["whole"]:
         size, seed = map(int, sys.argv[1:])
         cases = random.Random(seed).sample(cases, size)

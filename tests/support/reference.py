@@ -23,12 +23,26 @@ class Result:
     dv: torch.Tensor | None = None
 
 
+Places = tuple[int, int] | None  # positions of the first query and the first key, if they are parts of longer ones
+
+
+def positions(seqlen_q: int, seqlen_k: int, device="cpu", places: Places = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the queries, (seqlen_q, 1), and of the keys, (1, seqlen_k); bottom-right aligned by default."""
+    first_q, first_k = places if places else (seqlen_k - seqlen_q, 0)
+    row = torch.arange(seqlen_q, device=device)[:, None] + first_q
+    return row, torch.arange(seqlen_k, device=device)[None, :] + first_k
+
+
 def visible(
-    seqlen_q: int, seqlen_k: int, window: tuple[int, int], device="cpu", attention_chunk: int = 0
+    seqlen_q: int,
+    seqlen_k: int,
+    window: tuple[int, int],
+    device="cpu",
+    attention_chunk: int = 0,
+    places: Places = None,
 ) -> torch.Tensor:
     """Visible keys of each query: bool (seqlen_q, seqlen_k). -1: unbounded."""
-    row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
-    key = torch.arange(seqlen_k, device=device)[None, :]
+    row, key = positions(seqlen_q, seqlen_k, device, places)
     mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
     if window[0] >= 0:
         mask &= key >= row - window[0]
@@ -39,10 +53,10 @@ def visible(
     return mask
 
 
-def distances(seqlen_q: int, seqlen_k: int, device="cpu") -> torch.Tensor:
-    """Bottom-right aligned distances between queries and keys, (seqlen_q, seqlen_k), for ALiBi."""
-    row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
-    return (row - torch.arange(seqlen_k, device=device)[None, :]).abs()
+def distances(seqlen_q: int, seqlen_k: int, device="cpu", places: Places = None) -> torch.Tensor:
+    """Distances between queries and keys, (seqlen_q, seqlen_k), for ALiBi."""
+    row, key = positions(seqlen_q, seqlen_k, device, places)
+    return (row - key).abs()
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -69,7 +83,7 @@ ORDERS = [
 ]
 
 
-def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USUAL):
+def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USUAL, places: Places = None):
     """Attention of one sequence: q (seqlen_q, num_heads, head_dim), k and v accordingly.
 
     Returns out (seqlen_q, num_heads, head_dim_v), softmax_lse and weights. keep (num_heads, seqlen_q, seqlen_k): False
@@ -77,8 +91,8 @@ def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USU
     """
     group = q.shape[1] // k.shape[1]
     q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    mask = visible(q.shape[1], k.shape[1], case.window, q.device, case.attention_chunk)
-    distance = distances(q.shape[1], k.shape[1], q.device)
+    mask = visible(q.shape[1], k.shape[1], case.window, q.device, case.attention_chunk, places)
+    distance = distances(q.shape[1], k.shape[1], q.device, places)
     if order.keys_reversed:
         k, v, mask, distance = k.flip(1), v.flip(1), mask.flip(1), distance.flip(1)
         keep = keep if keep is None else keep.flip(2)
@@ -113,7 +127,7 @@ def attention(
     for s in sequences(case):
         own_keep = None if keep is None else _part(keep, s)
         tensors = (s.take(q, s.rows_q), s.take(k, s.rows_k), s.take(v, s.rows_k))
-        out, lse, _ = one_sequence(case, *tensors, slopes_of(x, s), own_keep, order)
+        out, lse, _ = one_sequence(case, *tensors, slopes_of(x, s), own_keep, order, case.places(s.index))
         outs.append(out)
         lses.append(lse)
     out, lse = _join(case, x, outs, lses, dtype)
@@ -159,5 +173,5 @@ def attn_probs(case: Case, x: Inputs) -> torch.Tensor:
         tensors = [
             s.take(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))
         ]
-        _part(probs, s)[:] = one_sequence(case, *tensors, slopes_of(x, s))[2]
+        _part(probs, s)[:] = one_sequence(case, *tensors, slopes_of(x, s), places=case.places(s.index))[2]
     return probs

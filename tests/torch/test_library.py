@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flash_attn
 from bad_calls import backward, dense, paged, probs, varlen, varlen_backward
 from cases import Case
-from check import lengths_of, scores_of
+from check import lengths_of, result_dtype, scores_of
 from compare import assert_bitwise
 from inputs import make_inputs
 
@@ -18,6 +18,10 @@ CASES = {
     "everything": Case(
         (7, 7), (9, 9), dtype="bfloat16", head_dim=13, head_dim_v=5, causal=True, window_size=(4, -1), softcap=2.0,
         softmax_scale=0.4, alibi="batch", dropout_p=0.3, seqused_k=(9, 4), leftpad_k=(1, 0), lse_grad=True,
+    ),
+    "shards": Case(
+        (5, 5), (9, 9), "bfloat16", 4, 2, head_dim=8, head_dim_v=16, causal=True, dropout_p=0.3, q_starts=(64, 32),
+        k_starts=(32, 32), head_start=4, total_heads=12, float_results=True,
     ),
     "varlen": Case((3, 0, 6), (4, 2, 6), packed=True, head_dim=8, head_dim_v=8, causal=True, alibi="heads"),
     "unused rows": Case((3, 1), (4, 2), packed=True, head_dim=4, head_dim_v=4, unused_rows=2, dropout_p=0.5),
@@ -43,8 +47,8 @@ def test_opcheck(name):
     of_probs = {key: value for key, value in arguments.items() if key != "v"}
     torch.library.opcheck(torch.ops.flash_attn.attn_probs.default, (), {**of_probs, "softmax_lse": lse})
     if not case.page_size:
-        grads = {"dq": torch.zeros_like(x.q), "dk": torch.zeros_like(x.k), "dv": torch.zeros_like(x.v)}
-        more = {"dout": x.dout, "dlse": x.dlse if case.lse_grad else None, "out": out, "softmax_lse": lse}
+        grads = {f"d{name}": torch.zeros_like(arguments[name], dtype=result_dtype(case, x)) for name in "qkv"}
+        more = {"dout": x.dout, "dlse": x.dlse if case.lse_grad else None, "out": out.to(x.q.dtype), "softmax_lse": lse}
         bwd_arguments = {**arguments, **more, "deterministic": True}
         torch.library.opcheck(torch.ops.flash_attn.bwd.default, (), bwd_arguments)
         torch.library.opcheck(torch.ops.flash_attn.bwd.out, (), {**bwd_arguments, **grads})
@@ -104,6 +108,12 @@ FUNCTIONS = {
     "dropout": (flash_attn.flash_attn_func, dense_of, {"dropout_p": 0.3}),
     "window": (flash_attn.flash_attn_func, dense_of, {"window_size": (4, 2), "softcap": 2.0, "softmax_scale": 0.5}),
     "chunks": (flash_attn.flash_attn_func, dense_of, {"attention_chunk": 5, "causal": True}),
+    "shard": (
+        flash_attn.flash_attn_func,
+        lambda: dense_of(dtype=torch.bfloat16),
+        {"causal": True, "q_start": 20, "k_start": 9, "out_dtype": torch.float32, "return_attn_probs": True},
+    ),
+    "shards": (run_varlen, varlen_of, {"causal": True, "q_start": torch.tensor([7, 0, 64], dtype=torch.int32)}),
     "alibi": (flash_attn.flash_attn_func, dense_of, {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
     "varlen": (run_varlen, varlen_of, {"causal": True}),
     "varlen with dropout": (run_varlen, varlen_of, {"dropout_p": 0.3}),

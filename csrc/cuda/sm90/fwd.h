@@ -45,14 +45,7 @@ template <class Config, class Variant> struct FwdTileSm90 : FwdWorkSm90 {
     FA_DEVICE FwdTileSm90(const FwdWorkSm90& work, const Problem& p)
         : FwdWorkSm90(work), mask(Variant::Mask::of(p, seq, batch, head)) {}
     FA_DEVICE FwdTileSm90(int index, const WorkTile& at, FwdWorkKind kind, const Problem& p)
-        : FwdTileSm90({sequence_at(p, at.batch),
-                       {},
-                       at.tile * Config::kBlockM,
-                       at.head,
-                       at.batch,
-                       index,
-                       kind},
-                      p) {
+        : FwdTileSm90({sequence_at(p, at.batch), {}, at.tile * Config::kBlockM, at.head, at.batch, index, kind}, p) {
         tiles = tiles_of(mask.kv_range(rows()), N);
     }
     FA_DEVICE Range rows() const { return {m0, m0 + Config::kBlockM}; }

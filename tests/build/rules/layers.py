@@ -72,6 +72,7 @@ PYTHON_LAYERS = (
     "_flops",
     "_checks",
     "_constants",
+    "merge",
     "_autograd_names",
     "utils",
     "autograd",
