@@ -1,0 +1,75 @@
+"""Attention of several ranks is that of one device: every feature, with every method, layout and number of ranks."""
+
+import dataclasses
+
+import pytest
+from distributed_cases import PAIR, Case, check_exactly, check_rounding
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+CAUSAL = {"causal": True}
+FEATURES = (
+    Case("plain", (300,), batch_size=2),
+    Case("causal", (384,), batch_size=2, options=CAUSAL),
+    Case("uneven", (201,), batch_size=1, head_dim_v=16, options=CAUSAL),
+    Case("small_window", (500,), batch_size=1, options={"window_size": (9, 3)}),
+    Case("large_window", (500,), batch_size=1, options={"window_size": (200, 150)}),
+    Case("sliding_causal", (500,), batch_size=1, options={**CAUSAL, "window_size": (70, 0)}),
+    Case("look_ahead", (260,), batch_size=1, options={"window_size": (0, -1)}),
+    Case("chunks", (420,), batch_size=1, options={**CAUSAL, "attention_chunk": 100}),
+    Case("chunks_and_window", (420,), batch_size=1, options={"attention_chunk": 90, "window_size": (40, 20)}),
+    Case("softcap", (260,), batch_size=1, options={"softcap": 2.0, "softmax_scale": 0.7}),
+    Case("alibi", (300,), batch_size=2, alibi="heads", options=CAUSAL),
+    Case("alibi_per_sequence", (260,), batch_size=2, alibi="batch"),
+    Case("dropout", (310,), batch_size=2, options={"dropout_p": 0.3}),
+    Case("dropout_causal", (310,), batch_size=2, num_heads_k=4, options={**CAUSAL, "dropout_p": 0.2}),
+    Case("grouped", (260,), batch_size=2, num_heads_k=4, options=CAUSAL),
+    Case("few_key_heads", (260,), batch_size=1, num_heads_k=2, options=CAUSAL),
+    Case("multi_query", (260,), batch_size=1, num_heads_k=1, head_dim_v=4),
+    Case("tiny", (40,), batch_size=2, options=CAUSAL),
+    Case("one_token", (1,), batch_size=1, options=CAUSAL),
+    Case("empty", (0,), batch_size=1),
+    Case("packed", (100, 0, 37, 400, 1), options=CAUSAL),
+    Case("packed_not_causal", (70, 190, 33)),
+    Case("packed_window", (90, 500, 10), num_heads_k=4, options={"window_size": (33, 0)}),
+    Case("packed_dropout", (100, 260, 64), alibi="batch", options={**CAUSAL, "dropout_p": 0.25}),
+    Case("packed_chunks", (100, 260, 64), options={**CAUSAL, "attention_chunk": 50, "softcap": 3.0}),
+    Case("no_documents", ()),
+)
+METHODS = [
+    (method, layout, ranks)
+    for ranks in (2, 3, 4)
+    for method in ("ring", "all_gather", "ulysses", PAIR)
+    for layout in ("zigzag", "contiguous")
+    if method != PAIR or ranks == 4
+]
+CASES = [
+    dataclasses.replace(case, method=method, layout=layout, ranks=ranks)
+    for method, layout, ranks in METHODS
+    for case in FEATURES
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_compute_what_one_device_computes(world, case):
+    world.run(check_exactly, case, ranks=case.ranks)
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
+def test_one_rank_computes_what_one_device_computes(world, method):
+    for case in FEATURES:
+        world.run(check_exactly, dataclasses.replace(case, method=method, ranks=1), ranks=1)
+
+
+ROUNDED = [
+    dataclasses.replace(case, method=method, layout=layout, ranks=ranks, dtype=dtype, head_dim=32, head_dim_v=32)
+    for method, layout, ranks in METHODS
+    for case in FEATURES
+    for dtype in ("bfloat16", "float16", "float32")
+    if case.name in ("causal", "dropout_causal", "packed_window") and ranks > 2
+]
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: f"{case}-{case.dtype}")
+def test_error_is_that_of_one_device(world, case):
+    world.run(check_rounding, case, ranks=case.ranks)
