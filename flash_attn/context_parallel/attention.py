@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_attn import _checks, _library
 from flash_attn.autograd import cast_for_autocast, default_scale
@@ -37,9 +36,25 @@ class _ContextParallelAttention(torch.autograd.Function):
         return out, softmax_lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *(grad.to(ctx.dtype) for grad in ctx.method.backward(grads[0], *ctx.saved_tensors))
+        dout, saved = grads[0], ctx.saved_tensors
+        with torch.no_grad():
+            results = [grad.to(ctx.dtype) for grad in ctx.method.backward(dout, *saved)]
+        if torch.is_grad_enabled():  # create_graph: torch would take the results for constants
+            results = list(_NoSecondDerivatives.apply(len(results), *results, dout, *saved))
+        return None, *results
+
+
+class _NoSecondDerivatives(torch.autograd.Function):
+    """The first `count` tensors, with all as inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(f"{_FUNCTION}: gradients of gradients are not supported")
 
 
 def _whole_call(inputs: tuple[Any, ...], options: dict[str, Any], batch_size: int | None) -> list[str]:

@@ -56,11 +56,12 @@ class Cut:
 
 
 def make_cut(lengths: Sequence[int], num_ranks: int, layout: str) -> Cut:
-    """Cut documents of these lengths in a layout of LAYOUTS."""
-    pieces = num_ranks * (2 if layout == "zigzag" else 1)
+    """Cut documents of these lengths in a layout of LAYOUTS. One rank gets all rows in their order, in any layout."""
+    is_zigzag = layout == "zigzag" and num_ranks > 1
+    pieces = num_ranks * (2 if is_zigzag else 1)
     multiple = pieces * DROPOUT_BLOCK
     sizes = tuple(-(-length // multiple) * DROPOUT_BLOCK for length in lengths)
-    return Cut(tuple(lengths), sizes, num_ranks, layout == "zigzag")
+    return Cut(tuple(lengths), sizes, num_ranks, is_zigzag)
 
 
 @lru_cache(maxsize=256)

@@ -32,7 +32,7 @@ def _rows_on(cut: Cut, rank: int, device: torch.device) -> Tensor:
 
 def gather_rows(x: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
     """The rows (total, ...) of the whole, in their order, from the local rows (local_length, ...) of every rank."""
-    if cut.num_ranks == 1 and not cut.zigzag:
+    if cut.num_ranks == 1:
         return x
     padded = max(local_length(cut, rank) for rank in range(cut.num_ranks))
     sent = x if len(x) == padded else torch.cat([x, x.new_zeros(padded - len(x), *x.shape[1:])])
@@ -106,7 +106,8 @@ def shard(x: Tensor, dim: int, group: Any, layout: str = "zigzag", cu_seqlens: T
     The sequence, or every document of cu_seqlens, is cut into 2 n pieces (zigzag) or n pieces (contiguous) for n ranks.
     All have the same number of rows, the least multiple of 32 that is enough, but for the last ones, which are shorter
     or empty. Rank r gets the pieces r and 2 n - 1 - r (zigzag), which balances the work under a causal mask, or piece r
-    (contiguous): first the piece r of all documents, then the piece 2 n - 1 - r of all documents.
+    (contiguous): first the piece r of all documents, then the piece 2 n - 1 - r of all documents. A single rank gets
+    all rows in their order.
 
     Args:
         x: any tensor with the rows of the sequence along dim: tokens, positions, labels, q, k, v.

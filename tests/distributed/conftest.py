@@ -1,6 +1,7 @@
 """The processes that the tests of this folder share."""
 
 import pytest
+
 from distributed_world import World
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from distributed_cases import PAIR, Case, make_inputs, on_many
 from distributed_world import group_of
 

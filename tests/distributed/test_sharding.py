@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from distributed_cases import pair_of_groups
 from distributed_world import group_of
-
 from flash_attn.context_parallel import shard, unshard
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -112,11 +112,9 @@ def errors():
         "x: expected the shards of a zigzag layout of 128 rows, [64, 64] on the ranks, got [70, 58]": lambda: unshard(
             torch.zeros(70 if group.rank() == 0 else 58), 0, group
         ),
-        "x: expected 96 rows along dimension 0, those of rank 0 of 1, got shape (64, 4)": lambda: unshard(
-            x, 0, group_of(1), seqlen=96
-        )
-        if group.rank() == 0
-        else None,
+        "x: expected 96 rows along dimension 0, those of rank 0 of 1, got shape (64, 4)": lambda: (
+            unshard(x, 0, group_of(1), seqlen=96) if group.rank() == 0 else None
+        ),
     }
     for text, call in calls.items():
         try:

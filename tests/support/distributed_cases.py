@@ -138,7 +138,9 @@ def check_exactly(case: Case) -> None:
 def check_rounding(case: Case) -> None:
     """In bfloat16 or float16, the error of the ranks is at most 1.1 times that of one device."""
     inputs = make_inputs(case)
-    exact_inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in "q k v dout".split()})
+    exact_inputs = dataclasses.replace(
+        inputs, **{name: getattr(inputs, name).double() for name in ("q", "k", "v", "dout")}
+    )
     results = [on_one_device(case, x) for x in (exact_inputs, inputs)]
     exact, one = (of_this_rank(case, result) for result in results)
     many = on_many(case, inputs)

@@ -81,6 +81,7 @@ PYTHON_LAYERS = (
     "_kernel_interface",
     "flash_attn_interface",
     "bert_padding",
+    "context_parallel",
     "layers",
     "ops",
     "flash_attention",
