@@ -16,7 +16,13 @@ from flash_attn.context_parallel.blocks import Blocks
 from flash_attn.context_parallel.layout import Cut, local_length, make_cut
 from flash_attn.context_parallel.ranks import Ranks, resolve
 from flash_attn.context_parallel.ring import Ring
-from flash_attn.context_parallel.sharding import cut_of_lengths, gather_lengths, layout_reasons, lengths_reasons
+from flash_attn.context_parallel.sharding import (
+    cut_of_lengths,
+    gather_lengths,
+    layout_reasons,
+    lengths_reasons,
+    seqlen_reasons,
+)
 from flash_attn.context_parallel.ulysses import Ulysses
 
 _FUNCTION = "context_parallel_attention"
@@ -265,9 +271,8 @@ def context_parallel_attention(
     options = _convert(tensors, alibi_slopes, numbers, attention_chunk)
     lengths, reasons = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
     if seqlen is not None:
-        (seqlen,) = _checks.integers(_FUNCTION, seqlen=seqlen)
-        if lengths is not None:
-            reasons.append(f"seqlen: expected None, as cu_seqlens is given, got {seqlen}")
+        seqlen, wrong = seqlen_reasons(_FUNCTION, seqlen, lengths)
+        reasons += wrong
     reasons += [*method_reasons, *layout_reasons(layout)]
     if reasons:
         _checks.reject(ValueError, _FUNCTION, reasons)

@@ -83,6 +83,14 @@ def layout_reasons(layout: Any) -> list[str]:
     return [] if known else [f"layout: expected 'zigzag' or 'contiguous', got {_checks.describe(layout)}"]
 
 
+def seqlen_reasons(function: str, seqlen: Any, lengths: tuple[int, ...] | None) -> tuple[int, list[str]]:
+    """seqlen as an int, and the reasons to reject it; lengths: of cu_seqlens, if given. Raises TypeError."""
+    (seqlen,) = _checks.integers(function, seqlen=seqlen)
+    if lengths is not None:
+        return seqlen, [f"seqlen: expected None, as cu_seqlens is given, got {seqlen}"]
+    return seqlen, [] if seqlen >= 0 else [f"seqlen: expected a length of at least 0, got {seqlen}"]
+
+
 def _check(function: str, x: Any, dim: Any, layout: Any, cu_seqlens: Any) -> tuple[int, tuple[int, ...] | None]:
     """dim, from 0, and the lengths of documents, if cu_seqlens is given."""
     if not isinstance(x, Tensor):
@@ -178,7 +186,9 @@ def unshard(
     dim, lengths = _check("unshard", x, dim, layout, cu_seqlens)
     ranks = resolve("unshard", group)
     if seqlen is not None:
-        (seqlen,) = _checks.integers("unshard", seqlen=seqlen)
+        seqlen, wrong = seqlen_reasons("unshard", seqlen, lengths)
+        if wrong:
+            _checks.reject(ValueError, "unshard", wrong)
     if lengths is None and seqlen is None:
         cut = cut_of_lengths("unshard", "x", gather_lengths(x.shape[dim], ranks, x.device), layout)
         return _Unshard.apply(x, dim, cut, ranks)

@@ -30,6 +30,18 @@ def key_heads(num_heads: int, num_heads_k: int, num_ranks: int) -> list[list[int
     return [[head // group for head in range(rank * local, (rank + 1) * local, shared)] for rank in range(num_ranks)]
 
 
+def _take(x: Tensor, heads: list[int]) -> Tensor:
+    """Some heads of (batch, rows, num_heads_k, n): neighbours, of which some may be repeated."""
+    if len(heads) == heads[-1] - heads[0] + 1:
+        return x[:, :, heads[0] : heads[-1] + 1]
+    return torch.cat([x[:, :, head : head + 1] for head in heads], 2)
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    """(batch, rows, all heads, n), from (size, batch, rows, heads of a rank, n)."""
+    return x.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
 class Ulysses:
     """Attention of one rank, whose heads are computed by `inner`, which has the rows of the whole ulysses group.
 
@@ -59,8 +71,9 @@ class Ulysses:
         batch_size, _, width = parts[0].shape
         sizes = [batch_size * length * width for length in self.lengths]
         flat = self._all_to_all(torch.cat([part.flatten() for part in parts]), [part.numel() for part in parts], sizes)
-        rows = [x.view(batch_size, -1, width) for x in flat.split(sizes)] if flat.numel() > 0 else parts
-        return reorder(torch.cat(rows, 1), 1, self.members, self.inner_rows)
+        received = zip(flat.split(sizes), self.lengths, strict=True)
+        rows = torch.cat([x.view(batch_size, length, width) for x, length in received], 1)
+        return reorder(rows, 1, self.members, self.inner_rows)
 
     def _to_rows(self, x: Tensor) -> Tensor:
         """The reverse: (size, batch, local rows, n), what each rank has for the local rows."""
@@ -75,7 +88,7 @@ class Ulysses:
 
     def _heads_to_rows(self, x: Tensor) -> Tensor:
         """(batch, local rows, num_heads, n), from (batch, rows of the group, local heads, n)."""
-        return self._to_rows(x.flatten(2)).unflatten(-1, x.shape[2:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return _join_heads(self._to_rows(x.flatten(2)).unflatten(-1, x.shape[2:]))
 
     def _batched(self, x: Tensor) -> Tensor:
         """Packed rows as a batch of one."""
@@ -89,7 +102,7 @@ class Ulysses:
         batched = [self._batched(x) for x in (q, k, v)]
         parts = []
         for queries, heads in zip(batched[0].tensor_split(self.size, 2), self.key_heads, strict=True):
-            chosen = [queries, *(x[:, :, heads] for x in batched[1:])]
+            chosen = [queries, *(_take(x, heads) for x in batched[1:])]
             parts.append(torch.cat([x.flatten(2) for x in chosen], -1))
         shapes = [x.shape[2:] for x in chosen]
         rows = self._to_heads(parts).split([shape.numel() for shape in shapes], -1)
@@ -111,9 +124,8 @@ class Ulysses:
         dtype = float_type(dout) if self.key_heads_repeat else dout.dtype
         widths = [x.shape[2:].numel() for x in (dk, dv)]
         exchanged = self._to_rows(torch.cat([dk.flatten(2), dv.flatten(2)], -1).to(dtype)).split(widths, -1)
-        local_dk, local_dv = (
-            self._add_heads(x.unflatten(-1, like.shape[2:])) for x, like in zip(exchanged, (dk, dv), strict=True)
-        )
+        add = self._add_heads if self.key_heads_repeat else _join_heads
+        local_dk, local_dv = (add(x.unflatten(-1, like.shape[2:])) for x, like in zip(exchanged, (dk, dv), strict=True))
         local_dq = self._heads_to_rows(dq.to(dout.dtype))
         return self._unbatched(local_dq), self._unbatched(local_dk), self._unbatched(local_dv)
 

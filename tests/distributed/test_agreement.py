@@ -97,6 +97,7 @@ def check_same_errors():
             "alibi_slopes": torch.zeros(4, requires_grad=True)
         },
         "seqlen: expected int, got float 1.5": {"seqlen": 1.5},
+        "seqlen: expected a length of at least 0, got -1": {"seqlen": -1},
         "seqlen: expected None, as cu_seqlens is given, got 64": {"seqlen": 64, "cu_seqlens": torch.tensor([0, 64])},
     }
     for text, options in calls.items():
