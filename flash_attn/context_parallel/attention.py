@@ -105,13 +105,14 @@ def _facts(
 ) -> dict[str, Any]:
     """What all ranks must agree on, by the names of arguments."""
     q, k, v, alibi_slopes = inputs
-    facts: dict[str, Any] = {**options, **others, "cu_seqlens": None if lengths is None else f"of lengths {lengths}"}
+    facts = {**options, **others, "cu_seqlens": None if lengths is None else f"of lengths {lengths}"}
+    facts["window_size"] = facts.pop("window_size_left"), facts.pop("window_size_right")
     for name, x in (("q", q), ("k", k), ("v", v)):
         shape = list(map(str, x.shape))
         shape[-3:-2] = ["local_seqlen"]
         facts[name] = f"({', '.join(shape)}) {x.dtype}{' that requires grad' * x.requires_grad}"
     facts["alibi_slopes"] = None if alibi_slopes is None else tuple(alibi_slopes.shape)
-    facts["grad mode"] = torch.is_grad_enabled()
+    facts["torch.is_grad_enabled()"] = torch.is_grad_enabled()
     return facts
 
 
@@ -269,19 +270,18 @@ def context_parallel_attention(
     tensors = {"q": q, "k": k, "v": v}
     numbers = dropout_p, softmax_scale, causal, window_size, softcap
     options = _convert(tensors, alibi_slopes, numbers, attention_chunk)
+    if reasons := [*method_reasons, *layout_reasons(layout)]:
+        _checks.reject(ValueError, _FUNCTION, reasons)
     lengths, reasons = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
     if seqlen is not None:
         seqlen, wrong = seqlen_reasons(_FUNCTION, seqlen, lengths)
         reasons += wrong
-    reasons += [*method_reasons, *layout_reasons(layout)]
-    if reasons:
-        _checks.reject(ValueError, _FUNCTION, reasons)
     ranks = resolve(_FUNCTION, group, (2,) if method == _PAIR else (1,))
     inputs: tuple[Tensor, ...] = (q, k, v)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         inputs = cast_for_autocast(inputs, q.device.type)
     everything = (*inputs, alibi_slopes)
-    reasons = _local_reasons(ranks, method, everything, options, None if cu_seqlens is None else len(cu_seqlens) - 1)
+    reasons += _local_reasons(ranks, method, everything, options, None if lengths is None else len(lengths))
     others = {"method": method, "layout": layout, "deterministic": bool(deterministic), "seqlen": seqlen}
     facts = _facts(everything, options, others, lengths)
     if lengths is None and seqlen is not None:

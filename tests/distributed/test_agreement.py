@@ -36,7 +36,7 @@ def differing(rank):
         ),
         "q: expected the same on every rank, got (1, local_seqlen, 4, 8) torch.float32 on rank 0; "
         "(1, local_seqlen, 2, 8) torch.float32 on rank 1": message(*(other if rank else first)),
-        "window_size_left: expected the same on every rank, got -1 on rank 0; 5 on rank 1": message(
+        "window_size: expected the same on every rank, got (-1, 0) on rank 0; (5, 0) on rank 1": message(
             *first, window_size=(5, 0) if rank else (-1, 0)
         ),
         "method: expected the same on every rank, got ring on rank 0; all_gather on rank 1": message(
@@ -50,7 +50,12 @@ def differing(rank):
                 *(x[0] for x in first), cu_seqlens=torch.tensor([0, 128] if rank else [0, 64, 128], dtype=torch.int32)
             )
         ),
-        "grad mode: expected the same on every rank, got True on rank 0; False on rank 1": without_grad(first, rank),
+        "torch.is_grad_enabled(): expected the same on every rank, got True on rank 0; False on": without_grad(
+            first, rank
+        ),
+        "on rank 1: cu_seqlens: expected values that start with 0 and never decrease, got [0, 200, 128]": message(
+            *(x[0] for x in first), cu_seqlens=torch.tensor([0, 200, 128] if rank else [0, 64, 128])
+        ),
         "on rank 1: q, k, v: expected one dtype among": message(first[0].int() if rank else first[0], *first[1:]),
         "on rank 0: k: expected the 64 rows of q, as queries and keys are cut alike, got shape (1, 60, 4, 8)": message(
             first[0], *(x[:, : 64 if rank else 60] for x in first[1:])
