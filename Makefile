@@ -67,7 +67,7 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all integrations demo generate ladder bench race sanitize mutants report gpu-test gpu-bench \
+.PHONY: help venv build test test-all integrations demo generate long ladder bench race sanitize mutants report gpu-test gpu-bench \
     gpu-first lint format clean distclean
 
 help: ## this list
@@ -96,6 +96,12 @@ demo: $(BUILT) ## train a small GPT on real text, measure attention, save the fi
 generate: $(BUILT) ## write text with the GPT of the demo, with a KV cache and without
 	@$(call step,generate); \
 	$(PY) examples/generate.py $(ARGS)
+
+long: $(BUILT) ## train that GPT on 32768 tokens, cut over 1, 2 and 4 processes, and draw the memory of each
+	@$(call step,long); \
+	for ranks in 1 2 4; do \
+	    $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks examples/train_long.py $(ARGS); \
+	done
 
 ladder: ## from naive attention to a tiled kernel in six steps, on the simulator; needs g++ only
 	@$(MAKE) --no-print-directory -f examples/ladder/Makefile

@@ -86,7 +86,7 @@ class Cost:
 
     forward: float  # seconds
     backward: float  # seconds
-    memory: int  # bytes beyond the rank's own shards of inputs, output and gradients
+    memory: int  # bytes beyond the rank's own shards of inputs, output and gradients: the least that the method needs
 
     @property
     def seconds(self) -> float:
@@ -101,7 +101,10 @@ def ideal(layer: Layer, machine: Machine, seqlen: int, num_ranks: int) -> Cost:
 
 
 def ring(layer: Layer, machine: Machine, seqlen: int, num_ranks: int) -> Cost:
-    """num_ranks blocks of keys, one after the other; the next one travels while this one is computed."""
+    """num_ranks blocks of keys, one after the other; the next one travels while this one is computed.
+
+    The rank that gets most counts: under a causal mask rank 0 needs all keys of every other rank, the last one half.
+    """
     return _ring(layer, ideal(layer, machine, seqlen, num_ranks), seqlen // num_ranks, num_ranks, machine, num_ranks)
 
 
@@ -123,18 +126,18 @@ def _overlapped(compute: float, transfer: float, steps: int, overhead: float) ->
 
 
 def all_gather(layer: Layer, machine: Machine, seqlen: int, num_ranks: int) -> Cost:
-    """All keys come first, in either pass; the sums of their gradients go back."""
+    """All keys come first, in either pass; every rank's gradients of them go back, where they are added."""
     compute, keys, gradients = ideal(layer, machine, seqlen, num_ranks), layer.key_bytes(seqlen), 0
     gather = scatter = 0.0
     if num_ranks > 1:
         gradients = layer.key_gradient_bytes(seqlen)
-        gather = _collective(keys, num_ranks, machine)
-        scatter = _collective(gradients, num_ranks, machine)
+        gather = all_gather_seconds(keys, num_ranks, machine)
+        scatter = all_to_all(gradients, num_ranks, machine) + machine.overhead
     memory = keys + gradients if num_ranks > 1 else 0
     return Cost(compute.forward + gather, compute.backward + gather + scatter, memory)
 
 
-def _collective(size: int, num_ranks: int, machine: Machine) -> float:
+def all_gather_seconds(size: int, num_ranks: int, machine: Machine) -> float:
     """Every rank gets size bytes, of which it has its share: once over the network into each node, then NVLink."""
     nodes = math.ceil(num_ranks / machine.gpus_per_node)
     network = size * (1 - 1 / nodes) / machine.gpus_per_node / machine.infiniband
@@ -146,19 +149,32 @@ def ulysses(layer: Layer, machine: Machine, seqlen: int, num_ranks: int) -> Cost
     """Heads are scattered and the sequence is gathered, in an all-to-all before and one after. None: too few heads."""
     if layer.num_heads % num_ranks:
         return None
-    compute, size = ideal(layer, machine, seqlen, num_ranks), ulysses_bytes(layer, seqlen // num_ranks, num_ranks)
+    compute = ideal(layer, machine, seqlen, num_ranks)
+    return _with_heads_scattered(compute, layer, machine, seqlen // num_ranks, num_ranks)
+
+
+def _with_heads_scattered(cost: Cost, layer: Layer, machine: Machine, num_tokens: int, num_ranks: int) -> Cost:
+    """The same with all-to-alls among num_ranks ranks around it: two forward, three backward, none for one rank."""
     if num_ranks == 1:
-        return compute
-    exchange = all_to_all(size, num_ranks, machine) + 2 * machine.overhead
-    return Cost(compute.forward + exchange, compute.backward + exchange, size)
+        return cost
+    size, gradients = (ulysses_bytes(layer, num_tokens, num_ranks, backward) for backward in (False, True))
+    return Cost(
+        cost.forward + all_to_all(size, num_ranks, machine) + 2 * machine.overhead,
+        cost.backward + all_to_all(gradients, num_ranks, machine) + 3 * machine.overhead,
+        cost.memory + size,
+    )
 
 
-def ulysses_bytes(layer: Layer, num_tokens: int, num_ranks: int) -> int:
+def ulysses_bytes(layer: Layer, num_tokens: int, num_ranks: int, backward: bool = False) -> int:
     """What a rank with num_tokens tokens rearranges in one pass: q, k, v and out; or dout, dq, dk and dv.
 
-    A rank needs one head of keys at least: with fewer key heads than ranks they are sent more than once.
+    A rank needs one head of keys at least: with fewer key heads than ranks they are sent more than once, and their
+    gradients are added in float32.
     """
-    return 2 * layer.query_bytes(num_tokens) + layer.key_bytes(num_tokens, max(layer.num_heads_k, num_ranks))
+    keys = layer.key_bytes(num_tokens, max(layer.num_heads_k, num_ranks))
+    if backward and num_ranks > layer.num_heads_k:
+        keys = keys // layer.element * FLOAT
+    return 2 * layer.query_bytes(num_tokens) + keys
 
 
 def all_to_all(size: int, num_ranks: int, machine: Machine) -> float:
@@ -174,11 +190,9 @@ def ulysses_ring(layer: Layer, machine: Machine, seqlen: int, num_ranks: int) ->
     if layer.num_heads % inner:
         return None
     compute, steps = ideal(layer, machine, seqlen, num_ranks), num_ranks // inner
-    size = ulysses_bytes(layer, seqlen // num_ranks, inner) if inner > 1 else 0
-    exchange = all_to_all(size, inner, machine) + (2 * machine.overhead if inner > 1 else 0)
     # After the exchange a rank has inner times the tokens and one inner-th of the heads: a block is as large as before.
     outer = _ring(layer, compute, seqlen // num_ranks, steps, machine, num_ranks)
-    return Cost(outer.forward + exchange, outer.backward + exchange, outer.memory + size)
+    return _with_heads_scattered(outer, layer, machine, seqlen // num_ranks, inner)
 
 
 Method = Callable[[Layer, Machine, int, int], Cost | None]

@@ -80,9 +80,10 @@ def loss_table(run: Run, whole: Run | None, num_ranks: int) -> str:
 
 def agree(run: Run, whole: Run, tolerance: float) -> bool:
     """Whether both runs have the same losses; says so."""
-    worst = max(abs(ours - other) for ours, other in zip(run.losses, whole.losses, strict=True))
-    same = worst <= tolerance  # False for NaN
-    print(f"Loss: {'the same' if same else 'NOT the same'} (largest difference {worst:.1e}, allowed {tolerance:g}).")
+    differences = [abs(ours - other) for ours, other in zip(run.losses, whole.losses, strict=True)]
+    same = all(difference <= tolerance for difference in differences)  # False for NaN
+    verdict = "the same" if same else "NOT the same"
+    print(f"Loss: {verdict} (largest difference {max(differences):.1e}, allowed {tolerance:g}).")
     return same
 
 

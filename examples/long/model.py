@@ -15,11 +15,11 @@ from long.ranks import Ranks
 
 
 class ContextParallelMHA(nn.Module):
-    """FlashMHA of sequences of which each rank has a part. It takes over the parameters of `whole`."""
+    """FlashMHA of sequences of seqlen tokens, of which each rank has a part. It takes the parameters of `whole`."""
 
-    def __init__(self, whole: FlashMHA, ranks: Ranks):
+    def __init__(self, whole: FlashMHA, seqlen: int, ranks: Ranks):
         super().__init__()
-        self.num_heads, self.ranks = whole.num_heads, ranks
+        self.num_heads, self.seqlen, self.ranks = whole.num_heads, seqlen, ranks
         self.Wqkv, self.out_proj = whole.Wqkv, whole.out_proj
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -27,7 +27,7 @@ class ContextParallelMHA(nn.Module):
         q, k, v = rearrange(self.Wqkv(x), "b s (three h d) -> three b s h d", three=3, h=self.num_heads)
         ranks = self.ranks
         out = context_parallel_attention(
-            q, k, v, group=ranks.group, method=ranks.method, layout=ranks.layout, causal=True
+            q, k, v, group=ranks.group, method=ranks.method, layout=ranks.layout, seqlen=self.seqlen, causal=True
         )
         return self.out_proj(rearrange(out, "b s h d -> b s (h d)")), None
 
@@ -39,7 +39,7 @@ class LongGPT(GPT):
         super().__init__(config, "flash", seed)
         if ranks is not None:
             for block in self.blocks:
-                block.attention = ContextParallelMHA(cast(FlashMHA, block.attention), ranks)
+                block.attention = ContextParallelMHA(cast(FlashMHA, block.attention), config.context, ranks)
 
     def total_loss(self, tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
         """Sum of the cross-entropies, in nats.

@@ -23,7 +23,9 @@ def test_bytes():
     assert LAYER.key_bytes(10) == 10 * 2 * 8 * 2 * 2, "k and v, of two bytes"
     assert LAYER.key_gradient_bytes(10) == 10 * 2 * 8 * 2 * 4, "dk and dv, of four bytes"
     assert model.ulysses_bytes(LAYER, 10, 2) == 640 + 640 + 640, "q, out, and k and v"
+    assert model.ulysses_bytes(LAYER, 10, 2, backward=True) == 640 + 640 + 640, "dout, dq, and dk and dv"
     assert model.ulysses_bytes(LAYER, 10, 4) == 640 + 640 + 1280, "two key heads, sent to four ranks"
+    assert model.ulysses_bytes(LAYER, 10, 4, backward=True) == 640 + 640 + 2560, "dk and dv in float32"
 
 
 def test_ideal_is_computation_alone():
@@ -42,10 +44,10 @@ def seconds_and_bytes(method):
     [
         # Of four steps of 0.64 and 1.6 s one is seen, and three transfers of 6.4 and 19.2; gradients go home in 12.8.
         ("ring", 0.64 + 3 * 6.4, 1.6 + 3 * 19.2 + 12.8, 2 * (640 + 1280)),
-        # 2560 bytes of keys, half of them from the other node, over two cards; gradients are twice as large.
-        ("all_gather", 2.56 + 6.4, 6.4 + 6.4 + 12.8, 2560 + 5120),
-        # Half of 2560 bytes goes to the other node.
-        ("ulysses", 2.56 + 12.8, 6.4 + 12.8, 2560),
+        # 2560 bytes of keys, half of them from the other node, over two cards; half of 5120 bytes goes there over one.
+        ("all_gather", 2.56 + 6.4, 6.4 + 6.4 + 25.6, 2560 + 5120),
+        # Half of 2560 bytes goes to the other node, and half of 3840.
+        ("ulysses", 2.56 + 12.8, 6.4 + 19.2, 2560),
         # Half of 1920 bytes to the neighbour; then two steps of 1.28 and 3.2.
         ("ulysses + ring", 0.96 + 1.28 + 6.4, 0.96 + 3.2 + 19.2 + 12.8, 2 * (640 + 1280) + 1920),
     ],
