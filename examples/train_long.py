@@ -22,6 +22,7 @@ import torch
 
 from gpt.data import Corpus
 from gpt.machine import describe_machine
+from gpt.memory import return_freed_tensors
 from gpt.model import GPTConfig
 from gpt.train import TrainConfig
 from long.plots import plot_memory
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", choices=("ring", "all_gather", "ulysses"), default="ring")
     parser.add_argument("--layout", choices=("zigzag", "contiguous"), default="zigzag")
     parser.add_argument("--context", type=int, default=None, help="bytes of a sequence (32768)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (8)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (6)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step")
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument("--width", type=int, default=128)
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 def configs(arguments: argparse.Namespace) -> tuple[GPTConfig, TrainConfig]:
     """Model and training settings from the command line."""
     context = arguments.context or (3000 if arguments.quick else 32768)  # 3000 divides by no number of pieces
-    steps = arguments.steps or (3 if arguments.quick else 8)
+    steps = arguments.steps or (3 if arguments.quick else 6)
     training = TrainConfig(
         steps=steps,
         batch_size=arguments.batch_size,
@@ -127,6 +128,7 @@ def main() -> int:
     """Train; returns 0 unless --compare finds a difference."""
     arguments = parse_arguments()
     model_config, config = configs(arguments)
+    return_freed_tensors()
     corpus = Corpus.from_standard_library()
     with join(arguments.device, arguments.method, arguments.layout) as ranks:
         if ranks.rank == 0:
