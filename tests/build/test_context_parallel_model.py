@@ -4,6 +4,8 @@ import pytest
 
 import context_parallel_model as model
 from context_parallel_model import Layer, Machine
+from flash_attn.context_parallel.layout import make_cut, slot_lengths
+from flash_attn.context_parallel.plan import Mask, make_plan
 from paths import ROOT
 
 LAYER = Layer(num_heads=4, num_heads_k=2, head_dim=8, element=2)
@@ -103,3 +105,17 @@ def test_the_page_shows_what_the_model_says():
     page = (ROOT / "docs" / "context_parallel.md").read_text()
     assert model.table(Layer(), Machine()) in page
     assert model.thresholds(Layer(), Machine()) in page
+
+
+def test_the_ring_moves_what_its_plan_says():
+    """In every step some rank gets all keys of another, which the model counts; the last one gets half in each."""
+    seqlen, num_ranks = 8192, 8
+    cut = make_cut((seqlen,), num_ranks, "zigzag")
+    plans = [make_plan(cut, Mask(left=-1, right=0, attention_chunk=0), rank) for rank in range(num_ranks)]
+    received = [
+        [sum(slot_lengths(cut, step.source)[slot] for slot in step.received) for step in plan] for plan in plans
+    ]
+    block = seqlen // num_ranks
+    assert [max(rows) for rows in zip(*received, strict=True)] == [0] + 7 * [block]
+    assert received[0] == [0] + 7 * [block]
+    assert received[-1] == [0] + 7 * [block // 2]
