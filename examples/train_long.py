@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def configs(arguments: argparse.Namespace) -> tuple[GPTConfig, TrainConfig]:
     """Model and training settings from the command line."""
-    context = arguments.context or (3000 if arguments.quick else 32768)  # 3000 divides by no number of pieces
+    context = arguments.context or (3000 if arguments.quick else 32768)  # the last piece of 3000 is shorter
     steps = arguments.steps or (3 if arguments.quick else 6)
     training = TrainConfig(
         steps=steps,
