@@ -12,7 +12,7 @@ import pytest
 
 import list_cases
 import sampling
-from mutation import mutations
+from mutation import mutants, mutations
 from mutation.equivalent import EQUIVALENT
 from paths import ROOT
 from simulator_folder import simulator_folder
@@ -158,6 +158,20 @@ def test_mutations_are_found_in_every_kernel():
             is_definition = scan.line_at(match.start()).lstrip().startswith(("FA_DEVICE", "template"))
             is_broken = any(path == p and begin <= match.start() < end for p, begin, end in spans)
             assert is_definition or is_broken, f"{path}: {scan.line_at(match.start())}"
+
+
+def test_files_that_no_kernel_includes_have_no_mutants(run_case):
+    """Their mutants would survive: policy/split.h serves the CPU alone."""
+    with simulator_folder():
+        mutated = {mutation.path for mutation in mutants.Laboratory(ROOT / "build/sim", {}).mutations}
+    assert set(mutations.files()) - mutated == {"policy/split.h"}
+
+
+def test_the_same_sources_have_the_same_seed():
+    seed = sampling.seed_of_sources()
+    assert seed == sampling.seed_of_sources()
+    assert 0 <= seed < 2**31
+    assert f"seed {seed}:" in make("--dry-run", "race", "SAMPLE=1")
 
 
 def test_every_proof_is_of_a_mutant():
