@@ -12,6 +12,7 @@ import pytest
 
 import list_cases
 import sampling
+import shards
 from mutation import mutants, mutations
 from mutation.equivalent import EQUIVALENT
 from paths import ROOT
@@ -114,7 +115,10 @@ def test_a_sample_has_every_kernel(table, size):
     assert len(sampled) == max(size, len(kernels[0]))
 
 
-@pytest.mark.parametrize("axes", [list_cases.AXES, list_cases.PAGED_AXES], ids=["main", "paged"])
+TABLES_OF_AXES = {"main": list_cases.AXES, "paged": list_cases.PAGED_AXES, "shards": shards.AXES}
+
+
+@pytest.mark.parametrize("axes", TABLES_OF_AXES.values(), ids=TABLES_OF_AXES)
 def test_table_has_every_pair_of_values(axes):
     values, pairs = (part.split(" of ") for part in list_cases.coverage(axes).split(", ")[1:])
     assert values[0] == values[1].split()[0]
@@ -163,8 +167,9 @@ def test_mutations_are_found_in_every_kernel():
 def test_files_that_no_kernel_includes_have_no_mutants(run_case):
     """Their mutants would survive: policy/split.h serves the CPU alone."""
     with simulator_folder():
-        mutated = {mutation.path for mutation in mutants.Laboratory(ROOT / "build/sim", {}).mutations}
-    assert set(mutations.files()) - mutated == {"policy/split.h"}
+        laboratory = mutants.Laboratory(ROOT / "build/sim", {})
+    left_out = set(mutations.all_mutations()) - set(laboratory.mutations)
+    assert {mutation.path for mutation in left_out} == {"policy/split.h"}
 
 
 def test_the_same_sources_have_the_same_seed():
