@@ -35,7 +35,6 @@ void require_supported(const ProblemArgs& args) {
                     "the CPU, which takes every dtype)",
                     c10::getDtypeNames(type).first);
     }
-    if (args.float_results) reasons.add("float_results", "False on a CUDA device", "True");
     const auto check_head_dim = [&](const char* name, const char* what, int64_t size) {
         if (size <= cuda::kMaxHeadDim) return;
         const auto expected =

@@ -5,6 +5,7 @@
 #include <sstream>
 #include <string>
 #include "cuda/api.h"
+#include "cuda/sm90/config.h"
 #include "policy/mask.h"
 
 namespace {
@@ -34,6 +35,7 @@ struct Call {
                    {"head_dim", &p.head_dim},
                    {"head_dim_v", &p.head_dim_v},
                    {"seqlen_k", &p.seqlens.seqlen_k},
+                   {"k_start", &p.positions.k_start},
                    {"window_right", &p.window.right}};
         tensors = {
             {"q", &p.q},        {"k", &p.k},        {"v", &p.v},       {"out", &params.out}, {"dout", &params.dout},
@@ -48,6 +50,11 @@ struct Call {
             device.backend = backend.c_str();
         } else if (key == "paged") {
             p.paged_kv.block_table = reinterpret_cast<const int32_t*>(1024);
+        } else if (key == "q_start") {
+            p.positions.given = true;
+            p.positions.q_start = std::stoi(value);
+        } else if (key == "float_results") {
+            p.float_results = std::stoi(value) != 0;
         } else if (key == "softcap") {
             p.score.softcap = std::stod(value);
         } else if (numbers.count(key)) {
@@ -105,6 +112,12 @@ EXPORTED void explain(const char* pass, const char* changes, char* text, size_t 
 EXPORTED void run_fwd(const char* changes, char* text, size_t size) {
     const Call call = call_with(changes);
     put(cuda::run_fwd(call.fwd(), nullptr, call.device), text, size);
+}
+
+// Of the forward pass for compute capability 9.0 with the larger query tiles.
+EXPORTED double estimated_time(const char* changes) {
+    const Problem p = call_with(changes).params.problem;
+    return estimated_time(p, fwd_shape_sm90(p.head_dim, p.head_dim_v, false, false));
 }
 
 EXPORTED int64_t workspace_bytes(const char* pass, const char* changes) {

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import shards
 from build_tools import cuda_objects
 from cases import (
     BATCHES,
@@ -26,6 +27,7 @@ from cases import (
     key_range_cases,
     paged_cases,
     pairwise,
+    shard_cases,
 )
 from cases import HEAD_DIMS as COMMON_DIMS
 from sampling import sample
@@ -121,7 +123,7 @@ def shared_cases() -> list[Row]:
     """What the tables of the other backends have and the axes above have not, in the types that kernels take."""
     cases = [
         *(dataclasses.replace(c, dtype=DTYPES[i // 2 % 2]) for i, c in enumerate(edge_cases())),
-        *(c for c in (*key_range_cases(), *paged_cases()) if c.dtype in DTYPES),
+        *(c for c in (*key_range_cases(), *paged_cases(), *shard_cases()) if c.dtype in DTYPES),
     ]
     fitting = [c for c in cases if max(c.head_dim, c.head_dim_v) <= MAX_HEAD_DIM]
     return [(c, Sim(deterministic=i % 2 == 0)) for i, c in enumerate(dict.fromkeys(fitting))]
@@ -263,17 +265,16 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
         (Case((400,), (700,), "bfloat16", head_dim=dim, head_dim_v=dim, window_size=(300, -1)), Sim())
         for dim in (64, 128)
     ]
-    rows = [*main_table(axes), *others]
+    rows = [*main_table(axes), *others, *shards.few()]
     return [*rows, *on_hopper([*rows, *long, (wide_nonfinite(256), Sim("nonfinite"))])]
 
 
 def sanitizer_table() -> list[Row]:
     """The same for sanitizers, with invalid lengths and tables, in fewer head_dims."""
     dims = [(13, 40), (64, 64), (96, 96), (256, 256)]
+    kept = {*dims, (6, 5), (200, 256)}
     rows = [*race_table(dims), *invalid_length_checks()]
-    return [
-        row for row in rows if row[0].dtype == DTYPES[0] and (row[0].head_dim, row[0].head_dim_v) in {*dims, (6, 5)}
-    ]
+    return [row for row in rows if row[0].dtype == DTYPES[0] and (row[0].head_dim, row[0].head_dim_v) in kept]
 
 
 def on_hopper(rows: list[Row]) -> list[Row]:
@@ -282,14 +283,15 @@ def on_hopper(rows: list[Row]) -> list[Row]:
     for case, sim in rows:
         if case.page_size or (sim.layout == "far" and not case.packed):
             continue
-        layout = "chunks" if sim.layout == "gaps" else sim.layout
+        # TMA stores no results in fp32.
+        layout = "chunks" if sim.layout == "gaps" and not case.float_results else sim.layout
         fitting = dataclasses.replace(case, head_dim=round_up(case.head_dim), head_dim_v=round_up(case.head_dim_v))
         changed.append((fitting, dataclasses.replace(sim, compute_capability=90, smem=LARGE_SMEM, layout=layout)))
     return list(dict.fromkeys(changed))
 
 
 def hopper_table() -> list[Row]:
-    return on_hopper([*main_table(HOPPER_AXES), *shared_cases(), *other_checks()])
+    return on_hopper([*main_table(HOPPER_AXES), *shared_cases(), *other_checks(), *shards.table()])
 
 
 def mutant_table() -> list[Row]:
@@ -321,6 +323,7 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(200, 200)), Sim("marked")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
         (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("invalid_lengths")),
+        *shards.few(),
     ]
     for dim, smem in ((96, LARGE_SMEM), (192, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
@@ -352,8 +355,9 @@ TABLES = {
     "race": race_table,
     "sanitize": sanitizer_table,
     "mutants": mutant_table,
+    "shards": lambda: [*shards.table(), *on_hopper(shards.table())],
     "hopper": hopper_table,
-    "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *hopper_table()],
+    "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *shards.table(), *hopper_table()],
 }
 
 
@@ -368,7 +372,7 @@ def coverage(axes: dict[str, list]) -> str:
 
 
 def summary() -> str:
-    covered = {"main": AXES, "paged": PAGED_AXES, "hopper": HOPPER_AXES}
+    covered = {"main": AXES, "paged": PAGED_AXES, "hopper": HOPPER_AXES, "shards": shards.AXES}
     lines = [f"{name}: {len(table())} cases" for name, table in TABLES.items()]
     return "\n".join([*lines, *(f"{name}: {coverage(axes)}" for name, axes in covered.items())])
 

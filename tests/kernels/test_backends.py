@@ -41,6 +41,7 @@ class Backends:
         subprocess.run([*compiler, "-shared", "-Wl,--no-undefined", *objects, "-o", library], check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.workspace_bytes.restype = ctypes.c_int64
+        self.library.estimated_time.restype = ctypes.c_double
 
     def text(self, function: str, *arguments: str) -> str:
         text = ctypes.create_string_buffer(2000)
@@ -51,6 +52,9 @@ class Backends:
         """The backend that runs it, and the reasons of better ones."""
         chosen, *reasons = self.text("explain", which, changes).splitlines()
         return chosen, dict(line.split(": ", 1) for line in reasons)
+
+    def estimated_time(self, changes: str = "") -> float:
+        return self.library.estimated_time(changes.encode())
 
     def workspace_bytes(self, which: str, changes: str = "") -> int:
         return self.library.workspace_bytes(which.encode(), changes.encode())
@@ -107,6 +111,24 @@ REASONS = [
 @pytest.mark.parametrize(("which", "changes", "reason"), REASONS, ids=[changes for _, changes, _ in REASONS])
 def test_why_not_hopper(backends, which, changes, reason):
     assert backends.explain(changes, which) == ("sm80", {"sm90": reason})
+
+
+PARTIAL = [(which, changes) for which, changes, reason in REASONS if reason.startswith("TMA cannot write")]
+
+
+@pytest.mark.parametrize(("which", "changes"), PARTIAL, ids=[changes for _, changes in PARTIAL])
+def test_hopper_writes_partial_results_without_tma(backends, which, changes):
+    """Results in fp32 are stored from registers, wherever they are to be."""
+    assert backends.explain(f"{changes} float_results=1", which) == ("sm90", {})
+
+
+def test_time_depends_on_what_queries_see(backends):
+    """The plan counts the key tiles of each query tile, from the places of both."""
+    causal = "window_right=0 seqlen_k=1000"
+    assert backends.estimated_time(causal) == backends.estimated_time(f"{causal} q_start=900")
+    assert backends.estimated_time(f"{causal} q_start=1000") == backends.estimated_time("seqlen_k=1000")
+    assert backends.estimated_time(f"{causal} q_start=450") < backends.estimated_time(causal)
+    assert backends.estimated_time(f"{causal} q_start=50 k_start=500") < backends.estimated_time("seqlen_k=1")
 
 
 @pytest.mark.parametrize(

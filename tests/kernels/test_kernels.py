@@ -12,7 +12,8 @@ import pytest
 
 import list_cases
 import sampling
-from mutation import mutations
+import shards
+from mutation import mutants, mutations
 from mutation.equivalent import EQUIVALENT
 from paths import ROOT
 from simulator_folder import simulator_folder
@@ -114,7 +115,10 @@ def test_a_sample_has_every_kernel(table, size):
     assert len(sampled) == max(size, len(kernels[0]))
 
 
-@pytest.mark.parametrize("axes", [list_cases.AXES, list_cases.PAGED_AXES], ids=["main", "paged"])
+TABLES_OF_AXES = {"main": list_cases.AXES, "paged": list_cases.PAGED_AXES, "shards": shards.AXES}
+
+
+@pytest.mark.parametrize("axes", TABLES_OF_AXES.values(), ids=TABLES_OF_AXES)
 def test_table_has_every_pair_of_values(axes):
     values, pairs = (part.split(" of ") for part in list_cases.coverage(axes).split(", ")[1:])
     assert values[0] == values[1].split()[0]
@@ -158,6 +162,21 @@ def test_mutations_are_found_in_every_kernel():
             is_definition = scan.line_at(match.start()).lstrip().startswith(("FA_DEVICE", "template"))
             is_broken = any(path == p and begin <= match.start() < end for p, begin, end in spans)
             assert is_definition or is_broken, f"{path}: {scan.line_at(match.start())}"
+
+
+def test_files_that_no_kernel_includes_have_no_mutants(run_case):
+    """Their mutants would survive: policy/split.h serves the CPU alone."""
+    with simulator_folder():
+        laboratory = mutants.Laboratory(ROOT / "build/sim", {})
+    left_out = set(mutations.all_mutations()) - set(laboratory.mutations)
+    assert {mutation.path for mutation in left_out} == {"policy/split.h"}
+
+
+def test_the_same_sources_have_the_same_seed():
+    seed = sampling.seed_of_sources()
+    assert seed == sampling.seed_of_sources()
+    assert 0 <= seed < 2**31
+    assert f"seed {seed}:" in make("--dry-run", "race", "SAMPLE=1")
 
 
 def test_every_proof_is_of_a_mutant():

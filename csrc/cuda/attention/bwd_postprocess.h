@@ -1,4 +1,4 @@
-// Last kernel of the backward pass: converts dQ from the fp32 workspace, scaled, to the element type. One block per
+// Last kernel of the backward pass: converts dQ from the fp32 workspace, scaled, to the type of results. One block per
 // query tile, with the threads that held this tile's dQ in the main kernel.
 #pragma once
 #include "cuda/attention/bwd_preprocess.h"
@@ -38,7 +38,6 @@ bwd_postprocess(FA_GRID_CONSTANT BwdKernelParams params) {
     const int64_t tile = first_query_tile(p, M, batch, seq.first_row_q) + m;
     const float* const sums = dq_sums<Config>(params.accum, head, tile) + Config::dq_thread();
     const float scale = p.scalars.scale;
-    Element* const rows = row_of<Element>(pass.dq, batch, head, seq.first_row_q + row0);
 #pragma unroll
     for (int part = 0; part < Config::kDqParts; ++part) {
         typename GridDq::Acc dq;
@@ -48,7 +47,9 @@ bwd_postprocess(FA_GRID_CONSTANT BwdKernelParams params) {
             for (int j = 0; j < dq.kPerBlock; j += Config::kDqVector)
                 load_sums<Config::kDqVector>(&dq.x[i][j], sums + Config::dq_element(part, i, j), scale);
         const int col0 = Config::dq_col0(part);
-        store_rows_by_eights(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
+        with_result_row<Element>(p, pass.dq, batch, head, seq.first_row_q + row0, [&](auto* rows) {
+            store_rows_by_eights(dq, rows + col0, pass.dq.row_stride, seq.seqlen_q - row0, p.head_dim - col0);
+        });
     }
 }
 

@@ -16,6 +16,11 @@ template <class Element> FA_DEVICE Element* row_of(const TensorView& t, int batc
 FA_DEVICE float* row_of(const RowView& t, int batch, int head, int64_t row) {
     return static_cast<float*>(t.data) + batch * t.batch_stride + head * t.head_stride + row;
 }
+// Calls f with a row of out, dq, dk or dv, whose elements are fp32 in partial results.
+template <class Element, class F>
+FA_DEVICE void with_result_row(const Problem& p, const TensorView& t, int batch, int head, int64_t row, F f) {
+    p.float_results ? f(row_of<float>(t, batch, head, row)) : f(row_of<Element>(t, batch, head, row));
+}
 template <class Element>
 FA_DEVICE StridedRows<Element> rows_from(const TensorView& t, int batch, int head, int64_t row) {
     return {row_of<Element>(t, batch, head, row), t.row_stride};

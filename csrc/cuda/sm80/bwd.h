@@ -176,10 +176,12 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     acc_dk.for_each([&](int, int, float& x) { x *= scale; });
     const int64_t first_row = seq.first_row_k + n0 + GridDkv::row0();
     const int valid_rows = seq.seqlen_k - n0 - GridDkv::row0(), col0 = GridDkv::col0();
-    store_rows(acc_dk, row_of<Element>(pass.dk, batch, head_k, first_row) + col0, pass.dk.row_stride, valid_rows,
-               p.head_dim - col0);
-    store_rows(acc_dv, row_of<Element>(pass.dv, batch, head_k, first_row) + col0, pass.dv.row_stride, valid_rows,
-               p.head_dim_v - col0);
+    with_result_row<Element>(p, pass.dk, batch, head_k, first_row, [&](auto* rows) {
+        store_rows(acc_dk, rows + col0, pass.dk.row_stride, valid_rows, p.head_dim - col0);
+    });
+    with_result_row<Element>(p, pass.dv, batch, head_k, first_row, [&](auto* rows) {
+        store_rows(acc_dv, rows + col0, pass.dv.row_stride, valid_rows, p.head_dim_v - col0);
+    });
 }
 
 }  // namespace flash_attn

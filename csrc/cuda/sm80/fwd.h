@@ -100,8 +100,9 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
     softmax.finish(acc_o, kept_weight_scale(score), lse);
     const int64_t first_row = seq.first_row_q + m0 + warp_row0;
     const int valid_rows = seq.seqlen_q - m0 - warp_row0;
-    store_rows(acc_o, row_of<Element>(params.out, batch, head, first_row), params.out.row_stride, valid_rows,
-               p.head_dim_v);
+    with_result_row<Element>(p, params.out, batch, head, first_row, [&](auto* rows) {
+        store_rows(acc_o, rows, params.out.row_stride, valid_rows, p.head_dim_v);
+    });
     float* const softmax_lse = row_of(params.softmax_lse, batch, head, first_row);
 #pragma unroll
     for (int r = 0; r < acc_o.kLaneRows; ++r)

@@ -33,15 +33,16 @@ std::string why_not(const Problem& p, const Device& device) {
 }
 std::string why_not_fwd(const FwdParams& params, const Device& device) {
     const Problem& p = params.problem;
-    if (std::string reason = why_not(p, device); !reason.empty()) return reason;
+    if (std::string reason = why_not(p, device); !reason.empty() || p.float_results) return reason;
     return why_not_by_tma({{"write out", params.out, query_size(p, p.head_dim_v)}});
 }
 std::string why_not_bwd(const BwdParams& params, const Device& device) {
     const Problem& p = params.problem;
     if (std::string reason = why_not(p, device); !reason.empty()) return reason;
-    return why_not_by_tma({{"read dout", params.dout, query_size(p, p.head_dim_v)},
-                           {"write dk", params.dk, key_size(p, p.head_dim)},
-                           {"write dv", params.dv, key_size(p, p.head_dim_v)}});
+    std::string reason = why_not_by_tma({{"read dout", params.dout, query_size(p, p.head_dim_v)}});
+    if (!reason.empty() || p.float_results) return reason;
+    return why_not_by_tma(
+        {{"write dk", params.dk, key_size(p, p.head_dim)}, {"write dv", params.dv, key_size(p, p.head_dim_v)}});
 }
 
 int64_t workspace_of_fwd(const FwdParams& params, const Device&) {

@@ -19,7 +19,8 @@ template <class Config> const char* make_tensors(BwdKernelParamsSm90& kernel_par
     if (!error) error = make_tma_tensor("dout", kernel_params.dout, params.dout, dout, Config::kBlockM);
     if (!error) error = make_tma_tensor("k", kernel_params.k, p.k, k, Config::kBlockN);
     if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
-    if (!error) error = make_tma_tensor("dk", kernel_params.dk, params.dk, k, Config::kOutRows);
+    if (error || p.float_results) return error;
+    error = make_tma_tensor("dk", kernel_params.dk, params.dk, k, Config::kOutRows);
     if (!error) error = make_tma_tensor("dv", kernel_params.dv, params.dv, v, Config::kOutRows);
     return error;
 }

@@ -6,6 +6,7 @@
 #pragma once
 #include "cuda/sm90/bwd_consumer.h"
 #include "cuda/tile/smem_rows.h"
+#include "cuda/tile/store_rows.h"
 #include "cuda/tile/store_tile.h"
 
 namespace flash_attn {
@@ -135,12 +136,18 @@ private:
 
     // Stores dK and dV, staged in the shared memory of K and V.
     FA_DEVICE void store() {
-        const float scale = params_.common.pass.problem.scalars.scale;
+        const BwdParams& pass = params_.common.pass;
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j)
+            acc_dk_[j].for_each([&](int, int, float& x) { x *= pass.problem.scalars.scale; });
+        if (pass.problem.float_results) {
+            store_partial(acc_dk_, pass.dk, pass.problem.head_dim);
+            return store_partial(acc_dv_, pass.dv, pass.problem.head_dim_v);
+        }
         this->sync_consumers();  // all consumers have finished reading K and V
         const int first_panel = consumer_ * kPanels;
 #pragma unroll
         for (int j = 0; j < kPanels; ++j) {
-            acc_dk_[j].for_each([&](int, int, float& x) { x *= scale; });
             store_matrices_transposed(PackedTile<Element, 16, N>(acc_dk_[j]), smem_.k.panel(first_panel + j));
             store_matrices_transposed(PackedTile<Element, 16, N>(acc_dv_[j]), smem_.v.panel(first_panel + j));
         }
@@ -156,6 +163,17 @@ private:
         }
         ptx::bulk_commit();
         ptx::bulk_wait_read<0>();  // TMA must have read shared memory before the block exits
+    }
+
+    // Stores this consumer's columns in fp32, from registers.
+    FA_DEVICE void store_partial(const AccTile<16, N> (&acc)[kPanels], const TensorView& to, int columns) const {
+        const Tile tile(params_);
+        float* const rows = row_of<float>(to, tile.batch, tile.head_k, tile.seq.first_row_k + tile.n0);
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+            const int column = column0(j) + this->warp_row0();
+            store_columns(acc[j], rows + column, to.row_stride, tile.seq.seqlen_k - tile.n0, columns - column);
+        }
     }
 
     // First column of the consumer's j-th panel.

@@ -4,6 +4,7 @@
 // workspace by a bulk reduction. So only one of them reads dS and K from shared memory, and the other continues.
 #pragma once
 #include "cuda/sm90/bwd_consumer.h"
+#include "cuda/tile/store_rows.h"
 
 namespace flash_attn {
 
@@ -130,11 +131,15 @@ private:
     // Stores dV and dK, staged in the shared memory of V and K. The other consumer may still read K for its last dQ; dV
     // need not wait for that.
     FA_DEVICE void store() {
-        store_rows_of(acc_dv_, smem_.v, params_.dv);  // each consumer reads only its own rows of V
-        const float scale = params_.common.pass.problem.scalars.scale;
+        const BwdParams& pass = params_.common.pass;
+        const bool partial = pass.problem.float_results;
+        // Each consumer reads only its own rows of V.
+        partial ? store_partial(acc_dv_, pass.dv, pass.problem.head_dim_v)
+                : store_rows_of(acc_dv_, smem_.v, params_.dv);
+        const float scale = pass.problem.scalars.scale;
         acc_dk_.for_each([&](int, int, float& x) { x *= scale; });
         this->sync_consumers();  // all consumers have finished reading K
-        store_rows_of(acc_dk_, smem_.k, params_.dk);
+        partial ? store_partial(acc_dk_, pass.dk, pass.problem.head_dim) : store_rows_of(acc_dk_, smem_.k, params_.dk);
         if (this->is_leader()) ptx::bulk_wait_read<0>();  // TMA must have read shared memory before the block exits
     }
     // Stores this consumer's rows.
@@ -147,6 +152,14 @@ private:
         const int first_row = consumer_ * kWarpgroupRows;
         tile.key_rows(to).store(staged, first_row, tile.n0 + first_row);
         ptx::bulk_commit();
+    }
+
+    // Stores this consumer's rows in fp32, from registers.
+    FA_DEVICE void store_partial(const AccTile<16, D>& acc, const TensorView& to, int columns) const {
+        const Tile tile(params_);
+        const int key = tile.n0 + row0();
+        store_rows(acc, row_of<float>(to, tile.batch, tile.head_k, tile.seq.first_row_k + key), to.row_stride,
+                   tile.seq.seqlen_k - key, columns);
     }
 
     // First row of the warp within the key tile.

@@ -10,7 +10,7 @@ namespace flash_attn {
 struct BwdKernelParamsSm90 {
     BwdKernelParams common;
     TmaTensor q, k, v, dout;  // boxes of kBlockM, kBlockN, kBlockN and kBlockM rows
-    TmaTensor dk, dv;         // boxes of kOutRows rows
+    TmaTensor dk, dv;         // boxes of kOutRows rows; none for partial results
     TileOrder order;
     int heads_per_key_head;
     int blocks_at_a_time;  // number of SMs

@@ -57,7 +57,10 @@ constexpr int fwd_head_dim_v_sm90(int head_dim, int needed) {
 inline double estimated_time(const Problem& p, const FwdShapeSm90& shape) {
     const bool is_large = shape.block_m == 192;
     const double tile_time = is_large ? 1.96 : 1.74, keys_time = is_large ? 1.51 : 1.15;
-    const auto mask = WindowMask::of(p, {0, 0, p.seqlens.seqlen_q, p.seqlens.seqlen_k}, 0, 0);
+    Positions positions = p.positions;
+    positions.given &= !positions.q_starts && !positions.k_starts;  // those are in device memory
+    const Sequence longest{0, 0, p.seqlens.seqlen_q, p.seqlens.seqlen_k, 0, 0, 0};
+    const auto mask = WindowMask::of(p, placed(longest, positions, 0), 0, 0);
     double time = 0;
     for (int m0 = 0; m0 < p.seqlens.seqlen_q; m0 += shape.block_m) {
         const Range tiles = tiles_of(mask.kv_range({m0, m0 + shape.block_m}), shape.block_n);

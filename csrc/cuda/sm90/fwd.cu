@@ -41,7 +41,7 @@ const char* launch_fwd(const FwdParams& params, void* workspace, const Device& d
     const char* error = make_tma_tensor("q", kernel_params.q, p.q, q, kWarpgroupRows);
     if (!error) error = make_tma_tensor("k", kernel_params.k, p.k, k, Config::kBlockN);
     if (!error) error = make_tma_tensor("v", kernel_params.v, p.v, v, Config::kBlockN);
-    if (!error) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
+    if (!error && !p.float_results) error = make_tma_tensor("out", kernel_params.out, params.out, out, kWarpgroupRows);
     if (!error) error = check_tiles(fwd_repeat_places(p));
     if (!error)
         error = divide_tiles(kernel_params.shares, grid, head_group, p, static_cast<int32_t*>(workspace), device);

@@ -13,13 +13,14 @@
 #include "cuda/ptx/sync.h"
 #include "cuda/sm90/fwd_config.h"
 #include "cuda/tile/scan.h"
+#include "cuda/tile/store_rows.h"
 #include "policy/variant.h"
 
 namespace flash_attn {
 
 struct FwdKernelParamsSm90 {
     FwdParams pass;
-    TmaTensor q, k, v, out;  // boxes of 64, kBlockN, kBlockN and 64 rows
+    TmaTensor q, k, v, out;  // boxes of 64, kBlockN, kBlockN and 64 rows; no out for partial results
     TileShares shares;
     FwdRepeats repeats;
 };
@@ -292,6 +293,7 @@ private:
 
     // Stores out and softmax_lse of the tile.
     FA_DEVICE void store(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
+        const bool partial = params_.pass.problem.float_results;
         float lse[2];
         softmax.finish(acc_o_, kept_weight_scale(score), lse);
         const int64_t first_row = tile.seq.first_row_q + tile.m0 + warp_row0_;
@@ -300,6 +302,7 @@ private:
 #pragma unroll
         for (int r = 0; r < 2; ++r)
             if (lane_id() % 4 == 0 && lane_row(r) < valid_rows) ptx::store(softmax_lse + lane_row(r), lse[r]);
+        if (partial) store_partial(tile, first_row, valid_rows);
 
         const int barrier = FwdBarriersSm90::group(consumer_);
         if (Config::kOutApart) {
@@ -318,12 +321,18 @@ private:
         if (!is_leader()) return;
         const TmaRows rows(params_.out, tile.batch, tile.head, tile.seq.first_row_q, tile.seq.seqlen_q);
         if (tile.is_repeat()) ptx::bulk_wait<0>();  // the tile's first output has been written
-        rows.store(tile_out, 0, tile.m0 + consumer_ * kWarpgroupRows);
+        if (!partial) rows.store(tile_out, 0, tile.m0 + consumer_ * kWarpgroupRows);
         ptx::bulk_commit();
         if (found && !tile.is_full_block()) put_repeat(tile);
         if (Config::kOutApart) return;
         ptx::bulk_wait_read<0>();  // TMA has read the output
         ptx::mbarrier_arrive(smem_.out_left());
+    }
+    // Stores out in fp32, from registers: too large for the staging buffer.
+    FA_DEVICE void store_partial(const Tile& tile, int64_t first_row, int valid_rows) const {
+        const TensorView& out = params_.pass.out;
+        store_rows(acc_o_, row_of<float>(out, tile.batch, tile.head, first_row), out.row_stride, valid_rows,
+                   params_.pass.problem.head_dim_v);
     }
     // Whether this warp searches its output for NaN and infinity: one warp per block does.
     FA_DEVICE bool looks() const { return Variant::kMasked && warp_row0_ == 0; }

@@ -23,7 +23,7 @@ struct TileShares {
 // A one-stage pipeline for announced tiles: `full` completes when the tile has been written, `empty` when every warp
 // has read it. Tile: trivially copyable, with is_end(), true for the item after the last tile.
 struct TileQueueSm90 {
-    static constexpr int kChunks = 4, kWords = 4 * kChunks, kBytes = 16 * kChunks + Pipeline<1>::kBytes;
+    static constexpr int kChunks = 5, kWords = 4 * kChunks, kBytes = 16 * kChunks + Pipeline<1>::kBytes;
     ptx::SmemPtr base;  // 16-byte aligned
 
     FA_DEVICE ptx::SmemPtr end() const { return base + kBytes; }

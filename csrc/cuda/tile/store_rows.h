@@ -1,4 +1,4 @@
-// Stores rows of a register tile to global memory as 16-bit elements.
+// Stores rows of a register tile to global memory, as 16-bit elements or as the fp32 numbers that they are.
 #pragma once
 #include "cuda/ptx/global.h"
 #include "cuda/ptx/sync.h"
@@ -6,12 +6,29 @@
 
 namespace flash_attn {
 
+// Two neighbouring elements of a row, as they are stored.
+template <class Element> struct StoredPair {
+    uint32_t bits;
+
+    FA_DEVICE StoredPair(float lo, float hi) : bits(ptx::pack<Element>(lo, hi)) {}
+    FA_DEVICE Element lo() const { return {uint16_t(bits)}; }
+    FA_DEVICE Element hi() const { return {uint16_t(bits >> 16)}; }
+};
+template <> struct StoredPair<float> {
+    uint64_t bits;
+
+    FA_DEVICE StoredPair(float lo, float hi) : bits(uint64_t(ptx::float_bits(hi)) << 32 | ptx::float_bits(lo)) {}
+    FA_DEVICE float lo() const { return ptx::bits_float(uint32_t(bits)); }
+    FA_DEVICE float hi() const { return ptx::bits_float(uint32_t(bits >> 32)); }
+};
+
 // Rows and columns past the valid ones are not stored. dst is the tile's first element, at any alignment; if it and the
-// row stride are multiples of four bytes, elements are stored in pairs.
+// row stride are multiples of a pair, elements are stored in pairs.
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
                                                                          int64_t row_stride, int valid_rows,
                                                                          int valid_cols) {
-    const bool aligned = reinterpret_cast<uintptr_t>(dst) % 4 == 0 && row_stride % 2 == 0;
+    using Pair = StoredPair<Element>;
+    const bool aligned = reinterpret_cast<uintptr_t>(dst) % sizeof(Pair) == 0 && row_stride % 2 == 0;
 #pragma unroll
     for (int r = 0; r < t.kLaneRows; ++r) {
         if (lane_row(r) >= valid_rows) continue;
@@ -19,15 +36,31 @@ template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const A
 #pragma unroll
         for (int n = 0; n < kCols / 8; ++n) {
             const int column = 8 * n + lane_column();
-            const uint32_t pair = ptx::pack<Element>(t.x[r / 2][4 * n + r % 2 * 2], t.x[r / 2][4 * n + r % 2 * 2 + 1]);
+            const float* const x = &t.x[r / 2][4 * n + r % 2 * 2];
+            const Pair pair(x[0], x[1]);
             if (aligned && column + 1 < valid_cols) {
-                ptx::store(reinterpret_cast<uint32_t*>(row + column), pair);
+                ptx::store(reinterpret_cast<decltype(pair.bits)*>(row + column), pair.bits);
                 continue;
             }
-            if (column < valid_cols) ptx::store(row + column, Element{uint16_t(pair)});
-            if (column + 1 < valid_cols) ptx::store(row + column + 1, Element{uint16_t(pair >> 16)});
+            if (column < valid_cols) ptx::store(row + column, pair.lo());
+            if (column + 1 < valid_cols) ptx::store(row + column + 1, pair.hi());
         }
     }
+}
+
+// Stores the transpose: columns of the tile are rows of dst. Lanes that hold a column store neighbouring numbers.
+template <int kRows, int kCols> FA_DEVICE void store_columns(const AccTile<kRows, kCols>& t, float* dst,
+                                                             int64_t row_stride, int valid_rows, int valid_cols) {
+    const int rows_left = valid_rows - lane_column();
+    float* row = dst + lane_column() * row_stride;
+#pragma unroll
+    for (int n = 0; n < kCols / 8; ++n, row += 8 * row_stride)
+#pragma unroll
+        for (int b = 0; b < 2; ++b)
+#pragma unroll
+            for (int r = 0; r < t.kLaneRows; ++r)
+                if (8 * n + b < rows_left && lane_row(r) < valid_cols)
+                    ptx::store(row + b * row_stride + lane_row(r), t.x[r / 2][4 * n + r % 2 * 2 + b]);
 }
 
 // Transposes pairs among the four lanes that share a row: lane i gets all of the i-th 8 of every 32 columns.
@@ -47,14 +80,16 @@ FA_DEVICE void transpose_quad(uint32_t (&pairs)[4]) {
     }
 }
 
-// As store_rows(), in 16-byte stores where dst, row stride and valid columns allow it. Needs some more registers.
+// As store_rows(), in 16-byte stores where the type, dst, row stride and valid columns allow it. Needs some more
+// registers.
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows_by_eights(const AccTile<kRows, kCols>& t,
                                                                                    Element* dst, int64_t row_stride,
                                                                                    int valid_rows, int valid_cols) {
+    constexpr bool kByEights = kCols % 32 == 0 && sizeof(Element) == 2;
     const auto address = reinterpret_cast<uintptr_t>(dst);
     const bool aligned = address % 16 == 0 && row_stride % 8 == 0 && valid_cols % 8 == 0;
-    if (!aligned || kCols % 32 != 0) return store_rows(t, dst, row_stride, valid_rows, valid_cols);
-    if constexpr (kCols % 32 == 0) {
+    if (!aligned || !kByEights) return store_rows(t, dst, row_stride, valid_rows, valid_cols);
+    if constexpr (kByEights) {
 #pragma unroll
         for (int r = 0; r < t.kLaneRows; ++r)
 #pragma unroll

@@ -29,7 +29,7 @@ from build_tools import cuda_objects
 from list_cases import line_of, mutant_table
 from mutation.equivalent import EQUIVALENT
 from mutation.mutations import CSRC, Mutation, all_mutations
-from sampling import kernel_head_dim
+from sampling import kernel_head_dim, seed_of_sources
 
 FLAVOURS = ("plain", "tsan")
 SURVIVED, NOT_COMPILED = "-", "does not compile"
@@ -76,7 +76,6 @@ class Laboratory:
         for folder in ("policy", "cuda"):
             shutil.copytree(CSRC / folder, self.csrc / folder)
         shutil.copy(CSRC / "problem.h", self.csrc)
-        self.mutations = all_mutations(self.csrc)
         self.sources = {  # sm80: [sm80/bwd, sm80/fwd, ...]
             folder.name: sorted(f"{folder.name}/{path.stem}" for path in folder.glob("*.cu"))
             for folder in sorted(self.csrc.glob("cuda/sm*"))
@@ -87,6 +86,7 @@ class Laboratory:
             for head_dim in cuda_objects.head_dims(self.csrc / "cuda" / arch)
             if head_dim != LIKE_OTHERS
         ]
+        self.mutations = [mutation for mutation in all_mutations(self.csrc) if self.is_included(mutation.path)]
         rows = [(row, Kernels(f"sm{row[1].compute_capability}", kernel_head_dim(row))) for row in mutant_table()]
         for flavour, kernels in itertools.product(FLAVOURS, self.kernels):
             # Sequences that overlap are written by several blocks: a data race that is no fault of the kernels.
@@ -107,6 +107,11 @@ class Laboratory:
             noted = kernels.object(source, self.intact("plain")).with_suffix(".d").read_text().split()
             found += [source] if f"csrc/{path}" in noted else []
         return found
+
+    @functools.cache  # noqa: B019 (there is one laboratory)
+    def is_included(self, path: str) -> bool:
+        """Whether any kernels include a header. No case can detect what becomes of another: it serves the CPU alone."""
+        return any(self.sources_with(path, kernels) for kernels in self.kernels)
 
     def has_code(self, path: str, kernels: Kernels) -> bool:
         """Whether the line numbers of these kernels' objects tell of the file: others only include it."""
@@ -208,7 +213,7 @@ def main() -> None:
         parser.add_argument(f"--{kind}-{flavour}", type=shlex.split, required=True, help="command")
     parser.add_argument("--only", default="", help="mutants whose name matches this regular expression")
     parser.add_argument("--sample", type=int, help="how many of them")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="which of them (by the clock)")
+    parser.add_argument("--seed", type=int, default=seed_of_sources(), help="which of them (by the sources)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     laboratory = Laboratory(arguments.build.resolve(), vars(arguments))

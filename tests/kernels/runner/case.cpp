@@ -99,6 +99,11 @@ const std::map<std::string, Setter>& setters() {
         {"seqlen_new", set(&Case::seqlen_new)},
         {"page_size", set(&Case::page_size)},
         {"unused_rows", set(&Case::unused_rows)},
+        {"q_starts", set(&Case::q_starts)},
+        {"k_starts", set(&Case::k_starts)},
+        {"head_start", set(&Case::head_start)},
+        {"total_heads", set(&Case::total_heads)},
+        {"float_results", set(&Case::float_results)},
         {"lse_grad", set(&Case::lse_grad)},
         {"seqlen_q_if_empty", set(&Case::seqlen_q_if_empty)},
         {"seqlen_k_if_empty", set(&Case::seqlen_k_if_empty)},
@@ -116,7 +121,8 @@ const std::map<std::string, Setter>& setters() {
 void check_lengths(const Case& c, const std::string& line) {
     const size_t batch_size = c.seqlens_q.size();
     bool good = c.seqlens_k.size() == batch_size && (c.seqlen_new == 0 || (!c.packed && !c.seqused_k.empty()));
-    for (const auto* values : {&c.seqused_k, &c.leftpad_k}) good &= values->empty() || values->size() == batch_size;
+    for (const auto* values : {&c.seqused_k, &c.leftpad_k, &c.q_starts, &c.k_starts})
+        good &= values->empty() || values->size() == batch_size;
     for (const int n : c.seqlens_q) good &= c.packed || n == c.seqlen_q();
     for (const int n : c.seqlens_k) good &= c.packed || n == c.seqlen_k();
     if (!good || c.num_heads % c.num_heads_k) reject(line);
@@ -158,7 +164,8 @@ std::vector<Sequence> sequences(const Case& c) {
     for (int b = 0; b < c.batch_size(); ++b) {
         const int end = end_of_keys(c, b);
         const int begin = c.leftpad_k.empty() ? 0 : std::min(c.leftpad_k[b], end);
-        Sequence s{b, b, 0, c.seqlens_q[b], begin, end - begin, start_q, compact_k};
+        const int q_start = c.q_starts.empty() ? 0 : c.q_starts[b], k_start = c.k_starts.empty() ? 0 : c.k_starts[b];
+        Sequence s{b, b, 0, c.seqlens_q[b], begin, end - begin, start_q, compact_k, q_start, k_start};
         if (c.packed) s.batch = 0, s.first_q = start_q, s.first_k = start_k + begin;
         found.push_back(s);
         start_q += c.seqlens_q[b], start_k += c.seqlens_k[b], compact_k += end - begin;
@@ -179,10 +186,11 @@ int total_rows_k(const Case& c) {
 }
 
 bool visible(const Case& c, const Sequence& s, int i, int j) {
-    const int position = i + s.seqlen_k - s.seqlen_q, right = c.causal ? 0 : c.window_right;
+    const int distance = s.distance(c, i, j), right = c.causal ? 0 : c.window_right;
+    const int key = s.k_start + j, query = key + distance;
     const bool same_chunk =
-        c.attention_chunk == 0 || (position >= 0 && position / c.attention_chunk == j / c.attention_chunk);
-    return same_chunk && (c.window_left < 0 || j >= position - c.window_left) && (right < 0 || j <= position + right);
+        c.attention_chunk == 0 || (query >= 0 && query / c.attention_chunk == key / c.attention_chunk);
+    return same_chunk && (c.window_left < 0 || distance <= c.window_left) && (right < 0 || -distance <= right);
 }
 
 }  // namespace flash_attn::runner

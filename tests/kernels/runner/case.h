@@ -22,6 +22,9 @@ struct Case {
     std::vector<int> seqused_k, leftpad_k;  // one number per sequence, or none at all
     int seqlen_new = 0;                     // rows of a KV cache that seqused_k does not count
     int page_size = 0, unused_rows = 0;
+    std::vector<int> q_starts, k_starts;  // one position per sequence in a longer one, or none at all
+    int head_start = 0, total_heads = 0;  // of a shard of heads: the first one, and how many there are elsewhere too
+    bool float_results = false;           // out, dq, dk and dv in fp32
     bool lse_grad = false;
     int seqlen_q_if_empty = 0, seqlen_k_if_empty = 0;
     int seed = 0;
@@ -37,6 +40,7 @@ struct Case {
     double scale() const;
     uint32_t dropout_threshold() const;  // of 65536
     bool paged() const { return page_size > 0; }
+    bool placed() const { return !q_starts.empty() || !k_starts.empty(); }
     bool has_backward() const { return !paged() && seqlen_new == 0; }
 };
 
@@ -49,6 +53,12 @@ struct Sequence {
     int index, batch;  // batch is 0 in packed tensors
     int first_q, seqlen_q, first_k, seqlen_k;
     int compact_q, compact_k;
+    int q_start, k_start;  // positions in the longer sequence that the case tells of; otherwise 0
+
+    // Distance from key j to query i, on one axis; positive if the key comes first.
+    int distance(const Case& c, int i, int j) const {
+        return (c.placed() ? q_start - k_start : seqlen_k - seqlen_q) + i - j;
+    }
 };
 std::vector<Sequence> sequences(const Case& c);
 

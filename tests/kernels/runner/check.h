@@ -27,5 +27,7 @@ void check_nonfinite(const Case& c, const Plan& plan, Report& report);
 void check_hidden(const Case& c, const Plan& plan, Report& report);
 // "marked": rows whose softmax_lse is infinite have gradients of zero and add none to keys, regardless of the mask.
 void check_marked(const Case& c, const Plan& plan, Report& report);
+// "shards": queries and keys in shards, which know their places, give the attention of the whole when put together.
+void check_shards(const Case& c, const Plan& plan, Report& report);
 
 }  // namespace flash_attn::runner

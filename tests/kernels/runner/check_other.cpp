@@ -28,6 +28,8 @@ Compact first_rows(const Case& c, const Compact& t, int count) {
 Case alone(Case c, const Sequence& s) {
     c.seqlens_q = {s.seqlen_q}, c.seqlens_k = {s.seqlen_k};
     c.seqused_k.clear(), c.leftpad_k.clear();
+    if (!c.q_starts.empty()) c.q_starts = {s.q_start};
+    if (!c.k_starts.empty()) c.k_starts = {s.k_start};
     c.packed = false, c.unused_rows = 0, c.page_size = 0;
     return c;
 }
@@ -79,8 +81,9 @@ void check_invalid_lengths(const Case& c, const Plan& plan, Report& report) {
     const Forward forward = run_forward(clean, plan.schedules[0], report);
     const int batch_size = c.batch_size();
     for (int variant = 0; variant < kInvalidVariants; ++variant)
-        for (int target = 0; target < 7; ++target) {
+        for (int target = 0; target < 8; ++target) {
             if (target == 4 && !c.paged()) continue;
+            if (target == 7 && !c.placed()) continue;
             if (target == 6 && variant > 0) continue;
             Values values = clean.values;
             if (target == 6) std::fill(values.v.x.begin(), values.v.x.end(), NAN);
@@ -98,6 +101,10 @@ void check_invalid_lengths(const Case& c, const Plan& plan, Report& report) {
             if (target == 6) {  // every other sequence starts at 0 again: several share tiles, semaphores and lists
                 corrupt(x.cu_seqlens_q, batch_size + 1, 1, 2, 1);
                 corrupt(x.cu_seqlens_q, batch_size + 1, 2, 2, 2);
+            }
+            if (target == 7) {
+                corrupt(x.q_starts, batch_size, 0, 2, variant);
+                corrupt(x.k_starts, batch_size, 1, 2, variant);
             }
             run_forward(x, plan.schedules[0], any_answer);
             run_attn_probs(x, forward.softmax_lse, plan.schedules[0], any_answer);

@@ -134,6 +134,8 @@ void Inputs::make_metadata() {
     }
     if (!c.seqused_k.empty()) seqused_k = Numbers<int32_t>({c.seqused_k.begin(), c.seqused_k.end()});
     if (!c.leftpad_k.empty()) leftpad_k = Numbers<int32_t>({c.leftpad_k.begin(), c.leftpad_k.end()});
+    if (!c.q_starts.empty()) q_starts = Numbers<int32_t>({c.q_starts.begin(), c.q_starts.end()});
+    if (!c.k_starts.empty()) k_starts = Numbers<int32_t>({c.k_starts.begin(), c.k_starts.end()});
     if (c.alibi == "batch") alibi_slopes = Numbers<float>(values.slopes);
     // A batch of no sequences has slopes all the same.
     if (c.alibi == "heads") {
@@ -172,6 +174,17 @@ void Inputs::write_values() {
     }
 }
 
+// Every other case has one number for all sequences, if they have the same.
+Positions Inputs::positions() const {
+    const auto all_same = [](const std::vector<int>& starts) {
+        return std::all_of(starts.begin(), starts.end(), [&](int start) { return start == starts[0]; });
+    };
+    const bool in_numbers = c.seed % 2 == 0 && all_same(c.q_starts) && all_same(c.k_starts);
+    if (!in_numbers) return {c.placed(), q_starts.data(), k_starts.data(), 0, 0};
+    const auto first = [](const std::vector<int>& starts) { return starts.empty() ? 0 : starts[0]; };
+    return {c.placed(), nullptr, nullptr, first(c.q_starts), first(c.k_starts)};
+}
+
 Problem Inputs::problem() const {
     Problem p{};
     p.type = c.type;
@@ -191,9 +204,15 @@ Problem Inputs::problem() const {
     if (c.dropout_p > 0) {
         // Every other case has the state where only the device reads it.
         const bool on_device = c.seed % 2;
-        p.dropout = {c.dropout_threshold(), on_device ? 0 : values.seed, on_device ? 0 : values.offset,
-                     on_device ? rng_state.data() : nullptr};
+        p.dropout = {c.dropout_threshold(),
+                     on_device ? 0 : values.seed,
+                     on_device ? 0 : values.offset,
+                     on_device ? rng_state.data() : nullptr,
+                     c.head_start,
+                     c.total_heads ? c.total_heads - c.num_heads : 0};
     }
+    p.positions = positions();
+    p.float_results = c.float_results;
     round_scalars(p);
     return p;
 }

@@ -44,11 +44,12 @@ struct Inputs {
     RowTensor dlse;
     std::vector<int32_t> pages;  // block_table as it was made: [batch_size, max_pages]
     int max_pages = 0, num_pages = 0;
-    Numbers<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table;
+    Numbers<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, q_starts, k_starts;
     Numbers<float> alibi_slopes;
     Numbers<int64_t> rng_state;
 
 private:
+    Positions positions() const;
     void make_pages();
     void make_metadata();
     void write_values();

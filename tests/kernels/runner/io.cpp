@@ -14,6 +14,8 @@ struct TileShape {
     int head_dim;  // of the kernel: what is asked for, rounded up
 };
 
+int64_t result_bytes(const Case& c) { return c.float_results ? kFloatBytes : kElementBytes; }
+
 bool modifies_scores(const Case& c) { return c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0; }
 bool has_large_smem(const Case& c) { return c.smem >= kLargeSmemBytes; }
 
@@ -63,7 +65,7 @@ Traffic forward_traffic(const Inputs& x, bool hopper) {
             // keys that it sees.
             if (keys) bytes.read += c.num_heads * rows * c.head_dim * kElementBytes;
             bytes.read += c.num_heads * keys * (c.head_dim + c.head_dim_v) * kElementBytes;
-            bytes.written += c.num_heads * rows * (c.head_dim_v * kElementBytes + kFloatBytes);  // out, softmax_lse
+            bytes.written += c.num_heads * rows * (c.head_dim_v * result_bytes(c) + kFloatBytes);  // out, softmax_lse
         });
     return bytes;
 }
@@ -88,7 +90,7 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
             bytes.written += c.num_heads * (rows * kFloatBytes + dq_tile_bytes + turns * kFloatBytes + padded_bytes);
             // After: dQ.
             bytes.read += c.num_heads * dq_tile_bytes;
-            bytes.written += c.num_heads * rows * c.head_dim * kElementBytes;
+            bytes.written += c.num_heads * rows * c.head_dim * result_bytes(c);
         });
         for_each_tile(s.seqlen_k, t.keys, [&](int64_t keys, int key0) {
             int64_t rows_seen = 0, tiles_seen = 0;
@@ -101,7 +103,7 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
             bytes.read += c.num_heads * rows_seen * dims * kElementBytes;
             bytes.read += c.num_heads * (hopper ? tiles_seen * padded_bytes : rows_seen * 2 * kFloatBytes);
             bytes.added += c.num_heads * tiles_seen * t.rows * t.head_dim * kFloatBytes;
-            bytes.written += c.num_heads_k * keys * dims * kElementBytes;  // dK and dV
+            bytes.written += c.num_heads_k * keys * dims * result_bytes(c);  // dK and dV
         });
     }
     return bytes;

@@ -134,6 +134,7 @@ void check_case(const Case& c, const Plan& plan, Report& report) {
     if (c.check == "nonfinite") return check_nonfinite(c, plan, report);
     if (c.check == "hidden") return check_hidden(c, plan, report);
     if (c.check == "marked") return check_marked(c, plan, report);
+    if (c.check == "shards") return check_shards(c, plan, report);
     report.fail("no such check: " + c.check);
 }
 

@@ -39,11 +39,18 @@ template <class T, class Round> Matrix<T> product(const Matrix<T>& a, const Matr
     return c;
 }
 
-// One head of one sequence. T is the type of sums; every result is rounded.
+// What the elements of out, dq, dk and dv are rounded to: nothing, if they are to be in fp32.
+template <class Round> struct RoundResult {
+    bool in_floats;
+    template <class T> T operator()(T x) const { return in_floats ? x : T(Round()(x)); }
+};
+
+// One head of one sequence. T is the type of sums; the result of every operation is rounded.
 template <class T, class Round> class Head {
 public:
     Head(const Case& c, const Values& values, const Sequence& s, int head, Order order)
-        : c_(c), values_(values), s_(s), head_(head), head_k_(head / (c.num_heads / c.num_heads_k)), order_(order) {
+        : c_(c), values_(values), s_(s), head_(head), head_k_(head / (c.num_heads / c.num_heads_k)), order_(order),
+          result_{c.float_results} {
         q_ = rows_of(values.q, s.compact_q, s.seqlen_q, head, false, order.dims_reversed);
         k_ = rows_of(values.k, s.compact_k, s.seqlen_k, head_k_, order.keys_reversed, order.dims_reversed);
         v_ = rows_of(values.v, s.compact_k, s.seqlen_k, head_k_, order.keys_reversed, false);
@@ -66,7 +73,7 @@ public:
     }
 
     void store_forward(Attention& result) const {
-        const Matrix<T> out = product(dropped_, v_, round_);
+        const Matrix<T> out = product(dropped_, v_, result_);
         for (int i = 0; i < s_.seqlen_q; ++i) {
             std::copy_n(out[i], c_.head_dim_v, result.out.at(s_.compact_q + i, head_));
             *result.softmax_lse.at(s_.compact_q + i, head_) = double(lse_[size_t(i)]);
@@ -78,16 +85,16 @@ public:
         Matrix<T> ds = product(dout, transposed(v_), round_);
         drop(ds);
         for (int i = 0; i < s_.seqlen_q; ++i) differentiate_row(i, ds[i]);
-        add_keys(result.dv, product(transposed(dropped_), dout, round_), false);
-        Matrix<T> dq = product(ds, k_, round_);
+        add_keys(result.dv, product(transposed(dropped_), dout, result_), false);
+        Matrix<T> dq = product(ds, k_, result_);
         if (order_.scale_first)
-            for (T& x : dq.x) x = round_(x * T(c_.scale()));
+            for (T& x : dq.x) x = result_(x * T(c_.scale()));
         for (int i = 0; i < s_.seqlen_q; ++i) {
             double* row = result.dq.at(s_.compact_q + i, head_);
             std::copy_n(dq[i], c_.head_dim, row);
             if (order_.dims_reversed) std::reverse(row, row + c_.head_dim);
         }
-        add_keys(result.dk, product(transposed(ds), q_, round_), order_.dims_reversed);
+        add_keys(result.dk, product(transposed(ds), q_, result_), order_.dims_reversed);
     }
 
     const Matrix<T>& weights() const { return weights_; }
@@ -119,8 +126,8 @@ private:
             }
             if (!values_.slopes.empty()) {
                 const double slope = values_.slopes[size_t(s_.index * c_.num_heads + head_)];
-                const double distance = std::abs(i + s_.seqlen_k - s_.seqlen_q - key_at(j));
-                s[j] = round_(s[j] - round_(T(slope * distance)));
+                const double distance = s_.distance(c_, i, key_at(j));
+                s[j] = round_(s[j] - round_(T(slope * std::abs(distance))));
             }
             if (!visible(c_, s_, i, key_at(j))) s[j] = -std::numeric_limits<T>::infinity();
         }
@@ -140,7 +147,7 @@ private:
 
     void draw_mask() {
         for (int i = 0; i < s_.seqlen_q; ++i)
-            for (int j = 0; j < s_.seqlen_k; ++j) drops_.push_back(dropped(c_, values_, s_.index, head_, i, key_at(j)));
+            for (int j = 0; j < s_.seqlen_k; ++j) drops_.push_back(dropped(c_, values_, s_, head_, i, key_at(j)));
     }
     void drop(Matrix<T>& weights) const {
         const T rescale = T(65536 / (65536.0 - c_.dropout_threshold()));
@@ -179,6 +186,7 @@ private:
     int head_, head_k_;
     Order order_;
     Round round_;
+    RoundResult<Round> result_;
     Matrix<T> q_, k_, v_;         // [seqlen_q or seqlen_k, head_dim or head_dim_v]
     Matrix<T> scores_, weights_;  // [seqlen_q, seqlen_k]
     Matrix<T> dropped_;           // the weights with those dropped at 0 and the others rescaled
@@ -203,7 +211,7 @@ template <class T, class Round> Attention compute(const Case& c, const Values& v
             if (grads) head.store_backward(result);
         }
     for (Compact* gradient : {&result.dk, &result.dv})
-        for (double& x : gradient->x) x = double(Round()(T(x)));
+        for (double& x : gradient->x) x = double(RoundResult<Round>{c.float_results}(T(x)));
     return result;
 }
 
@@ -247,11 +255,13 @@ Yardstick make_yardstick(const Case& c, const Values& values, bool grads) {
     return y;
 }
 
-bool dropped(const Case& c, const Values& values, int batch, int head, int row, int key) {
+bool dropped(const Case& c, const Values& values, const Sequence& s, int head, int i, int j) {
+    const int row = s.q_start + i, key = s.k_start + j;
+    const int batch_head = s.index * (c.total_heads ? c.total_heads : c.num_heads) + c.head_start + head;
     const uint32_t octet_row = uint32_t(row / 16 * 8 + row % 8), octet_key = uint32_t(key / 32 * 8 + key % 8);
     const uint32_t word =
-        philox_word(octet_row, octet_key, uint32_t(batch * c.num_heads + head), uint32_t(values.offset),
-                    uint32_t(values.seed), uint32_t(values.seed >> 32) ^ uint32_t(values.offset >> 32), key / 8 % 4);
+        philox_word(octet_row, octet_key, uint32_t(batch_head), uint32_t(values.offset), uint32_t(values.seed),
+                    uint32_t(values.seed >> 32) ^ uint32_t(values.offset >> 32), key / 8 % 4);
     return (row / 8 % 2 ? word >> 16 : word & 0xffff) < c.dropout_threshold();
 }
 

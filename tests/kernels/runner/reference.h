@@ -28,7 +28,7 @@ struct Yardstick {
 Yardstick make_yardstick(const Case& c, const Values& values, bool grads);
 
 // Whether dropout drops the weight, by Philox written down a second time.
-bool dropped(const Case& c, const Values& values, int batch, int head, int row, int key);
+bool dropped(const Case& c, const Values& values, const Sequence& s, int head, int i, int j);
 
 // Softmax weights before dropout, of fp64, 0 outside: [seqlen_q, seqlen_k] of one head of one sequence.
 std::vector<double> attn_probs(const Case& c, const Values& values, const Sequence& s, int head);

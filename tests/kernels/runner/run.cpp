@@ -66,13 +66,13 @@ Compact collect(const char* name, const Case& c, const Tensor& t, bool of_querie
             used[size_t(rows.batch * shape.rows + rows.first + i)] = true;
             for (int h = 0; h < shape.heads; ++h)
                 for (int d = 0; d < shape.head_dim; ++d)
-                    result.at(rows.compact + i, h)[d] = to_float(c.type, t.at(rows.batch, rows.first + i, h, d));
+                    result.at(rows.compact + i, h)[d] = t.number(c.type, rows.batch, rows.first + i, h, d);
         }
     bool untouched = t.gaps_untouched();
     for (size_t row = 0; row < used.size(); ++row)
         for (int h = 0; h < shape.heads; ++h)
             for (int d = 0; d < shape.head_dim; ++d)
-                untouched &= used[row] || t.at(int(row) / shape.rows, int(row) % shape.rows, h, d) == kUntouched;
+                untouched &= used[row] || t.is_untouched(int(row) / shape.rows, int(row) % shape.rows, h, d);
     if (!untouched) report.fail(format("%s: written outside of sequences", name));
     return result;
 }
@@ -118,7 +118,7 @@ void place_rows(const Case& c, const Compact& values, const RowTensor& t) {
 
 Forward run_forward(const Inputs& x, Schedule schedule, Report& report) {
     const Case& c = x.c;
-    const Tensor out(shape_q(c, c.head_dim_v), c.layout, Access::kWritten);
+    const Tensor out(shape_q(c, c.head_dim_v), c.layout, Access::kWritten, c.float_results);
     const Shape& shape = out.shape();
     const RowTensor softmax_lse(shape.batch, c.num_heads, shape.rows, c.layout);
     set_schedule(schedule);
@@ -139,9 +139,9 @@ Backward run_backward(const Inputs& x, const Compact& out, const Compact& softma
                       Report& report) {
     const Case& c = x.c;
     const Tensor out_read(shape_q(c, c.head_dim_v), c.layout, Access::kRead);
-    const Tensor dq(shape_q(c, c.head_dim), c.layout, Access::kWritten);
-    const Tensor dk(shape_k(c, c.head_dim), c.layout, Access::kWritten);
-    const Tensor dv(shape_k(c, c.head_dim_v), c.layout, Access::kWritten);
+    const Tensor dq(shape_q(c, c.head_dim), c.layout, Access::kWritten, c.float_results);
+    const Tensor dk(shape_k(c, c.head_dim), c.layout, Access::kWritten, c.float_results);
+    const Tensor dv(shape_k(c, c.head_dim_v), c.layout, Access::kWritten, c.float_results);
     const Shape& shape = dq.shape();
     const RowTensor lse_read(shape.batch, c.num_heads, shape.rows, c.layout);
     const RowTensor dsoftmax_sum(shape.batch, c.num_heads, shape.rows, c.layout);

@@ -47,16 +47,18 @@ Memory::~Memory() {
     }
 }
 
-Tensor::Tensor(Shape shape, Layout layout, Access access) : shape_(shape) {
+Tensor::Tensor(Shape shape, Layout layout, Access access, bool in_floats) : shape_(shape), bytes_(in_floats ? 4 : 2) {
     set_strides(layout, access);
     const bool empty = shape.batch == 0 || shape.rows == 0 || shape.heads == 0;
     size_ = empty ? start_ : start_ + offset(shape.batch - 1, shape.rows - 1, shape.heads - 1) + shape.head_dim;
-    memory_ = std::make_unique<Memory>(2 * size_);
-    fill(*memory_, size_, kUntouched);
+    const int words = bytes_ / 2;
+    memory_ = std::make_unique<Memory>(bytes_ * size_);
+    fill(*memory_, words * size_, kUntouched);
     if (memory_->is_filled() || empty) return;
     for (int b = 0; b < shape.batch; ++b)
         for (int r = 0; r < shape.rows; ++r)
-            for (int h = 0; h < shape.heads; ++h) std::fill_n(&at(b, r, h, 0), shape.head_dim, kUntouched);
+            for (int h = 0; h < shape.heads; ++h)
+                std::fill_n(this->words() + words * offset(b, r, h), words * shape.head_dim, kUntouched);
 }
 
 void Tensor::set_strides(Layout layout, Access access) {
@@ -94,6 +96,18 @@ void Tensor::set_strides(Layout layout, Access access) {
 
 TensorView Tensor::view(bool packed) const { return {data(), packed ? 0 : batch_stride_, row_stride_, head_stride_}; }
 
+double Tensor::number(ElementType type, int batch, int row, int head, int i) const {
+    if (bytes_ == 2) return to_float(type, at(batch, row, head, i));
+    float x;
+    std::memcpy(&x, data() + bytes_ * (offset(batch, row, head) + i), sizeof x);
+    return x;
+}
+
+bool Tensor::is_untouched(int batch, int row, int head, int i) const {
+    const uint16_t* const word = words() + bytes_ / 2 * (offset(batch, row, head) + i);
+    return word[0] == kUntouched && word[bytes_ / 2 - 1] == kUntouched;
+}
+
 bool Tensor::gaps_untouched() const {
     if (!memory_->is_filled()) return true;
     std::vector<bool> is_element(size_t(size_), false);
@@ -102,8 +116,9 @@ bool Tensor::gaps_untouched() const {
             for (int h = 0; h < shape_.heads; ++h)
                 std::fill_n(is_element.begin() + start_ + offset(b, r, h), shape_.head_dim, true);
     const uint16_t* elements = reinterpret_cast<const uint16_t*>(memory_->data());
-    for (int64_t i = 0; i < size_; ++i)
-        if (!is_element[size_t(i)] && elements[i] != kUntouched) return false;
+    const int words = bytes_ / 2;
+    for (int64_t i = 0; i < words * size_; ++i)
+        if (!is_element[size_t(i / words)] && elements[i] != kUntouched) return false;
     return true;
 }
 

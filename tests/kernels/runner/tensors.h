@@ -35,25 +35,31 @@ enum class Access { kRead, kWritten };
 
 struct Shape { int batch, rows, heads, head_dim; };
 
-// [batch, rows, heads, head_dim] of 16-bit elements; packed tensors have a batch of one, pages count as batch.
+// [batch, rows, heads, head_dim] of 16-bit elements or, for results only, of fp32 numbers; packed tensors have a batch of
+// one, pages count as batch.
 class Tensor {
 public:
-    Tensor(Shape shape, Layout layout, Access access);
+    Tensor(Shape shape, Layout layout, Access access, bool in_floats = false);
 
-    uint16_t& at(int batch, int row, int head, int i) const { return data()[offset(batch, row, head) + i]; }
+    uint16_t& at(int batch, int row, int head, int i) const { return words()[offset(batch, row, head) + i]; }
+    // An element as a number: of the given type, unless elements are fp32.
+    double number(ElementType type, int batch, int row, int head, int i) const;
+    bool is_untouched(int batch, int row, int head, int i) const;
     TensorView view(bool packed) const;
     const Shape& shape() const { return shape_; }
     // Whether everything but the elements, between rows for example, is untouched.
     bool gaps_untouched() const;
 
 private:
-    uint16_t* data() const { return reinterpret_cast<uint16_t*>(memory_->data()) + start_; }
+    char* data() const { return memory_->data() + start_ * bytes_; }
+    uint16_t* words() const { return reinterpret_cast<uint16_t*>(data()); }
     int64_t offset(int batch, int row, int head) const {
         return batch * batch_stride_ + row * row_stride_ + head * head_stride_;
     }
     void set_strides(Layout layout, Access access);
 
     Shape shape_;
+    int bytes_;          // of an element
     int64_t start_ = 0;  // the first element within the memory
     int64_t batch_stride_ = 0, row_stride_ = 0, head_stride_ = 0, size_ = 0;
     std::unique_ptr<Memory> memory_;
