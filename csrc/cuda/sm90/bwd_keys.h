@@ -128,19 +128,18 @@ private:
         ptx::pass_turn(turn);
     }
 
+    FA_DEVICE void store() {
+        const Problem& p = params_.common.pass.problem;
+        acc_dk_.for_each([&](int, int, float& x) { x *= p.scalars.scale; });
+        p.float_results ? store_partial() : store_by_tma();
+        if (this->is_leader()) ptx::bulk_wait_read<0>();  // TMA must have read shared memory before the block exits
+    }
     // Stores dV and dK, staged in the shared memory of V and K. The other consumer may still read K for its last dQ; dV
     // need not wait for that.
-    FA_DEVICE void store() {
-        const BwdParams& pass = params_.common.pass;
-        const bool partial = pass.problem.float_results;
-        // Each consumer reads only its own rows of V.
-        partial ? store_partial(acc_dv_, pass.dv, pass.problem.head_dim_v)
-                : store_rows_of(acc_dv_, smem_.v, params_.dv);
-        const float scale = pass.problem.scalars.scale;
-        acc_dk_.for_each([&](int, int, float& x) { x *= scale; });
-        this->sync_consumers();  // all consumers have finished reading K
-        partial ? store_partial(acc_dk_, pass.dk, pass.problem.head_dim) : store_rows_of(acc_dk_, smem_.k, params_.dk);
-        if (this->is_leader()) ptx::bulk_wait_read<0>();  // TMA must have read shared memory before the block exits
+    FA_DEVICE void store_by_tma() const {
+        store_rows_of(acc_dv_, smem_.v, params_.dv);  // each consumer reads only its own rows of V
+        this->sync_consumers();                       // all consumers have finished reading K
+        store_rows_of(acc_dk_, smem_.k, params_.dk);
     }
     // Stores this consumer's rows.
     FA_DEVICE void store_rows_of(const AccTile<16, D>& acc, typename Config::TileK staged, const TmaTensor& to) const {
@@ -154,12 +153,16 @@ private:
         ptx::bulk_commit();
     }
 
-    // Stores this consumer's rows in fp32, from registers.
-    FA_DEVICE void store_partial(const AccTile<16, D>& acc, const TensorView& to, int columns) const {
+    // Stores dV and dK in fp32, from registers.
+    FA_DEVICE void store_partial() const {
+        const BwdParams& pass = params_.common.pass;
         const Tile tile(params_);
-        const int key = tile.n0 + row0();
-        store_rows(acc, row_of<float>(to, tile.batch, tile.head_k, tile.seq.first_row_k + key), to.row_stride,
-                   tile.seq.seqlen_k - key, columns);
+        const int key = tile.n0 + row0(), valid_rows = tile.seq.seqlen_k - key;
+        const int64_t row = tile.seq.first_row_k + key;
+        store_rows(acc_dv_, row_of<float>(pass.dv, tile.batch, tile.head_k, row), pass.dv.row_stride, valid_rows,
+                   pass.problem.head_dim_v);
+        store_rows(acc_dk_, row_of<float>(pass.dk, tile.batch, tile.head_k, row), pass.dk.row_stride, valid_rows,
+                   pass.problem.head_dim);
     }
 
     // First row of the warp within the key tile.

@@ -14,12 +14,13 @@ template <class Element> struct StoredPair {
     FA_DEVICE Element lo() const { return {uint16_t(bits)}; }
     FA_DEVICE Element hi() const { return {uint16_t(bits >> 16)}; }
 };
-template <> struct StoredPair<float> {
-    uint64_t bits;
+// Not one number of 64 bits: ptxas would want both halves side by side long before they are stored, and spill.
+template <> struct alignas(8) StoredPair<float> {
+    float first, second;
 
-    FA_DEVICE StoredPair(float lo, float hi) : bits(uint64_t(ptx::float_bits(hi)) << 32 | ptx::float_bits(lo)) {}
-    FA_DEVICE float lo() const { return ptx::bits_float(uint32_t(bits)); }
-    FA_DEVICE float hi() const { return ptx::bits_float(uint32_t(bits >> 32)); }
+    FA_DEVICE StoredPair(float lo, float hi) : first(lo), second(hi) {}
+    FA_DEVICE float lo() const { return first; }
+    FA_DEVICE float hi() const { return second; }
 };
 
 // Rows and columns past the valid ones are not stored. dst is the tile's first element, at any alignment; if it and the
@@ -39,7 +40,7 @@ template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const A
             const float* const x = &t.x[r / 2][4 * n + r % 2 * 2];
             const Pair pair(x[0], x[1]);
             if (aligned && column + 1 < valid_cols) {
-                ptx::store(reinterpret_cast<decltype(pair.bits)*>(row + column), pair.bits);
+                ptx::store(reinterpret_cast<Pair*>(row + column), pair);
                 continue;
             }
             if (column < valid_cols) ptx::store(row + column, pair.lo());
