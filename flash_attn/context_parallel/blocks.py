@@ -24,7 +24,7 @@ def float_type(x: Tensor) -> torch.dtype:
 
 
 def _int32(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)

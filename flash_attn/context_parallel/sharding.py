@@ -18,10 +18,10 @@ from flash_attn.context_parallel.ranks import Ranks, resolve
 @lru_cache(maxsize=64)
 def _places(cut: Cut, padded: int, device: torch.device) -> Tensor:
     """Where each row of the whole is among the local rows of all ranks, padded to equal numbers."""
-    places = torch.empty(cut.total, dtype=torch.int64)
+    places = torch.empty(cut.total, dtype=torch.int64, device="cpu")
     for rank in range(cut.num_ranks):
         rows = rows_of(cut, rank)
-        places[rows] = torch.arange(len(rows)) + rank * padded
+        places[rows] = torch.arange(len(rows), device="cpu") + rank * padded
     return places.to(device)
 
 

@@ -5,10 +5,11 @@ import torch
 
 from distributed_cases import pair_of_groups
 from distributed_world import group_of
-from flash_attn.context_parallel import shard, unshard
+from flash_attn.context_parallel import context_parallel_attention, shard, unshard
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
+METHODS = ["ring", "all_gather", "ulysses"]
 LENGTHS = {"sequence": (150,), "short": (3,), "empty": (0,), "documents": (90, 0, 5, 200)}
 
 
@@ -77,6 +78,21 @@ def check_second_derivative():
 
 def test_shard_has_second_derivatives(world):
     world.run(check_second_derivative, ranks=2)
+
+
+def check_default_device():
+    """What is computed on the host has nothing to do with the default device of new tensors."""
+    where = arguments((190, 20), "zigzag", 2)
+    x = whole((190, 20), 0)
+    with torch.device("meta"):
+        local = shard(x, 0, **where)
+        outs = [context_parallel_attention(*[local] * 3, method=method, **where) for method in METHODS]
+        assert torch.equal(unshard(local, 0, **where), x)
+    assert torch.allclose(outs[0], outs[1]) and torch.allclose(outs[0], outs[2])
+
+
+def test_default_device_does_not_matter(world):
+    world.run(check_default_device, ranks=2)
 
 
 def check_positions():
