@@ -5,6 +5,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_world import group_of
 from flash_attn import flash_attn_func
@@ -177,6 +178,29 @@ def check_autocast():
 
 def test_autocast_casts_the_inputs(world):
     world.run(check_autocast, ranks=2)
+
+
+def counted_flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call().sum().backward()
+    return counter.get_total_flops()
+
+
+def flops(method):
+    """Those of this rank, and those of one device."""
+    group = group_of(2)
+    x = torch.randn(1, 256, 4, 8, requires_grad=True)
+    local = shard(x, 1, group).detach().requires_grad_()
+    return (
+        counted_flops(lambda: context_parallel_attention(local, local, local, group=group, method=method)),
+        counted_flops(lambda: flash_attn_func(x, x, x)),
+    )
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
+def test_ranks_count_the_flops_of_one_device(world, method):
+    ours, theirs = zip(*world.run(flops, method, ranks=2), strict=True)
+    assert sum(ours) == theirs[0] > 0
 
 
 def check_errors_of_backward():
