@@ -55,6 +55,8 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, cut: Cut, ranks: Ranks) -> Tensor:
         ctx.where = dim, cut, ranks
+        if cut.num_ranks == 1:
+            return x.clone(memory_format=torch.contiguous_format)
         return gather_rows(x.movedim(dim, 0), cut, ranks).movedim(0, dim).contiguous()
 
     @staticmethod

@@ -41,6 +41,22 @@ def test_unshard_is_the_inverse_of_shard(world, layout, ranks):
             world.run(check_round_trip, lengths, layout, ranks, dim, ranks=ranks or 4)
 
 
+def check_memory(ranks):
+    group = group_of(ranks)
+    x = whole((150,), 1).requires_grad_()
+    local = shard(x, 1, group)
+    joined = unshard(local, 1, group)
+    local += 1
+    joined += 1
+    assert torch.equal(joined, x + 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_results_do_not_share_memory(world, ranks):
+    """Writes to results are allowed, and leave inputs as they are."""
+    world.run(check_memory, ranks, ranks=ranks)
+
+
 def function(x):
     return x.sin() * x
 
