@@ -65,7 +65,8 @@ class _NoSecondDerivatives(torch.autograd.Function):
 
 def _whole_call(inputs: tuple[Any, ...], options: dict[str, Any], batch_size: int | None) -> list[str]:
     """The reasons of the op to reject a call like this one; nothing is computed. batch_size: of documents."""
-    q, k, v, alibi_slopes = (x if x is None else torch.empty_like(x, device="meta") for x in inputs)
+    q, k, v = (torch.empty_like(x, device="meta") for x in inputs[:3])
+    alibi_slopes = None if inputs[3] is None else torch.empty_like(inputs[3], device="meta")
     q = q[..., :0, :, :] if q.dim() > 2 else q  # FlopCounterMode counts this call too
     where: dict[str, Any] = {}
     if batch_size is not None:
