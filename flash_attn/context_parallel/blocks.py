@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _library
-from flash_attn.context_parallel.layout import Cut, piece_of
+from flash_attn.context_parallel.layout import Cut, Place, piece_of, place_of, to_place
 from flash_attn.context_parallel.plan import Mask
 
 _fwd = _library.op("fwd")
@@ -23,21 +23,21 @@ def float_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _int32(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+def _int32(values: Any, place: Place) -> Tensor:
+    return to_place(torch.tensor(values, dtype=torch.int32, device="cpu"), place)
 
 
 @lru_cache(maxsize=256)
-def _packing(cut: Cut, rank: int, slot: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _packing(cut: Cut, rank: int, slot: int, place: Place) -> tuple[Tensor, Tensor, int]:
     """cu_seqlens, starts and max_seqlen of a slot."""
     starts, lengths = piece_of(cut, rank, slot)
     cu_seqlens = list(itertools.accumulate(lengths, initial=0))
-    return _int32(cu_seqlens, device), _int32(starts, device), max(lengths, default=0)
+    return _int32(cu_seqlens, place), _int32(starts, place), max(lengths, default=0)
 
 
 @lru_cache(maxsize=256)
-def _seqused(used: tuple[int, ...], device: torch.device) -> Tensor:
-    return _int32(used, device)
+def _seqused(used: tuple[int, ...], place: Place) -> Tensor:
+    return _int32(used, place)
 
 
 class Block(NamedTuple):
@@ -73,20 +73,21 @@ class Blocks:
         right = 0 if self.options["causal"] else self.options["window_size_right"]
         return Mask(self.options["window_size_left"], right, self.options["attention_chunk"])
 
-    def _where(self, block: Block, device: torch.device) -> dict[str, Any]:
+    def _where(self, block: Block, q: Tensor) -> dict[str, Any]:
         sides = (self.cut, self.rank, block.q_slot), block.keys
         if not self.is_packed:
             q_start, k_start = (piece_of(*side)[0][0] for side in sides)
             return {"q_start": q_start, "k_start": k_start}
+        place = place_of(q)
         (cu_seqlens_q, q_starts, max_seqlen_q), (cu_seqlens_k, k_starts, max_seqlen_k) = (
-            _packing(*side, device) for side in sides
+            _packing(*side, place) for side in sides
         )
         return {
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k,
             "max_seqlen_q": max_seqlen_q,
             "max_seqlen_k": max_seqlen_k,
-            "seqused_k": None if block.used is None else _seqused(block.used, device),
+            "seqused_k": None if block.used is None else _seqused(block.used, place),
             "q_starts": q_starts,
             "k_starts": k_starts,
         }
@@ -95,7 +96,7 @@ class Blocks:
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, float_results: bool = True
     ) -> tuple[Tensor, Tensor]:
         """out and softmax_lse of the queries of a slot, as if there were only the keys of the block."""
-        return _fwd(q, k, v, **self._where(block, q.device), **self.options, float_results=float_results)
+        return _fwd(q, k, v, **self._where(block, q), **self.options, float_results=float_results)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, block: Block
@@ -106,7 +107,7 @@ class Blocks:
         """
         dq, dk, dv, _ = _bwd(
             *(dout, q, k, v, out, softmax_lse.contiguous(), None),
-            **self._where(block, q.device),
+            **self._where(block, q),
             **self.options,
             deterministic=self.deterministic,
             float_results=True,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,8 +109,25 @@ def rows_of(cut: Cut, rank: int) -> Tensor:
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=64)
-def order_of(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...], device: torch.device) -> Tensor:
+class Place(NamedTuple):
+    """Where a tensor is used. Tensors are cached for one place: a stream does not wait for copies made on another."""
+
+    device: torch.device
+    stream: int
+
+
+def place_of(x: Tensor) -> Place:
+    """The place where x is used now."""
+    return Place(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+
+
+def to_place(x: Tensor, place: Place) -> Tensor:
+    """Copy a tensor of the CPU. The host does not wait for a GPU, as it would without pinned memory."""
+    return (x.pin_memory() if place.device.type == "cuda" else x).to(place.device, non_blocking=True)
+
+
+@lru_cache(maxsize=8)
+def order_of(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...], place: Place) -> Tensor:
     """Where the rows of the target are among those of the source.
 
     Each is a tuple of (cut, rank), the rows of these ranks one after another. Both have the same rows.
@@ -117,12 +135,12 @@ def order_of(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int],
     found, wanted = (torch.cat([rows_of(cut, rank) for cut, rank in ranks]) for ranks in (source, target))
     places = torch.empty(source[0][0].total, dtype=torch.int64, device="cpu")
     places[found] = torch.arange(len(found), device="cpu")
-    return places[wanted].to(device)
+    return to_place(places[wanted], place)
 
 
 def reorder(x: Tensor, dim: int, source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...]) -> Tensor:
     """Bring rows along dim from the order of the source into that of the target."""
-    return x if source == target else x.index_select(dim, order_of(source, target, x.device))
+    return x if source == target else x.index_select(dim, order_of(source, target, place_of(x)))
 
 
 def all_ranks(cut: Cut) -> tuple[tuple[Cut, int], ...]:
