@@ -229,8 +229,9 @@ def context_parallel_attention(
 
     method:
         "ring": keys and values travel while blocks of attention are computed. Liu et al., "Ring Attention" (2023). Only
-            those are sent, and only those blocks computed, of which the mask shows anything: with a window smaller than
-            a shard, neighbours alone communicate. In backward, gradients of keys and values travel back in float32.
+            those pieces of shards are sent, and only those blocks computed, of which the mask shows anything: with a
+            window smaller than a piece, neighbours alone communicate. A piece of all documents travels as one. In
+            backward, gradients of keys and values travel back in float32.
         "all_gather": every rank gathers all keys and values. Llama 3 (2024), section 3.3.2. For few key heads.
         "ulysses": an all-to-all exchanges rows for heads and back: each rank computes num_heads / n heads of all rows.
             Jacobs et al., "DeepSpeed Ulysses" (2023). n must divide num_heads; key heads are repeated as needed.

@@ -139,7 +139,7 @@ def test_every_send_meets_its_receive(mask, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_neighbours_alone_communicate_if_a_window_is_smaller_than_a_shard(layout):
+def test_neighbours_alone_communicate_if_a_window_is_smaller_than_a_piece(layout):
     cut = make_cut((32 * 16,), 8, layout)
     plans = [make_plan(cut, Mask(20, 0, 0), rank) for rank in range(8)]
     partners = {(rank, step.target) for rank, plan in enumerate(plans) for step in plan if step.sent}
