@@ -18,6 +18,7 @@ from flash_attn.context_parallel.ranks import Ranks, resolve
 from flash_attn.context_parallel.ring import Ring
 from flash_attn.context_parallel.sharding import (
     cut_of_lengths,
+    data_reasons,
     gather_lengths,
     layout_reasons,
     lengths_reasons,
@@ -273,7 +274,7 @@ def context_parallel_attention(
     tensors = {"q": q, "k": k, "v": v}
     numbers = dropout_p, softmax_scale, causal, window_size, softcap
     options = _convert(tensors, alibi_slopes, numbers, attention_chunk)
-    if reasons := [*method_reasons, *layout_reasons(layout)]:
+    if reasons := [*method_reasons, *layout_reasons(layout), *data_reasons("q", q)]:
         _checks.reject(ValueError, _FUNCTION, reasons)
     lengths, reasons = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
     if seqlen is not None:
@@ -281,7 +282,7 @@ def context_parallel_attention(
         reasons += wrong
     ranks = resolve(_FUNCTION, group, (2,) if method == _PAIR else (1,))
     inputs: tuple[Tensor, ...] = (q, k, v)
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type):
         inputs = cast_for_autocast(inputs, q.device.type)
     everything = (*inputs, alibi_slopes)
     reasons += _local_reasons(ranks, method, everything, options, None if lengths is None else len(lengths))

@@ -79,6 +79,11 @@ def lengths_reasons(cu_seqlens: Any) -> tuple[tuple[int, ...], list[str]]:
     return lengths, []
 
 
+def data_reasons(name: str, x: Tensor) -> list[str]:
+    """The reason to reject a tensor that cannot be sent."""
+    return [f"{name}: expected a tensor with data, got one on the meta device"] if x.is_meta else []
+
+
 def layout_reasons(layout: Any) -> list[str]:
     """The reasons to reject a layout."""
     known = isinstance(layout, str) and layout in LAYOUTS
@@ -187,6 +192,8 @@ def unshard(
     """
     dim, lengths = _check("unshard", x, dim, layout, cu_seqlens)
     ranks = resolve("unshard", group)
+    if wrong := data_reasons("x", x):
+        _checks.reject(ValueError, "unshard", wrong)
     if seqlen is not None:
         seqlen, wrong = seqlen_reasons("unshard", seqlen, lengths)
         if wrong:

@@ -108,6 +108,7 @@ def check_same_errors():
     for text, options in calls.items():
         found = message(q, k, v, **options)
         assert found.startswith("context_parallel_attention: ") and text in found, f"{text!r} is not in {found!r}"
+    assert "q: expected a tensor with data, got one on the meta device" in message(*(x.to("meta") for x in (q, k, v)))
     found = message(q, k[..., :4], v[:, :, :3])
     assert "2 problems" in found and "k: expected shape" in found and "v: expected shape" in found
 

@@ -141,6 +141,7 @@ def errors():
             x, 0, group, cu_seqlens=torch.zeros(2)
         ),
         "group: expected a ProcessGroup of which this process is a member": lambda: shard(x, 0, "world"),
+        "x: expected a tensor with data, got one on the meta device": lambda: unshard(x.to("meta"), 0, group),
         "x: expected the shards of a zigzag layout of 128 rows, [64, 64] on the ranks, got [70, 58]": lambda: unshard(
             torch.zeros(70 if group.rank() == 0 else 58), 0, group
         ),
