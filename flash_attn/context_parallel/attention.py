@@ -126,14 +126,13 @@ def _find_cut(
     inputs: tuple[Any, ...],
     facts: dict[str, Any],
     reasons: list[str],
-    check: bool | None,
 ) -> Cut:
     """The cut of the batch. Communicates if ranks are to be compared, or the whole length is not known."""
     q = inputs[0]
     length = q.shape[-3] if q.dim() > 2 else 0
     found = None
-    is_new = ranks.is_new()
-    if is_new or agreement.is_wanted(check):
+    is_new = ranks.is_new(q.device)
+    if is_new or facts["check"]:
         found = agreement.compare(_FUNCTION, ranks, facts, reasons, length, q.device)
     elif reasons:
         _checks.reject(ValueError, _FUNCTION, reasons)
@@ -287,10 +286,11 @@ def context_parallel_attention(
     everything = (*inputs, alibi_slopes)
     reasons += _local_reasons(ranks, method, everything, options, None if lengths is None else len(lengths))
     others = {"method": method, "layout": layout, "deterministic": bool(deterministic), "seqlen": seqlen}
+    others["check"] = agreement.is_wanted(check)
     facts = _facts(everything, options, others, lengths)
     if lengths is None and seqlen is not None:
         lengths = (seqlen,)
-    cut = _find_cut(ranks, layout, lengths, everything, facts, reasons, check)
+    cut = _find_cut(ranks, layout, lengths, everything, facts, reasons)
     rng_state = _draw_rng_state(ranks, options["dropout_p"], q.device)
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
 

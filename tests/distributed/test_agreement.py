@@ -9,6 +9,7 @@ import torch
 
 from distributed_world import World, group_of
 from flash_attn.context_parallel import agreement, context_parallel_attention, shard
+from flash_attn.context_parallel.ranks import resolve
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -149,6 +150,27 @@ def count_gathers(check, variable):
 )
 def test_comparison_can_be_switched_off_but_for_the_first_call(world, check, variable, expected):
     assert world.run(count_gathers, check, variable) == [expected] * 4
+
+
+def check_first_calls():
+    ranks = resolve("test", torch.distributed.new_group())
+    places = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")]
+    assert [ranks.is_new(place) for place in places] == [True, True, False, True]
+
+
+def test_a_group_is_new_on_every_device(world):
+    """Each has connections of its own."""
+    world.run(check_first_calls)
+
+
+def check_switches():
+    group = torch.distributed.new_group()
+    found = message(*inputs(32), group=group, check=group.rank() > 0, seqlen=128, layout="contiguous")
+    assert "check: expected the same on every rank, got False on rank 0; True on ranks 1, 2, 3" in found
+
+
+def test_first_call_compares_whether_ranks_compare(world):
+    world.run(check_switches)
 
 
 def leave_alone():
