@@ -115,6 +115,7 @@ def _check(function: str, x: Any, dim: Any, layout: Any, cu_seqlens: Any) -> tup
     return dim % x.dim(), lengths
 
 
+@torch.compiler.disable
 def shard(x: Tensor, dim: int, group: Any, layout: str = "zigzag", cu_seqlens: Tensor | None = None) -> Tensor:
     """This rank's part of a tensor that every rank has whole.
 
@@ -122,7 +123,7 @@ def shard(x: Tensor, dim: int, group: Any, layout: str = "zigzag", cu_seqlens: T
     All have the same number of rows, the least multiple of 32 that is enough, but for the last ones, which are shorter
     or empty. Rank r gets the pieces r and 2 n - 1 - r (zigzag), which balances the work under a causal mask, or piece r
     (contiguous): first the piece r of all documents, then the piece 2 n - 1 - r of all documents. A single rank gets
-    all rows in their order.
+    all rows in their order. torch.compile breaks the graph here, as in unshard.
 
     Args:
         x: any tensor with the rows of the sequence along dim: tokens, positions, labels, q, k, v.
@@ -165,6 +166,7 @@ def cut_of_lengths(function: str, argument: str, lengths: Sequence[int], layout:
     return cut
 
 
+@torch.compiler.disable
 def unshard(
     x: Tensor,
     dim: int,

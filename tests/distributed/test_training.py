@@ -1,5 +1,7 @@
 """Context parallel attention within models: checkpointing, DistributedDataParallel, FSDP, torch.compile, autocast."""
 
+import warnings
+
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -161,6 +163,23 @@ def check_compiled():
 
 def test_compile_breaks_the_graph_at_attention(world):
     world.run(check_compiled, ranks=2)
+
+
+def check_compiled_shards():
+    group = group_of(2)
+    compiled = torch.compile(lambda x: unshard(shard(x, 1, group).sin(), 1, group), backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*Dynamo")
+        for length in (100, 150, 200):
+            x = torch.randn(2, length, 3, requires_grad=True)
+            y = compiled(x)
+            y.sum().backward()
+            assert torch.equal(y, x.sin()) and torch.equal(x.grad, x.cos())
+
+
+def test_compile_breaks_the_graph_at_shards(world):
+    """It does not trace how they are cut."""
+    world.run(check_compiled_shards, ranks=2)
 
 
 def check_autocast():
