@@ -184,12 +184,12 @@ def _convert(tensors: dict[str, Any], alibi_slopes: Any, numbers: tuple[Any, ...
 
 
 def _method_reasons(method: Any) -> tuple[Any, list[str]]:
-    """The method, with its pair as a tuple, and the reasons to reject it."""
+    """The method, with its pair as a tuple, or a text for what is none, and the reasons to reject it."""
     method = tuple(method) if isinstance(method, list) else method
     if method in _METHODS:
         return method, []
     expected = "'ring', 'all_gather', 'ulysses' or ('ulysses', 'ring')"
-    return method, [f"method: expected {expected}, got {_checks.describe(method)}"]
+    return _checks.describe(method), [f"method: expected {expected}, got {_checks.describe(method)}"]
 
 
 def _draw_rng_state(ranks: Ranks, dropout_p: float, device: torch.device) -> Tensor | None:
@@ -269,23 +269,26 @@ def context_parallel_attention(
             only one of them has a reason, or if their arguments differ. Nothing is computed.
         RuntimeError: a rank fails or is silent for the timeout of the group; or second derivatives are requested.
     """
-    method, method_reasons = _method_reasons(method)
+    method, reasons = _method_reasons(method)
     tensors = {"q": q, "k": k, "v": v}
     numbers = dropout_p, softmax_scale, causal, window_size, softcap
     options = _convert(tensors, alibi_slopes, numbers, attention_chunk)
-    if reasons := [*method_reasons, *layout_reasons(layout), *data_reasons("q", q)]:
-        _checks.reject(ValueError, _FUNCTION, reasons)
-    lengths, reasons = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
+    if wrong := data_reasons("q", q):
+        _checks.reject(ValueError, _FUNCTION, wrong)
+    counts = (1, 2) if reasons else (2,) if method == _PAIR else (1,)
+    ranks = resolve(_FUNCTION, group, counts)
+    reasons += layout_reasons(layout)
+    lengths, wrong = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
+    reasons += wrong
     if seqlen is not None:
         seqlen, wrong = seqlen_reasons(_FUNCTION, seqlen, lengths)
         reasons += wrong
-    ranks = resolve(_FUNCTION, group, (2,) if method == _PAIR else (1,))
     inputs: tuple[Tensor, ...] = (q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         inputs = cast_for_autocast(inputs, q.device.type)
     everything = (*inputs, alibi_slopes)
     reasons += _local_reasons(ranks, method, everything, options, None if lengths is None else len(lengths))
-    others = {"method": method, "layout": layout, "deterministic": bool(deterministic), "seqlen": seqlen}
+    others = {"method": method, "layout": str(layout), "deterministic": bool(deterministic), "seqlen": seqlen}
     others["check"] = agreement.is_wanted(check)
     facts = _facts(everything, options, others, lengths)
     if lengths is None and seqlen is not None:

@@ -57,6 +57,12 @@ def differing(rank):
         "on rank 1: cu_seqlens: expected values that start with 0 and never decrease, got [0, 200, 128]": message(
             *(x[0] for x in first), cu_seqlens=torch.tensor([0, 200, 128] if rank else [0, 64, 128])
         ),
+        "on rank 1: method: expected 'ring', 'all_gather', 'ulysses' or ('ulysses', 'ring'), got str 'star'": message(
+            *first, method="star" if rank else "ring"
+        ),
+        "on rank 0: layout: expected 'zigzag' or 'contiguous', got function": message(
+            *first, layout="zigzag" if rank else message
+        ),
         "on rank 1: q, k, v: expected one dtype among": message(first[0].int() if rank else first[0], *first[1:]),
         "on rank 0: k: expected the 64 rows of q, as queries and keys are cut alike, got shape (1, 60, 4, 8)": message(
             first[0], *(x[:, : 64 if rank else 60] for x in first[1:])
