@@ -34,22 +34,24 @@ _fwd = _library.op("fwd")
 
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, method: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, method: Any, alibi_slopes: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out, softmax_lse, saved = method.forward(q, k, v)
         ctx.method = method
         ctx.dtype = q.dtype
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(alibi_slopes, *saved)  # the method has the slopes: autograd sees to it that they stay
         ctx.mark_non_differentiable(softmax_lse)
         return out, softmax_lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        dout, saved = grads[0], ctx.saved_tensors
+        dout, (_, *saved) = grads[0], ctx.saved_tensors
         with torch.no_grad():
             results = [grad.to(ctx.dtype) for grad in ctx.method.backward(dout, *saved)]
         if torch.is_grad_enabled():  # create_graph: torch would take the results for constants
             results = list(_NoSecondDerivatives.apply(len(results), *results, dout, *saved))
-        return None, *results
+        return None, None, *results
 
 
 class _NoSecondDerivatives(torch.autograd.Function):
@@ -304,5 +306,5 @@ def context_parallel_attention(
         return Blocks(cut, rank, cu_seqlens is not None, {**options, **heads}, is_deterministic)
 
     chosen = _make_method(method, ranks, cut, blocks, (num_heads, num_heads_k))
-    out, softmax_lse = _ContextParallelAttention.apply(chosen, *inputs)
+    out, softmax_lse = _ContextParallelAttention.apply(chosen, alibi_slopes, *inputs)
     return (out, softmax_lse) if return_lse else out

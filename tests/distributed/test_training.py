@@ -232,5 +232,19 @@ def check_errors_of_backward():
         torch.autograd.grad(grad.sum(), local[0])
 
 
+def check_writes_before_backward():
+    group = group_of(2)
+    local = [shard(torch.randn(1, 96, 4, 8), 1, group).requires_grad_() for _ in range(3)]
+    slopes = torch.rand(4)
+    out = context_parallel_attention(*local, group=group, alibi_slopes=slopes)
+    slopes.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_slopes_must_not_change_before_backward(world):
+    world.run(check_writes_before_backward, ranks=2)
+
+
 def test_second_derivatives_are_an_error(world):
     world.run(check_errors_of_backward, ranks=2)
