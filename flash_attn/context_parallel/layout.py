@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from flash_attn.context_parallel.host_tensors import HostTensors
 
 DROPOUT_BLOCK = 32
 LAYOUTS = ("zigzag", "contiguous")
@@ -109,38 +110,21 @@ def rows_of(cut: Cut, rank: int) -> Tensor:
     return torch.cat(parts)
 
 
-class Place(NamedTuple):
-    """Where a tensor is used. Tensors are cached for one place: a stream does not wait for copies made on another."""
-
-    device: torch.device
-    stream: int
-
-
-def place_of(x: Tensor) -> Place:
-    """The place where x is used now."""
-    return Place(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
-
-
-def to_place(x: Tensor, place: Place) -> Tensor:
-    """Copy a tensor of the CPU. The host does not wait for a GPU, as it would without pinned memory."""
-    return (x.pin_memory() if place.device.type == "cuda" else x).to(place.device, non_blocking=True)
-
-
-@lru_cache(maxsize=8)
-def order_of(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...], place: Place) -> Tensor:
-    """Where the rows of the target are among those of the source.
-
-    Each is a tuple of (cut, rank), the rows of these ranks one after another. Both have the same rows.
-    """
+def _order(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...]) -> Tensor:
     found, wanted = (torch.cat([rows_of(cut, rank) for cut, rank in ranks]) for ranks in (source, target))
     places = torch.empty(source[0][0].total, dtype=torch.int64, device="cpu")
     places[found] = torch.arange(len(found), device="cpu")
-    return to_place(places[wanted], place)
+    return places[wanted]
+
+
+# order_of(x, source, target): where the rows of the target are among those of the source, on the device of x. Each is a
+# tuple of (cut, rank), the rows of these ranks one after another. Both have the same rows.
+order_of = HostTensors(_order, maxsize=8)
 
 
 def reorder(x: Tensor, dim: int, source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...]) -> Tensor:
     """Bring rows along dim from the order of the source into that of the target."""
-    return x if source == target else x.index_select(dim, order_of(source, target, place_of(x)))
+    return x if source == target else x.index_select(dim, order_of(x, source, target))
 
 
 def all_ranks(cut: Cut) -> tuple[tuple[Cut, int], ...]:

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn import _checks
-from flash_attn.context_parallel.layout import LAYOUTS, Cut, Place, local_length, make_cut, place_of, rows_of, to_place
+from flash_attn.context_parallel.host_tensors import HostTensors
+from flash_attn.context_parallel.layout import LAYOUTS, Cut, local_length, make_cut, rows_of
 from flash_attn.context_parallel.ranks import Ranks, resolve
 
 
-@lru_cache(maxsize=8)
-def _places(cut: Cut, padded: int, place: Place) -> Tensor:
+def _find_places(cut: Cut, padded: int) -> Tensor:
     """Where each row of the whole is among the local rows of all ranks, padded to equal numbers."""
     places = torch.empty(cut.total, dtype=torch.int64, device="cpu")
     for rank in range(cut.num_ranks):
         rows = rows_of(cut, rank)
         places[rows] = torch.arange(len(rows), device="cpu") + rank * padded
-    return to_place(places, place)
+    return places
 
 
-@lru_cache(maxsize=8)
-def _rows_on(cut: Cut, rank: int, place: Place) -> Tensor:
-    return to_place(rows_of(cut, rank), place)
+_places, _rows_on = HostTensors(_find_places, maxsize=8), HostTensors(rows_of, maxsize=8)
 
 
 def gather_rows(x: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
@@ -37,14 +34,14 @@ def gather_rows(x: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
     padded = max(local_length(cut, rank) for rank in range(cut.num_ranks))
     sent = x if len(x) == padded else torch.cat([x, x.new_zeros(padded - len(x), *x.shape[1:])])
     gathered = ranks.all_gather(sent.reshape(-1)).view(cut.num_ranks * padded, *x.shape[1:])
-    return gathered.index_select(0, _places(cut, padded, place_of(x)))
+    return gathered.index_select(0, _places(x, cut, padded))
 
 
 class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, cut: Cut, ranks: Ranks) -> Tensor:
         ctx.where = dim, cut, ranks
-        return x.index_select(dim, _rows_on(cut, ranks.index, place_of(x)))
+        return x.index_select(dim, _rows_on(x, cut, ranks.index))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

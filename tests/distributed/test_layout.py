@@ -13,7 +13,6 @@ from flash_attn.context_parallel.layout import (
     make_cut,
     order_of,
     piece_of,
-    place_of,
     rows_of,
     slot_lengths,
 )
@@ -74,17 +73,17 @@ def test_neighbours_join_to_the_shards_of_fewer_ranks(layout):
 def test_order_of_brings_rows_into_place():
     cut = make_cut((100, 70), 2, "zigzag")
     source = torch.cat([rows_of(cut, rank) for rank in (0, 1)])
-    whole, place = ((cut.whole(), 0),), place_of(source)
-    assert torch.equal(source[order_of(all_ranks(cut), whole, place)], torch.arange(170))
-    assert torch.equal(torch.arange(170)[order_of(whole, all_ranks(cut), place)], source)
+    whole = ((cut.whole(), 0),)
+    assert torch.equal(source[order_of(source, all_ranks(cut), whole)], torch.arange(170))
+    assert torch.equal(torch.arange(170)[order_of(source, whole, all_ranks(cut))], source)
 
 
 def test_orders_of_few_batches_are_kept():
     """They are as long as the batch, on the GPU; documents are cut differently in every step of training."""
-    alive = []
+    x, alive = torch.empty(0), []
     for length in range(100, 130):
         cut = make_cut((length,), 2, "zigzag")
-        alive.append(weakref.ref(order_of(all_ranks(cut), ((cut.whole(), 0),), place_of(torch.empty(0)))))
+        alive.append(weakref.ref(order_of(x, all_ranks(cut), ((cut.whole(), 0),))))
     assert 0 < sum(order() is not None for order in alive) <= 8
 
 
