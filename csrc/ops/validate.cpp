@@ -165,12 +165,16 @@ void Validator::check_positions(bool is_q) {
 }
 
 void Validator::check_heads_elsewhere() {
-    if (args_.head_start < 0) reasons_.add("head_start", "a head of at least 0", args_.head_start);
+    if (args_.head_start < 0 || args_.head_start >= kMaxSeqlen) {
+        return reasons_.add("head_start", c10::str("a head of at least 0 and below 2^30=", kMaxSeqlen),
+                            args_.head_start);
+    }
     if (!num_heads_ || (!args_.total_heads && args_.head_start == 0)) return;
     const Size total = args_.total_heads ? Size(*args_.total_heads) : num_heads_,
                least = *num_heads_ + args_.head_start;
     if (known(total->sym_lt(*least)) || known(total->sym_ge(kMaxSeqlen))) {
-        reasons_.add("total_heads", c10::str("at least head_start + num_heads = ", *least), *total);
+        reasons_.add("total_heads",
+                     c10::str("at least head_start + num_heads = ", *least, " and below 2^30=", kMaxSeqlen), *total);
     }
 }
 

@@ -55,7 +55,7 @@ def compare(
         _checks.reject(ValueError, function, reasons)
     if len(set(digests)) == 1:
         return list(lengths)
-    everywhere = ranks.all_gather_objects((facts, list(reasons)))
+    everywhere = ranks.all_gather_objects((facts, list(reasons)), device)
     found = [f"on rank {rank}: {reason}" for rank, (_, wrong) in enumerate(everywhere) for reason in wrong]
     if not any(failures):
         names = [name for name in facts if len({str(other.get(name)) for other, _ in everywhere}) > 1]

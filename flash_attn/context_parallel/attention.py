@@ -18,6 +18,7 @@ from flash_attn.context_parallel.ranks import Ranks, resolve
 from flash_attn.context_parallel.ring import Ring
 from flash_attn.context_parallel.sharding import (
     cut_of_lengths,
+    data_reasons,
     gather_lengths,
     layout_reasons,
     lengths_reasons,
@@ -33,22 +34,24 @@ _fwd = _library.op("fwd")
 
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, method: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, method: Any, alibi_slopes: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out, softmax_lse, saved = method.forward(q, k, v)
         ctx.method = method
         ctx.dtype = q.dtype
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(alibi_slopes, *saved)  # the method has the slopes: autograd sees to it that they stay
         ctx.mark_non_differentiable(softmax_lse)
         return out, softmax_lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        dout, saved = grads[0], ctx.saved_tensors
+        dout, (_, *saved) = grads[0], ctx.saved_tensors
         with torch.no_grad():
             results = [grad.to(ctx.dtype) for grad in ctx.method.backward(dout, *saved)]
         if torch.is_grad_enabled():  # create_graph: torch would take the results for constants
             results = list(_NoSecondDerivatives.apply(len(results), *results, dout, *saved))
-        return None, *results
+        return None, None, *results
 
 
 class _NoSecondDerivatives(torch.autograd.Function):
@@ -65,7 +68,9 @@ class _NoSecondDerivatives(torch.autograd.Function):
 
 def _whole_call(inputs: tuple[Any, ...], options: dict[str, Any], batch_size: int | None) -> list[str]:
     """The reasons of the op to reject a call like this one; nothing is computed. batch_size: of documents."""
-    q, k, v, alibi_slopes = (x if x is None else torch.empty_like(x, device="meta") for x in inputs)
+    q, k, v = (torch.empty_like(x, device="meta") for x in inputs[:3])
+    alibi_slopes = None if inputs[3] is None else torch.empty_like(inputs[3], device="meta")
+    q = q[..., :0, :, :] if q.dim() > 2 else q  # FlopCounterMode counts this call too
     where: dict[str, Any] = {}
     if batch_size is not None:
         cu_seqlens = torch.empty(batch_size + 1, dtype=torch.int32, device="meta")
@@ -123,14 +128,13 @@ def _find_cut(
     inputs: tuple[Any, ...],
     facts: dict[str, Any],
     reasons: list[str],
-    check: bool | None,
 ) -> Cut:
     """The cut of the batch. Communicates if ranks are to be compared, or the whole length is not known."""
     q = inputs[0]
     length = q.shape[-3] if q.dim() > 2 else 0
     found = None
-    is_new = ranks.is_new()
-    if is_new or agreement.is_wanted(check):
+    is_new = ranks.is_new(q.device)
+    if is_new or facts["check"]:
         found = agreement.compare(_FUNCTION, ranks, facts, reasons, length, q.device)
     elif reasons:
         _checks.reject(ValueError, _FUNCTION, reasons)
@@ -182,12 +186,12 @@ def _convert(tensors: dict[str, Any], alibi_slopes: Any, numbers: tuple[Any, ...
 
 
 def _method_reasons(method: Any) -> tuple[Any, list[str]]:
-    """The method, with its pair as a tuple, and the reasons to reject it."""
+    """The method, with its pair as a tuple, or a text for what is none, and the reasons to reject it."""
     method = tuple(method) if isinstance(method, list) else method
     if method in _METHODS:
         return method, []
     expected = "'ring', 'all_gather', 'ulysses' or ('ulysses', 'ring')"
-    return method, [f"method: expected {expected}, got {_checks.describe(method)}"]
+    return _checks.describe(method), [f"method: expected {expected}, got {_checks.describe(method)}"]
 
 
 def _draw_rng_state(ranks: Ranks, dropout_p: float, device: torch.device) -> Tensor | None:
@@ -227,8 +231,9 @@ def context_parallel_attention(
 
     method:
         "ring": keys and values travel while blocks of attention are computed. Liu et al., "Ring Attention" (2023). Only
-            those are sent, and only those blocks computed, of which the mask shows anything: with a window smaller than
-            a shard, neighbours alone communicate. In backward, gradients of keys and values travel back in float32.
+            those pieces of shards are sent, and only those blocks computed, of which the mask shows anything: with a
+            window smaller than a piece, neighbours alone communicate. A piece of all documents travels as one. In
+            backward, gradients of keys and values travel back in float32.
         "all_gather": every rank gathers all keys and values. Llama 3 (2024), section 3.3.2. For few key heads.
         "ulysses": an all-to-all exchanges rows for heads and back: each rank computes num_heads / n heads of all rows.
             Jacobs et al., "DeepSpeed Ulysses" (2023). n must divide num_heads; key heads are repeated as needed.
@@ -266,27 +271,31 @@ def context_parallel_attention(
             only one of them has a reason, or if their arguments differ. Nothing is computed.
         RuntimeError: a rank fails or is silent for the timeout of the group; or second derivatives are requested.
     """
-    method, method_reasons = _method_reasons(method)
+    method, reasons = _method_reasons(method)
     tensors = {"q": q, "k": k, "v": v}
     numbers = dropout_p, softmax_scale, causal, window_size, softcap
     options = _convert(tensors, alibi_slopes, numbers, attention_chunk)
-    if reasons := [*method_reasons, *layout_reasons(layout)]:
-        _checks.reject(ValueError, _FUNCTION, reasons)
-    lengths, reasons = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
+    if wrong := data_reasons("q", q):
+        _checks.reject(ValueError, _FUNCTION, wrong)
+    counts = (1, 2) if reasons else (2,) if method == _PAIR else (1,)
+    ranks = resolve(_FUNCTION, group, counts)
+    reasons += layout_reasons(layout)
+    lengths, wrong = (None, []) if cu_seqlens is None else lengths_reasons(cu_seqlens)
+    reasons += wrong
     if seqlen is not None:
         seqlen, wrong = seqlen_reasons(_FUNCTION, seqlen, lengths)
         reasons += wrong
-    ranks = resolve(_FUNCTION, group, (2,) if method == _PAIR else (1,))
     inputs: tuple[Tensor, ...] = (q, k, v)
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type):
         inputs = cast_for_autocast(inputs, q.device.type)
     everything = (*inputs, alibi_slopes)
     reasons += _local_reasons(ranks, method, everything, options, None if lengths is None else len(lengths))
-    others = {"method": method, "layout": layout, "deterministic": bool(deterministic), "seqlen": seqlen}
+    others = {"method": method, "layout": str(layout), "deterministic": bool(deterministic), "seqlen": seqlen}
+    others["check"] = agreement.is_wanted(check)
     facts = _facts(everything, options, others, lengths)
     if lengths is None and seqlen is not None:
         lengths = (seqlen,)
-    cut = _find_cut(ranks, layout, lengths, everything, facts, reasons, check)
+    cut = _find_cut(ranks, layout, lengths, everything, facts, reasons)
     rng_state = _draw_rng_state(ranks, options["dropout_p"], q.device)
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
 
@@ -297,5 +306,5 @@ def context_parallel_attention(
         return Blocks(cut, rank, cu_seqlens is not None, {**options, **heads}, is_deterministic)
 
     chosen = _make_method(method, ranks, cut, blocks, (num_heads, num_heads_k))
-    out, softmax_lse = _ContextParallelAttention.apply(chosen, *inputs)
+    out, softmax_lse = _ContextParallelAttention.apply(chosen, alibi_slopes, *inputs)
     return (out, softmax_lse) if return_lse else out

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attn import _library
+from flash_attn.context_parallel.host_tensors import HostTensors
 from flash_attn.context_parallel.layout import Cut, piece_of
 from flash_attn.context_parallel.plan import Mask
 
@@ -23,21 +24,21 @@ def float_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _int32(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+def _int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
-@lru_cache(maxsize=256)
-def _packing(cut: Cut, rank: int, slot: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """cu_seqlens, starts and max_seqlen of a slot."""
-    starts, lengths = piece_of(cut, rank, slot)
-    cu_seqlens = list(itertools.accumulate(lengths, initial=0))
-    return _int32(cu_seqlens, device), _int32(starts, device), max(lengths, default=0)
+def _offsets(cut: Cut, rank: int, slot: int) -> Tensor:
+    return _int32(list(itertools.accumulate(piece_of(cut, rank, slot)[1], initial=0)))
 
 
-@lru_cache(maxsize=256)
-def _seqused(used: tuple[int, ...], device: torch.device) -> Tensor:
-    return _int32(used, device)
+def _first_positions(cut: Cut, rank: int, slot: int) -> Tensor:
+    return _int32(piece_of(cut, rank, slot)[0])
+
+
+# Of the documents in a slot: cu_seqlens, and the positions of their first rows. And how many of their keys count.
+_cu_seqlens, _starts = HostTensors(_offsets, maxsize=256), HostTensors(_first_positions, maxsize=256)
+_seqused = HostTensors(_int32, maxsize=256)
 
 
 class Block(NamedTuple):
@@ -73,29 +74,27 @@ class Blocks:
         right = 0 if self.options["causal"] else self.options["window_size_right"]
         return Mask(self.options["window_size_left"], right, self.options["attention_chunk"])
 
-    def _where(self, block: Block, device: torch.device) -> dict[str, Any]:
+    def _where(self, block: Block, q: Tensor) -> dict[str, Any]:
         sides = (self.cut, self.rank, block.q_slot), block.keys
         if not self.is_packed:
             q_start, k_start = (piece_of(*side)[0][0] for side in sides)
             return {"q_start": q_start, "k_start": k_start}
-        (cu_seqlens_q, q_starts, max_seqlen_q), (cu_seqlens_k, k_starts, max_seqlen_k) = (
-            _packing(*side, device) for side in sides
-        )
+        max_seqlen_q, max_seqlen_k = (max(piece_of(*side)[1], default=0) for side in sides)
         return {
-            "cu_seqlens_q": cu_seqlens_q,
-            "cu_seqlens_k": cu_seqlens_k,
+            "cu_seqlens_q": _cu_seqlens(q, *sides[0]),
+            "cu_seqlens_k": _cu_seqlens(q, *sides[1]),
             "max_seqlen_q": max_seqlen_q,
             "max_seqlen_k": max_seqlen_k,
-            "seqused_k": None if block.used is None else _seqused(block.used, device),
-            "q_starts": q_starts,
-            "k_starts": k_starts,
+            "seqused_k": None if block.used is None else _seqused(q, block.used),
+            "q_starts": _starts(q, *sides[0]),
+            "k_starts": _starts(q, *sides[1]),
         }
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, float_results: bool = True
     ) -> tuple[Tensor, Tensor]:
         """out and softmax_lse of the queries of a slot, as if there were only the keys of the block."""
-        return _fwd(q, k, v, **self._where(block, q.device), **self.options, float_results=float_results)
+        return _fwd(q, k, v, **self._where(block, q), **self.options, float_results=float_results)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, block: Block
@@ -106,7 +105,7 @@ class Blocks:
         """
         dq, dk, dv, _ = _bwd(
             *(dout, q, k, v, out, softmax_lse.contiguous(), None),
-            **self._where(block, q.device),
+            **self._where(block, q),
             **self.options,
             deterministic=self.deterministic,
             float_results=True,

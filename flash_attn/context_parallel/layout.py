@@ -18,6 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flash_attn.context_parallel.host_tensors import HostTensors
+
 DROPOUT_BLOCK = 32
 LAYOUTS = ("zigzag", "contiguous")
 
@@ -90,33 +92,39 @@ def slot_of(x: Tensor, cut: Cut, rank: int, slot: int, dim: int = -3) -> Tensor:
     return x.narrow(dim, sum(lengths[:slot]), lengths[slot])
 
 
+def int64(values: Sequence[int]) -> Tensor:
+    """A tensor on the CPU, which the default device may not be."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
 @lru_cache(maxsize=64)
 def rows_of(cut: Cut, rank: int) -> Tensor:
     """(local_length,) int64: where the local rows of a rank are among all rows."""
-    firsts = torch.tensor([0, *cut.lengths]).cumsum(0)[:-1]
+    firsts = int64([0, *cut.lengths]).cumsum(0)[:-1]
     parts = []
     for slot in cut.slots:
-        starts, lengths = (torch.tensor(values, dtype=torch.int64) for values in piece_of(cut, rank, slot))
+        starts, lengths = (int64(values) for values in piece_of(cut, rank, slot))
         before = lengths.cumsum(0) - lengths  # rows of the slot before each document
-        parts.append(torch.repeat_interleave(firsts + starts - before, lengths) + torch.arange(int(lengths.sum())))
+        offsets = torch.repeat_interleave(firsts + starts - before, lengths)
+        parts.append(offsets + torch.arange(len(offsets), device="cpu"))
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=64)
-def order_of(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...], device: torch.device) -> Tensor:
-    """Where the rows of the target are among those of the source.
-
-    Each is a tuple of (cut, rank), the rows of these ranks one after another. Both have the same rows.
-    """
+def _order(source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...]) -> Tensor:
     found, wanted = (torch.cat([rows_of(cut, rank) for cut, rank in ranks]) for ranks in (source, target))
-    places = torch.empty(source[0][0].total, dtype=torch.int64)
-    places[found] = torch.arange(len(found))
-    return places[wanted].to(device)
+    places = torch.empty(source[0][0].total, dtype=torch.int64, device="cpu")
+    places[found] = torch.arange(len(found), device="cpu")
+    return places[wanted]
+
+
+# order_of(x, source, target): where the rows of the target are among those of the source, on the device of x. Each is a
+# tuple of (cut, rank), the rows of these ranks one after another. Both have the same rows.
+order_of = HostTensors(_order, maxsize=8)
 
 
 def reorder(x: Tensor, dim: int, source: tuple[tuple[Cut, int], ...], target: tuple[tuple[Cut, int], ...]) -> Tensor:
     """Bring rows along dim from the order of the source into that of the target."""
-    return x if source == target else x.index_select(dim, order_of(source, target, x.device))
+    return x if source == target else x.index_select(dim, order_of(x, source, target))
 
 
 def all_ranks(cut: Cut) -> tuple[tuple[Cut, int], ...]:

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from flash_attn.context_parallel.layout import Cut, piece_of
+from flash_attn.context_parallel.layout import Cut, int64, piece_of
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _used(cut: Cut, mask: Mask, queries: tuple[int, int], keys: tuple[int, int])
 
     0 only if the mask hides all of them; with chunks and windows at once, some of those are counted.
     """
-    q_start, q_length = (torch.tensor(values, dtype=torch.int64) for values in piece_of(cut, *queries))
-    k_start, k_length = (torch.tensor(values, dtype=torch.int64) for values in piece_of(cut, *keys))
+    q_start, q_length = (int64(values) for values in piece_of(cut, *queries))
+    k_start, k_length = (int64(values) for values in piece_of(cut, *keys))
     q_last, k_last = q_start + q_length - 1, k_start + k_length - 1
     seen = (q_length > 0) & (k_length > 0)
     if mask.right >= 0:

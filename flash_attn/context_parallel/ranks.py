@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from flash_attn import _checks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Those that have had a collective of all their ranks.
-_connected: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+# The devices on which a group has had a collective of all its ranks.
+_connected: weakref.WeakKeyDictionary[ProcessGroup, set[torch.device]] = weakref.WeakKeyDictionary()
 
 
 def all_gather_flat(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -56,13 +57,15 @@ class Ranks:
             x = all_gather_flat(x, group) if size > 1 else x
         return x
 
-    def all_gather_objects(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any, device: torch.device) -> list[Any]:
         """Any values of all ranks, in their order. They are pickled: not for what is fast."""
         values = [value]
-        for group, size in zip(self.groups, self.sizes, strict=True):
-            gathered: list[Any] = [None] * size
-            torch.distributed.all_gather_object(gathered, values, group=group)
-            values = [value for part in gathered for value in part]
+        # torch sends them from the current device, which need not be that of this rank.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            for group, size in zip(self.groups, self.sizes, strict=True):
+                gathered: list[Any] = [None] * size
+                torch.distributed.all_gather_object(gathered, values, group=group)
+                values = [value for part in gathered for value in part]
         return values
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -72,14 +75,16 @@ class Ranks:
                 torch.distributed.broadcast(x, group=group, group_src=0)
         return x
 
-    def is_new(self) -> bool:
-        """Whether this is the first call with these groups, which must begin with a collective of all ranks.
+    def is_new(self, device: torch.device) -> bool:
+        """Whether this is the first call of these groups on a device, which must begin with a collective of all ranks.
 
         NCCL connects the ranks of a group in its first operation, in which all of them must take part. A ring need not:
         a rank whose neighbours want nothing sends nothing.
         """
-        is_new = any(group not in _connected for group in self.groups)
-        _connected.update(self.groups)
+        known = [_connected.setdefault(group, set()) for group in self.groups]
+        is_new = any(device not in devices for devices in known)
+        for devices in known:
+            devices.add(device)
         return is_new
 
 

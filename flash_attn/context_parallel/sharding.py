@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn import _checks
+from flash_attn.context_parallel.host_tensors import HostTensors
 from flash_attn.context_parallel.layout import LAYOUTS, Cut, local_length, make_cut, rows_of
 from flash_attn.context_parallel.ranks import Ranks, resolve
 
 
-@lru_cache(maxsize=64)
-def _places(cut: Cut, padded: int, device: torch.device) -> Tensor:
+def _find_places(cut: Cut, padded: int) -> Tensor:
     """Where each row of the whole is among the local rows of all ranks, padded to equal numbers."""
-    places = torch.empty(cut.total, dtype=torch.int64)
+    places = torch.empty(cut.total, dtype=torch.int64, device="cpu")
     for rank in range(cut.num_ranks):
         rows = rows_of(cut, rank)
-        places[rows] = torch.arange(len(rows)) + rank * padded
-    return places.to(device)
+        places[rows] = torch.arange(len(rows), device="cpu") + rank * padded
+    return places
 
 
-@lru_cache(maxsize=64)
-def _rows_on(cut: Cut, rank: int, device: torch.device) -> Tensor:
-    return rows_of(cut, rank).to(device)
+_places, _rows_on = HostTensors(_find_places, maxsize=8), HostTensors(rows_of, maxsize=8)
 
 
 def gather_rows(x: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
@@ -37,14 +34,14 @@ def gather_rows(x: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
     padded = max(local_length(cut, rank) for rank in range(cut.num_ranks))
     sent = x if len(x) == padded else torch.cat([x, x.new_zeros(padded - len(x), *x.shape[1:])])
     gathered = ranks.all_gather(sent.reshape(-1)).view(cut.num_ranks * padded, *x.shape[1:])
-    return gathered.index_select(0, _places(cut, padded, x.device))
+    return gathered.index_select(0, _places(x, cut, padded))
 
 
 class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, cut: Cut, ranks: Ranks) -> Tensor:
         ctx.where = dim, cut, ranks
-        return x.index_select(dim, _rows_on(cut, ranks.index, x.device))
+        return x.index_select(dim, _rows_on(x, cut, ranks.index))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -55,6 +52,8 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, cut: Cut, ranks: Ranks) -> Tensor:
         ctx.where = dim, cut, ranks
+        if cut.num_ranks == 1:
+            return x.clone(memory_format=torch.contiguous_format)
         return gather_rows(x.movedim(dim, 0), cut, ranks).movedim(0, dim).contiguous()
 
     @staticmethod
@@ -75,6 +74,11 @@ def lengths_reasons(cu_seqlens: Any) -> tuple[tuple[int, ...], list[str]]:
         shown = values if len(values) <= 16 else [*values[:16], "..."]
         return (), [f"cu_seqlens: expected values that start with 0 and never decrease, got {shown}"]
     return lengths, []
+
+
+def data_reasons(name: str, x: Tensor) -> list[str]:
+    """The reason to reject a tensor that cannot be sent."""
+    return [f"{name}: expected a tensor with data, got one on the meta device"] if x.is_meta else []
 
 
 def layout_reasons(layout: Any) -> list[str]:
@@ -108,6 +112,7 @@ def _check(function: str, x: Any, dim: Any, layout: Any, cu_seqlens: Any) -> tup
     return dim % x.dim(), lengths
 
 
+@torch.compiler.disable
 def shard(x: Tensor, dim: int, group: Any, layout: str = "zigzag", cu_seqlens: Tensor | None = None) -> Tensor:
     """This rank's part of a tensor that every rank has whole.
 
@@ -115,7 +120,7 @@ def shard(x: Tensor, dim: int, group: Any, layout: str = "zigzag", cu_seqlens: T
     All have the same number of rows, the least multiple of 32 that is enough, but for the last ones, which are shorter
     or empty. Rank r gets the pieces r and 2 n - 1 - r (zigzag), which balances the work under a causal mask, or piece r
     (contiguous): first the piece r of all documents, then the piece 2 n - 1 - r of all documents. A single rank gets
-    all rows in their order.
+    all rows in their order. torch.compile breaks the graph here, as in unshard.
 
     Args:
         x: any tensor with the rows of the sequence along dim: tokens, positions, labels, q, k, v.
@@ -158,6 +163,7 @@ def cut_of_lengths(function: str, argument: str, lengths: Sequence[int], layout:
     return cut
 
 
+@torch.compiler.disable
 def unshard(
     x: Tensor,
     dim: int,
@@ -185,6 +191,8 @@ def unshard(
     """
     dim, lengths = _check("unshard", x, dim, layout, cu_seqlens)
     ranks = resolve("unshard", group)
+    if wrong := data_reasons("x", x):
+        _checks.reject(ValueError, "unshard", wrong)
     if seqlen is not None:
         seqlen, wrong = seqlen_reasons("unshard", seqlen, lengths)
         if wrong:

@@ -9,6 +9,7 @@ import torch
 
 from distributed_world import World, group_of
 from flash_attn.context_parallel import agreement, context_parallel_attention, shard
+from flash_attn.context_parallel.ranks import resolve
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -55,6 +56,12 @@ def differing(rank):
         ),
         "on rank 1: cu_seqlens: expected values that start with 0 and never decrease, got [0, 200, 128]": message(
             *(x[0] for x in first), cu_seqlens=torch.tensor([0, 200, 128] if rank else [0, 64, 128])
+        ),
+        "on rank 1: method: expected 'ring', 'all_gather', 'ulysses' or ('ulysses', 'ring'), got str 'star'": message(
+            *first, method="star" if rank else "ring"
+        ),
+        "on rank 0: layout: expected 'zigzag' or 'contiguous', got function": message(
+            *first, layout="zigzag" if rank else message
         ),
         "on rank 1: q, k, v: expected one dtype among": message(first[0].int() if rank else first[0], *first[1:]),
         "on rank 0: k: expected the 64 rows of q, as queries and keys are cut alike, got shape (1, 60, 4, 8)": message(
@@ -108,6 +115,7 @@ def check_same_errors():
     for text, options in calls.items():
         found = message(q, k, v, **options)
         assert found.startswith("context_parallel_attention: ") and text in found, f"{text!r} is not in {found!r}"
+    assert "q: expected a tensor with data, got one on the meta device" in message(*(x.to("meta") for x in (q, k, v)))
     found = message(q, k[..., :4], v[:, :, :3])
     assert "2 problems" in found and "k: expected shape" in found and "v: expected shape" in found
 
@@ -148,6 +156,27 @@ def count_gathers(check, variable):
 )
 def test_comparison_can_be_switched_off_but_for_the_first_call(world, check, variable, expected):
     assert world.run(count_gathers, check, variable) == [expected] * 4
+
+
+def check_first_calls():
+    ranks = resolve("test", torch.distributed.new_group())
+    places = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 0), torch.device("cpu")]
+    assert [ranks.is_new(place) for place in places] == [True, True, False, True]
+
+
+def test_a_group_is_new_on_every_device(world):
+    """Each has connections of its own."""
+    world.run(check_first_calls)
+
+
+def check_switches():
+    group = torch.distributed.new_group()
+    found = message(*inputs(32), group=group, check=group.rank() > 0, seqlen=128, layout="contiguous")
+    assert "check: expected the same on every rank, got False on rank 0; True on ranks 1, 2, 3" in found
+
+
+def test_first_call_compares_whether_ranks_compare(world):
+    world.run(check_switches)
 
 
 def leave_alone():

@@ -8,6 +8,9 @@ import torch
 from distributed_cases import PAIR, Case, check_exactly, check_rounding
 from distributed_world import group_of
 from flash_attn.context_parallel import context_parallel_attention, shard
+from flash_attn.context_parallel.all_gather import sum_of_parts
+from flash_attn.context_parallel.layout import make_cut, rows_of
+from flash_attn.context_parallel.ranks import resolve
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -94,6 +97,18 @@ def check_empty_batch(method):
 @pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
 def test_batch_without_sequences(world, method):
     world.run(check_empty_batch, method, ranks=2)
+
+
+def check_sum():
+    cut = make_cut((256,), 2, "zigzag")
+    x = torch.arange(512.0).view(256, 2)
+    part = sum_of_parts(x, cut, resolve("test", group_of(2)))
+    assert torch.equal(part, 2 * x[rows_of(cut, group_of(2).rank())])
+    assert part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_summed_gradients_do_not_keep_the_summands(world):
+    world.run(check_sum, ranks=2)
 
 
 def check_layouts_of_memory(method):

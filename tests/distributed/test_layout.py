@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -73,8 +74,17 @@ def test_order_of_brings_rows_into_place():
     cut = make_cut((100, 70), 2, "zigzag")
     source = torch.cat([rows_of(cut, rank) for rank in (0, 1)])
     whole = ((cut.whole(), 0),)
-    assert torch.equal(source[order_of(all_ranks(cut), whole, torch.device("cpu"))], torch.arange(170))
-    assert torch.equal(torch.arange(170)[order_of(whole, all_ranks(cut), torch.device("cpu"))], source)
+    assert torch.equal(source[order_of(source, all_ranks(cut), whole)], torch.arange(170))
+    assert torch.equal(torch.arange(170)[order_of(source, whole, all_ranks(cut))], source)
+
+
+def test_orders_of_few_batches_are_kept():
+    """They are as long as the batch, on the GPU; documents are cut differently in every step of training."""
+    x, alive = torch.empty(0), []
+    for length in range(100, 130):
+        cut = make_cut((length,), 2, "zigzag")
+        alive.append(weakref.ref(order_of(x, all_ranks(cut), ((cut.whole(), 0),))))
+    assert 0 < sum(order() is not None for order in alive) <= 8
 
 
 def visible(mask, queries, keys):
@@ -128,7 +138,7 @@ def test_every_send_meets_its_receive(mask, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_neighbours_alone_communicate_if_a_window_is_smaller_than_a_shard(layout):
+def test_neighbours_alone_communicate_if_a_window_is_smaller_than_a_piece(layout):
     cut = make_cut((32 * 16,), 8, layout)
     plans = [make_plan(cut, Mask(20, 0, 0), rank) for rank in range(8)]
     partners = {(rank, step.target) for rank, plan in enumerate(plans) for step in plan if step.sent}

@@ -5,10 +5,11 @@ import torch
 
 from distributed_cases import pair_of_groups
 from distributed_world import group_of
-from flash_attn.context_parallel import shard, unshard
+from flash_attn.context_parallel import context_parallel_attention, shard, unshard
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
+METHODS = ["ring", "all_gather", "ulysses"]
 LENGTHS = {"sequence": (150,), "short": (3,), "empty": (0,), "documents": (90, 0, 5, 200)}
 
 
@@ -38,6 +39,22 @@ def test_unshard_is_the_inverse_of_shard(world, layout, ranks):
     for lengths in LENGTHS.values():
         for dim in range(3):
             world.run(check_round_trip, lengths, layout, ranks, dim, ranks=ranks or 4)
+
+
+def check_memory(ranks):
+    group = group_of(ranks)
+    x = whole((150,), 1).requires_grad_()
+    local = shard(x, 1, group)
+    joined = unshard(local, 1, group)
+    local += 1
+    joined += 1
+    assert torch.equal(joined, x + 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_results_do_not_share_memory(world, ranks):
+    """Writes to results are allowed, and leave inputs as they are."""
+    world.run(check_memory, ranks, ranks=ranks)
 
 
 def function(x):
@@ -79,6 +96,21 @@ def test_shard_has_second_derivatives(world):
     world.run(check_second_derivative, ranks=2)
 
 
+def check_default_device():
+    """What is computed on the host has nothing to do with the default device of new tensors."""
+    where = arguments((190, 20), "zigzag", 2)
+    x = whole((190, 20), 0)
+    with torch.device("meta"):
+        local = shard(x, 0, **where)
+        outs = [context_parallel_attention(*[local] * 3, method=method, **where) for method in METHODS]
+        assert torch.equal(unshard(local, 0, **where), x)
+    assert torch.allclose(outs[0], outs[1]) and torch.allclose(outs[0], outs[2])
+
+
+def test_default_device_does_not_matter(world):
+    world.run(check_default_device, ranks=2)
+
+
 def check_positions():
     """Position of the rows of this rank in their documents, for rotary embeddings."""
     lengths = LENGTHS["documents"]
@@ -109,6 +141,7 @@ def errors():
             x, 0, group, cu_seqlens=torch.zeros(2)
         ),
         "group: expected a ProcessGroup of which this process is a member": lambda: shard(x, 0, "world"),
+        "x: expected a tensor with data, got one on the meta device": lambda: unshard(x.to("meta"), 0, group),
         "x: expected the shards of a zigzag layout of 128 rows, [64, 64] on the ranks, got [70, 58]": lambda: unshard(
             torch.zeros(70 if group.rank() == 0 else 58), 0, group
         ),

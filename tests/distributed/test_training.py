@@ -1,10 +1,13 @@
 """Context parallel attention within models: checkpointing, DistributedDataParallel, FSDP, torch.compile, autocast."""
 
+import warnings
+
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_world import group_of
 from flash_attn import flash_attn_func
@@ -162,6 +165,23 @@ def test_compile_breaks_the_graph_at_attention(world):
     world.run(check_compiled, ranks=2)
 
 
+def check_compiled_shards():
+    group = group_of(2)
+    compiled = torch.compile(lambda x: unshard(shard(x, 1, group).sin(), 1, group), backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*Dynamo")
+        for length in (100, 150, 200):
+            x = torch.randn(2, length, 3, requires_grad=True)
+            y = compiled(x)
+            y.sum().backward()
+            assert torch.equal(y, x.sin()) and torch.equal(x.grad, x.cos())
+
+
+def test_compile_breaks_the_graph_at_shards(world):
+    """It does not trace how they are cut."""
+    world.run(check_compiled_shards, ranks=2)
+
+
 def check_autocast():
     group = group_of(2)
     q, k, v = (torch.randn(1, 96, 4, 8).requires_grad_() for _ in range(3))
@@ -179,6 +199,29 @@ def test_autocast_casts_the_inputs(world):
     world.run(check_autocast, ranks=2)
 
 
+def counted_flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call().sum().backward()
+    return counter.get_total_flops()
+
+
+def flops(method):
+    """Those of this rank, and those of one device."""
+    group = group_of(2)
+    x = torch.randn(1, 256, 4, 8, requires_grad=True)
+    local = shard(x, 1, group).detach().requires_grad_()
+    return (
+        counted_flops(lambda: context_parallel_attention(local, local, local, group=group, method=method)),
+        counted_flops(lambda: flash_attn_func(x, x, x)),
+    )
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
+def test_ranks_count_the_flops_of_one_device(world, method):
+    ours, theirs = zip(*world.run(flops, method, ranks=2), strict=True)
+    assert sum(ours) == theirs[0] > 0
+
+
 def check_errors_of_backward():
     group = group_of(2)
     local = [shard(torch.randn(1, 96, 4, 8), 1, group).requires_grad_() for _ in range(3)]
@@ -187,6 +230,20 @@ def check_errors_of_backward():
     (grad,) = torch.autograd.grad(out.sum(), local[0], create_graph=True)
     with pytest.raises(RuntimeError, match="gradients of gradients"):
         torch.autograd.grad(grad.sum(), local[0])
+
+
+def check_writes_before_backward():
+    group = group_of(2)
+    local = [shard(torch.randn(1, 96, 4, 8), 1, group).requires_grad_() for _ in range(3)]
+    slopes = torch.rand(4)
+    out = context_parallel_attention(*local, group=group, alibi_slopes=slopes)
+    slopes.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_slopes_must_not_change_before_backward(world):
+    world.run(check_writes_before_backward, ranks=2)
 
 
 def test_second_derivatives_are_an_error(world):
