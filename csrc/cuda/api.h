@@ -1,8 +1,8 @@
 // The interface of the CUDA kernels to the torch code and the tests. No torch: the caller provides memory and stream.
 //
-// Elements are bf16 or fp16; those of partial results (Problem::float_results) are fp32. Tensors that kernels read (q, k,
-// v, and out and dout in backward) need 16-byte aligned rows; output tensors need no alignment. Rows outside sequences
-// are not written.
+// Elements are bf16 or fp16; those of partial results (Problem::float_results) are fp32. Tensors that kernels read (q,
+// k, v, and out and dout in backward) need 16-byte aligned rows; output tensors need no alignment. Rows outside
+// sequences are not written.
 #pragma once
 #include <string>
 #include <vector>

@@ -35,8 +35,8 @@ enum class Access { kRead, kWritten };
 
 struct Shape { int batch, rows, heads, head_dim; };
 
-// [batch, rows, heads, head_dim] of 16-bit elements or, for results only, of fp32 numbers; packed tensors have a batch of
-// one, pages count as batch.
+// [batch, rows, heads, head_dim] of 16-bit elements or, for results only, of fp32 numbers; packed tensors have a batch
+// of one, pages count as batch.
 class Tensor {
 public:
     Tensor(Shape shape, Layout layout, Access access, bool in_floats = false);
