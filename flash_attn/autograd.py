@@ -126,7 +126,15 @@ def extended_options(
             options[f"{name}s"] = numbers.pop(name)
         elif numbers[name] is None:
             del numbers[name]
-    values = dict(zip(numbers, _checks.integers(function, **numbers), strict=True))
+    values = {name: _checks.as_int(value) for name, value in numbers.items()}
+    expected_of = {name: "int" if name == "attention_chunk" else "int or int32 Tensor (batch_size,)" for name in values}
+    reasons = [
+        f"{name}: expected {expected}, got {_checks.describe(numbers[name])}"
+        for name, expected in expected_of.items()
+        if values[name] is None
+    ]
+    if reasons:
+        _checks.reject(TypeError, function, reasons)
     options |= {name: value for name, value in values.items() if name != "attention_chunk" or value != 0}
     full = torch.float64 if dtype is torch.float64 else torch.float32
     if out_dtype not in (None, dtype, full):

@@ -176,6 +176,16 @@ def test_bad_arguments(name):
         merge_attention_states(**{**good, **changes})
 
 
+def test_bad_starts():
+    """What is neither a number nor a row of numbers; a bad number of keys is told at once."""
+    x = torch.zeros(2, 2, 1, 4)
+    with pytest.raises(TypeError) as error:
+        flash_attn_func(x, x, x, q_start=torch.zeros(2, 2, dtype=torch.int32), k_start="0", attention_chunk=0.5)
+    for name, got in (("q_start", "Tensor of shape (2, 2)"), ("k_start", "str '0'")):
+        assert f"{name}: expected int or int32 Tensor (batch_size,), got {got}" in str(error.value)
+    assert "attention_chunk: expected int, got float 0.5" in str(error.value)
+
+
 @pytest.mark.parametrize(("dtype", "out_dtype"), [(torch.bfloat16, torch.float64), (torch.float64, torch.float32)])
 def test_bad_out_dtype(dtype, out_dtype):
     x = torch.zeros(1, 2, 1, 4, dtype=dtype)
