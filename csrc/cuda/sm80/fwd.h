@@ -98,8 +98,9 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
 
     float lse[acc_o.kLaneRows];
     softmax.finish(acc_o, kept_weight_scale(score), lse);
-    const int64_t first_row = seq.first_row_q + m0 + warp_row0;
-    const int valid_rows = seq.seqlen_q - m0 - warp_row0;
+    const Sequence same_seq = sequence_at(p, ptx::opaque(batch));  // recomputed: saves registers in the loop
+    const int64_t first_row = same_seq.first_row_q + m0 + warp_row0;
+    const int valid_rows = same_seq.seqlen_q - m0 - warp_row0;
     with_result_row<Element>(p, params.out, batch, head, first_row, [&](auto* rows) {
         store_rows(acc_o, rows, params.out.row_stride, valid_rows, p.head_dim_v);
     });
