@@ -1,5 +1,7 @@
 """The rules of tests/rules hold in the whole tree, and each of them catches what it is there for."""
 
+from collections import Counter
+
 import pytest
 
 from paths import ROOT
@@ -37,6 +39,12 @@ def test_rule_catches_its_bad_sample(rule: Rule):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_rule_looks_at_some_file(rule: Rule):
     assert any(rule.covers(source) for source in SOURCES)
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Folders of tests are no packages: two modules of one name shadow each other, in processes above all."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert not [name for name, count in names.items() if count > 1 and name != "__init__.py"]
 
 
 @pytest.mark.parametrize(
