@@ -118,6 +118,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "cuda/tile/store_rows.h": {
         "false: `aligned && column + 1 < valid_cols`": "pairs are stored one element at a time",
+        "true: `!aligned || !kByEights`": "the same elements are stored in pairs",
     },
     "policy/tile_order.h": {
         "`grid.num_tiles` instead of `max(grid.num_tiles, 1)`": NO_SUCH_GRID,
