@@ -10,6 +10,8 @@ enum class ElementType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // Every length is less than this, and unbounded windows are this wide: the sum of two of them fits in 32 bits.
 constexpr int32_t kMaxSeqlen = 1 << 30;
+// Positions in a longer sequence are less than this: those of the rows by which a last tile exceeds it fit, too.
+constexpr int32_t kMaxPosition = kMaxSeqlen - 256;
 
 // Shape [batch_size, seqlen, heads, head_dim] or, packed, [total, heads, head_dim] with batch_stride 0. The last
 // dimension is contiguous.
@@ -44,7 +46,7 @@ struct PagedKv {
 };
 
 // Where the queries and keys at hand lie in a longer sequence, of which other devices have the rest: query i at q_start
-// + i, key j at k_start + j, all below kMaxSeqlen. Not given: the last query is at the position of the last key. With
+// + i, key j at k_start + j, all below kMaxPosition. Not given: the last query is at the position of the last key. With
 // dropout, starts are multiples of kStartAlignment.
 struct Positions {
     bool given;

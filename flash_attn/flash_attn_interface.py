@@ -119,8 +119,8 @@ def flash_attn_func(
         q_start, k_start: positions of the first query and the first key in a longer sequence, of which q, k and v are a
             part; an int or, per sequence, (batch_size,) int32. Masks, ALiBi, chunks and dropout are then those of the
             whole sequence: query i is at position q_start + i, key j at k_start + j, and there is no shift by
-            seqlen_k - seqlen_q. At least 0, and below 2^30 in all; with dropout multiples of 32. None: 0 if the other
-            is given. merge_attention_states joins the results of several parts of the keys.
+            seqlen_k - seqlen_q. At least 0, all positions below 2^30 - 256; with dropout multiples of 32. None: 0 if
+            the other is given. merge_attention_states joins the results of several parts of the keys.
         out_dtype: dtype of out: that of q (None), or float32 to join results without rounding each of them.
 
     Returns:

@@ -156,8 +156,8 @@ void Validator::check_positions(bool is_q) {
     if (start && starts) reasons_.add(name, "None, as starts of each sequence are given", *start);
     if (!start) return;
     const Size rows = packed_ ? Size(is_q ? args_.max_seqlen_q : args_.max_seqlen_k) : is_q ? rows_q_ : rows_k_;
-    if (*start < 0 || *start > kMaxSeqlen || (rows && known((*rows + *start).sym_gt(kMaxSeqlen)))) {
-        reasons_.add(name, c10::str("a position of at least 0, with all of the sequence at most 2^30=", kMaxSeqlen),
+    if (*start < 0 || *start > kMaxPosition || (rows && known((*rows + *start).sym_gt(kMaxPosition)))) {
+        reasons_.add(name, c10::str("a position of at least 0, with all of the sequence below 2^30-256=", kMaxPosition),
                      *start);
     } else if (args_.dropout_p > 0 && *start % kStartAlignment != 0) {
         reasons_.add(name, c10::str("a multiple of ", kStartAlignment, ", as dropout_p is above 0"), *start);

@@ -140,7 +140,7 @@ private:
 
     void check_starts(const char* name, const int32_t* starts, bool is_q) {
         for (int b = 0; starts && b < problem_.batch_size; ++b) {
-            const int64_t rows = is_q ? seqlen_q(b) : used_k(b), most = kMaxSeqlen - rows;
+            const int64_t rows = is_q ? seqlen_q(b) : used_k(b), most = kMaxPosition - rows;
             if (starts[b] < 0 || starts[b] > most) {
                 return reasons_.add(at(name, b), c10::str("a position from 0 to ", most), starts[b]);
             }

@@ -52,7 +52,7 @@ struct WindowMask {
         return chunks.size.quotient(max(position + k_start, 0)) * int(chunks.size.divisor) - k_start;
     }
     FA_HOST_DEVICE int last_of_chunk(int position) const {
-        return position + k_start < chunks.lowest ? -1 : first_of_chunk(position) + int(chunks.size.divisor) - 1;
+        return position + k_start < chunks.lowest ? -1 : first_of_chunk(position) + (int(chunks.size.divisor) - 1);
     }
     // First and last key that a query sees, and query that sees a key. These ranges may be empty or out of bounds.
     FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, first_of_chunk(position(row))); }

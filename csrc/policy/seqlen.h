@@ -34,8 +34,8 @@ FA_HOST_DEVICE int32_t length_with_new(int32_t length, int32_t seqlen_new, int32
 FA_HOST_DEVICE Sequence placed(Sequence s, const Positions& p, int batch) {
     s.shift = s.seqlen_k - s.seqlen_q;
     if (!p.given) return s;
-    s.q_start = clamp(p.q_starts ? p.q_starts[batch] : p.q_start, 0, kMaxSeqlen - s.seqlen_q);
-    s.k_start = clamp(p.k_starts ? p.k_starts[batch] : p.k_start, 0, kMaxSeqlen - s.seqlen_k);
+    s.q_start = clamp(p.q_starts ? p.q_starts[batch] : p.q_start, 0, max(kMaxPosition - s.seqlen_q, 0));
+    s.k_start = clamp(p.k_starts ? p.k_starts[batch] : p.k_start, 0, max(kMaxPosition - s.seqlen_k, 0));
     s.shift = s.q_start - s.k_start;
     return s;
 }

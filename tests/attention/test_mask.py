@@ -32,6 +32,7 @@ def policies(tmp_path_factory):
     library = tmp_path_factory.mktemp("policies") / "policies.so"
     source = Path(__file__).with_name("policies.cpp")
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    flags += ["-fsanitize=signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.mask_keep.restype = loaded.mask_is_full_block.restype = ctypes.c_uint8
@@ -136,7 +137,8 @@ CHUNK = st.one_of(st.just(0), st.integers(1, 300), st.integers(1, UNBOUNDED - 1)
 
 def start_below(length):
     """Positions of rows are below the limit, too."""
-    return st.one_of(st.integers(0, min(300, UNBOUNDED - length)), st.integers(0, UNBOUNDED - length))
+    most = max(UNBOUNDED - 256 - length, 0)
+    return st.one_of(st.integers(0, min(300, most)), st.integers(0, most))
 
 
 @given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK, st.booleans())
@@ -168,6 +170,25 @@ def test_mask_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chu
     assert of_keys[1] <= seqlen_q
     corners = sees(rows[0], keys[1] - 1) and sees(rows[1] - 1, keys[0])
     assert policies.mask_is_full_block(mask, *rows, *keys) == corners
+
+
+@given(st.data(), LENGTH, LENGTH, SIDE, SIDE, CHUNK)
+@example(None, 1, 1, -1, -1, 0)
+@example(None, 1, 1, 0, UNBOUNDED - 1, UNBOUNDED - 1)
+def test_rows_past_the_end_of_a_shard(policies, data, seqlen_q, seqlen_k, left, right, chunk):
+    """Of a last tile: their positions do not overflow (which stops the process), and no key past the end is seen."""
+    lengths = [min(n, UNBOUNDED - 256) for n in (seqlen_q, seqlen_k)]
+    starts = tuple(data.draw(start_below(n)) for n in lengths) if data else (UNBOUNDED - 256 - lengths[0], 0)
+    mask = mask_numbers(*lengths, left, right, chunk, starts)
+    rows, keys = ((n - 1, n + 255) for n in lengths)
+    for row, key in itertools.product(rows, keys):
+        assert policies.mask_keep(mask, row, key) == (key < lengths[1] and policies.mask_keep(mask, row, key))
+    assert not policies.mask_is_full_block(mask, *rows, *keys)
+    out = ints([0, 0])
+    policies.mask_kv_range(mask, *rows, out)
+    assert 0 <= out[0] <= out[1] <= lengths[1]
+    policies.mask_q_range(mask, *keys, out)
+    assert 0 <= out[0] <= out[1] <= lengths[0]
 
 
 HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sampled_from([-(2**31), 2**31 - 1]))
