@@ -257,7 +257,7 @@ def attention(
         **extended,
     }
     reproducible = bool(deterministic) if needs_grad else None
-    out, softmax_lse, rng_state = _run(layout, inputs, where, options, bool(extended), reproducible)
+    out, softmax_lse, rng_state = _run(layout, inputs, where, options, len(extended) > 0, reproducible)
     if not return_attn_probs:
         return out
     if dropout_p == 0:

@@ -14,7 +14,10 @@ WindowMask make_mask(const int32_t* m) {
     Sequence s{};
     s.seqlen_q = m[0], s.seqlen_k = m[1];
     s = placed(s, {m[5] != 0, nullptr, nullptr, m[6], m[7]}, 0);
-    return {s.seqlen_q, s.seqlen_k, s.shift, s.k_start, m[2], m[3], make_chunks(m[4])};
+    Problem p{};
+    p.window = {m[2], m[3]};
+    p.chunks = make_chunks(m[4]);
+    return WindowMask::of(p, s, 0, 0);
 }
 
 // The same, computed with the bounds of the key (kByKey).

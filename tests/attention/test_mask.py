@@ -181,7 +181,7 @@ def test_rows_past_the_end_of_a_shard(policies, data, seqlen_q, seqlen_k, left, 
     starts = tuple(data.draw(start_below(n)) for n in lengths) if data else (UNBOUNDED - 256 - lengths[0], 0)
     mask = mask_numbers(*lengths, left, right, chunk, starts)
     rows, keys = ((n - 1, n + 255) for n in lengths)
-    for row, key in itertools.product(rows, keys):
+    for row, key in itertools.product(*((begin, end - 1) for begin, end in (rows, keys))):
         assert policies.mask_keep(mask, row, key) == (key < lengths[1] and policies.mask_keep(mask, row, key))
     assert not policies.mask_is_full_block(mask, *rows, *keys)
     out = ints([0, 0])
