@@ -62,8 +62,8 @@ struct Window {
 
 // Chunked attention: in addition, position i + shift and key j must be in the same chunk of `size` consecutive keys.
 struct Chunks {
-    Divisor size;    // chunk size; INT32_MAX: a single chunk
-    int32_t lowest;  // where the first chunk begins: 0 with chunks, -kMaxSeqlen without
+    Divisor size;    // chunk size; kMaxSeqlen: a single chunk
+    int32_t lowest;  // lower bound of positions: 0 with chunks, -kMaxSeqlen without
 };
 
 struct ScoreParams {

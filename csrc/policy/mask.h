@@ -35,14 +35,13 @@ enum class Edge { kAfter, kBefore };  // hides the keys after, or those before, 
 struct WindowMask {
     static constexpr bool kMasked = true;  // some pairs of a query and a key are hidden
     int seqlen_q, seqlen_k;
-    int shift;  // that of the sequence
+    int shift, k_start;  // those of the sequence
     int left, right;
-    Chunks chunks;  // counted from the first key here
+    Chunks chunks;
 
     // The mask of one head of one sequence.
     FA_HOST_DEVICE static WindowMask of(const Problem& p, const Sequence& seq, int /*batch*/, int /*head*/) {
-        const int lowest = max(p.chunks.lowest - seq.k_start, -kMaxSeqlen);
-        return {seq.seqlen_q, seq.seqlen_k, seq.shift, p.window.left, p.window.right, {p.chunks.size, lowest}};
+        return {seq.seqlen_q, seq.seqlen_k, seq.shift, seq.k_start, p.window.left, p.window.right, p.chunks};
     }
 
     // Position of a query on the axis of keys; negative if it is before the first key.
@@ -50,11 +49,11 @@ struct WindowMask {
     // First and last key of the chunk of a query, and position of the chunk of a key; without chunks, unbounded. Chunks
     // are counted from the start of the whole sequence. Branchless: kernels compute these for every row of a block.
     FA_HOST_DEVICE int first_of_chunk(int position) const {
-        return chunks.size.quotient(max(position - chunks.lowest, 0)) * int(chunks.size.divisor) + chunks.lowest;
+        return chunks.size.quotient(max(position + k_start, 0)) * int(chunks.size.divisor) - k_start;
     }
     FA_HOST_DEVICE int last_of_chunk(int position) const {
         const int last = first_of_chunk(position) + (int(chunks.size.divisor) - 1);
-        return position < chunks.lowest ? -1 : last;
+        return position + k_start < chunks.lowest ? -1 : last;
     }
     // First and last key that a query sees, and query that sees a key. These ranges may be empty or out of bounds.
     FA_HOST_DEVICE int first_key(int row) const { return max(position(row) - left, first_of_chunk(position(row))); }
@@ -62,13 +61,13 @@ struct WindowMask {
         return min(min(position(row) + right, last_of_chunk(position(row))), seqlen_k - 1);
     }
     FA_HOST_DEVICE int first_query(int key) const {
-        return key < seqlen_k ? max(key - right, first_of_chunk(key)) - position(0) : kMaxSeqlen;
+        return key < seqlen_k ? max(key - right, first_of_chunk(key) + chunks.lowest) - position(0) : kMaxSeqlen;
     }
     FA_HOST_DEVICE int last_query(int key) const {
         return min(key - position(0) + left, min(last_of_chunk(key), kMaxSeqlen) - position(0));
     }
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const {
-        if (chunks.lowest > -kMaxSeqlen) return {first_key(row), last_key(row)};
+        if (chunks.lowest == 0) return {first_key(row), last_key(row)};
         return {max(position(row) - left, 0), min(position(row) + right, seqlen_k - 1)};
     }
     template <bool kByKey = false> FA_HOST_DEVICE bool keep(int row, int key) const {
@@ -134,6 +133,6 @@ FA_HOST_DEVICE bool masks_keys(const Problem& p) {
 }
 
 // size: keys per chunk; 0: no chunks.
-inline Chunks make_chunks(int size) { return {make_divisor(size > 0 ? size : INT32_MAX), size > 0 ? 0 : -kMaxSeqlen}; }
+inline Chunks make_chunks(int size) { return {make_divisor(size > 0 ? size : kMaxSeqlen), size > 0 ? 0 : -kMaxSeqlen}; }
 
 }  // namespace flash_attn

@@ -160,7 +160,7 @@ inline int run(int argc, char** argv, const char* name, void (*kernel)(Attention
                       random_rows(kSeqlen, 3),
                       allocate<bf16>(kSeqlen * kHeadDim),
                       allocate<float>(kSeqlen * kSeqlen),
-                      {kSeqlen, kSeqlen, 0, kMaxSeqlen, 0, make_chunks(0)},
+                      {kSeqlen, kSeqlen, 0, 0, kMaxSeqlen, 0, make_chunks(0)},
                       kSeqlen};
     const cuda::Device device{80, 99 * 1024, 1, 1, nullptr};
     const int blocks = kSeqlen / grid.block_queries;
