@@ -55,7 +55,11 @@ class _ContextParallelAttention(torch.autograd.Function):
 
 
 class _NoSecondDerivatives(torch.autograd.Function):
-    """The first `count` tensors, with all as inputs."""
+    """The first `count` tensors, with all as inputs.
+
+    torch.autograd.function.once_differentiable looks at the incoming gradient alone: where that is a constant, second
+    derivatives in q, k and v would be missing without an error.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +67,8 @@ class _NoSecondDerivatives(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise RuntimeError(f"{_FUNCTION}: gradients of gradients are not supported")
+        remedy = "unshard q, k and v and use torch.nn.functional.scaled_dot_product_attention with SDPBackend.MATH"
+        raise RuntimeError(f"{_FUNCTION}: gradients of gradients are not supported; where they are needed, {remedy}")
 
 
 def _whole_call(inputs: tuple[Any, ...], options: dict[str, Any], batch_size: int | None) -> list[str]:
