@@ -46,6 +46,14 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
         ptx::cp_async_commit();
     };
 
+    // The dropout mask is made anew for every tile: the loop has no registers for its fields.
+    const auto drop_step = [&](auto& weights, const QueryRows& at) {
+        if constexpr (Variant::kModified) {
+            const int same_batch = ptx::opaque(batch);
+            drop(weights, typename Variant::Score(p, sequence_at(p, same_batch), same_batch, head), at);
+        }
+    };
+
     AccTile<Config::kWarpRows, D> acc_o;
     acc_o.clear();
     OnlineSoftmax<acc_o.kLaneRows> softmax;
@@ -91,7 +99,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
         for (int i = 0; i < N / kStepKeys; ++i) {
             AccTile<Config::kWarpRows, kStepKeys> weights = acc_s.template columns<kStepKeys>(i);
             softmax.exp_and_sum(weights, score.scale_log2);
-            drop(weights, score, QueryRows{at.row0, n0 + i * kStepKeys});
+            drop_step(weights, QueryRows{at.row0, n0 + i * kStepKeys});
             mma_ab<Element>(acc_o, PackedTile<Element, Config::kWarpRows, kStepKeys>(weights), sV, i * kStepKeys);
         }
     }
