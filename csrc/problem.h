@@ -66,11 +66,29 @@ struct Chunks {
     int32_t lowest;  // lower bound of positions: 0 with chunks, -kMaxSeqlen without
 };
 
+// What is known of the ranges of 64 queries (policy/range_mask.h): keys that any of them sees, and keys that all see.
+struct QueryBlock { int32_t any_begin, any_end, all_begin, all_end; };
+// Queries among which are all that see any of 64 keys; begin >= end: none.
+struct KeyBlock { int32_t first_query, end_query; };
+
+// Key ranges: in addition, query i sees only keys of [begin, end) = ranges[i], clamped to the sequence; none where it is
+// empty.
+struct KeyRanges {
+    const int32_t* ranges;  // [batch_size, seqlen_q, 2] or, packed, [total_q, 2], contiguous; null: no ranges
+    int64_t batch_stride;   // in queries; 0 for packed queries and where all sequences share the ranges
+    // Of each sequence, as many as the longest may need; made by the backend.
+    const QueryBlock* query_blocks;  // [batch_size, ceil(seqlen_q / 64)]
+    const KeyBlock* key_blocks;      // [batch_size, ceil(seqlen_k / 64)]
+};
+
 struct ScoreParams {
     double softmax_scale;        // > 0
     double softcap;              // scores become softcap * tanh(score / softcap); 0: off
     const float* alibi_slopes;   // [num_heads] or [batch_size, num_heads], or null
     int64_t alibi_batch_stride;  // 0 for [num_heads]
+    // [num_heads], or null: attention sinks, scores (natural logarithms, not scaled) of a key without value that every
+    // query sees and dropout never drops. Of the type of softmax_lse; -infinity: no sink.
+    const void* sinks;
 };
 
 struct DropoutParams {
@@ -96,6 +114,7 @@ struct Problem {
     Positions positions;
     Window window;
     Chunks chunks;  // from make_chunks() of policy/mask.h
+    KeyRanges key_ranges;
     ScoreParams score;
     DropoutParams dropout;
     Scalars<float> scalars;
@@ -105,9 +124,12 @@ struct Problem {
 struct FwdParams {
     Problem problem;
     TensorView out;          // as q, with head_dim_v
-    RowView softmax_lse;     // natural logarithm; -infinity for a query without visible keys
+    RowView softmax_lse;     // natural logarithm; without sinks -infinity for a query without visible keys
     int32_t num_splits = 0;  // chunks that the keys of a sequence may be split into; 0: chosen from its own length
     bool inference = false;  // no backward pass computes the scores again, so they may be rounded in another way
+    // [batch_size, num_heads], of the type of softmax_lse, or null: the largest scores of visible pairs, without sinks.
+    // The caller sets them to -infinity.
+    void* max_logits = nullptr;
 };
 
 // Rotary position embeddings. cos and sin: [seqlen_rotary, rotary_dim / 2], rows contiguous, element type of q.
@@ -136,7 +158,7 @@ struct BwdParams {
     RowView softmax_lse;   // from the forward pass; +infinity is treated like -infinity
     RowView dlse;          // gradient of softmax_lse, or null
     TensorView dq, dk, dv;
-    RowView dsoftmax_sum;  // output: rowsum(dout * out) - dlse; 0 for a query without visible keys
+    RowView dsoftmax_sum;  // output: rowsum(dout * out) - dlse; 0 where softmax_lse is infinite
     bool deterministic;
 };
 

@@ -127,9 +127,9 @@ struct FullMask {
     }
 };
 
-// Whether a problem needs WindowMask rather than FullMask.
+// Whether a problem needs more than FullMask.
 FA_HOST_DEVICE bool masks_keys(const Problem& p) {
-    return p.window.left < kMaxSeqlen || p.window.right < kMaxSeqlen || p.chunks.lowest == 0;
+    return p.key_ranges.ranges || p.window.left < kMaxSeqlen || p.window.right < kMaxSeqlen || p.chunks.lowest == 0;
 }
 
 // size: keys per chunk; 0: no chunks.

@@ -22,9 +22,12 @@ template <class T> FA_HOST_DEVICE T softcap_derivative(T t) { return 1 - t * t; 
 FA_HOST_DEVICE float alibi_slope(const ScoreParams& p, int batch, int head) {
     return p.alibi_slopes ? p.alibi_slopes[batch * p.alibi_batch_stride + head] : 0.f;
 }
-// Of ScoreParams: whether softcap or ALiBi applies. Of a Problem: whether PlainScore is not enough.
+// Of ScoreParams: whether softcap or ALiBi applies. Of a Problem: whether PlainScore is not enough; no variant has it
+// together with key ranges.
 FA_HOST_DEVICE bool modifies_scores(const ScoreParams& p) { return p.softcap > 0 || p.alibi_slopes; }
-FA_HOST_DEVICE bool modifies_scores(const Problem& p) { return modifies_scores(p.score) || p.dropout.threshold != 0; }
+FA_HOST_DEVICE bool modifies_scores(const Problem& p) {
+    return modifies_scores(p.score) || p.dropout.threshold != 0 || p.key_ranges.ranges;
+}
 
 // Scores are scaled products. The scale is not applied here: softmax multiplies products by scale_log2.
 template <class Real> struct PlainScore {

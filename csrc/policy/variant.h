@@ -3,6 +3,7 @@
 #pragma once
 #include "policy/host_device.h"
 #include "policy/mask.h"
+#include "policy/range_mask.h"
 #include "policy/score.h"
 #include "policy/seqlen.h"
 #include "problem.h"
@@ -27,6 +28,7 @@ template <class F> auto with_variant(const Problem& p, F f) {
         return modifies_scores(p) ? f(Type<AttentionVariant<Mask, ModifiedScore<float>>>())
                                   : f(Type<AttentionVariant<Mask, PlainScore<float>>>());
     };
+    if (p.key_ranges.ranges) return f(Type<AttentionVariant<RangeMask, ModifiedScore<float>>>());
     return masks_keys(p) ? with_score(Type<WindowMask>()) : with_score(Type<FullMask>());
 }
 
