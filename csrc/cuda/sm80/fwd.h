@@ -105,7 +105,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
     }
 
     float lse[acc_o.kLaneRows];
-    softmax.finish(acc_o, kept_weight_scale(score), lse);
+    softmax.finish(acc_o, kept_weight_scale(score), sink_of(p.score, head), lse);
     const Sequence same_seq = sequence_at(p, ptx::opaque(batch));  // recomputed: saves registers in the loop
     const int64_t first_row = same_seq.first_row_q + m0 + warp_row0;
     const int valid_rows = same_seq.seqlen_q - m0 - warp_row0;

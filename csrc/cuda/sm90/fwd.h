@@ -295,7 +295,7 @@ private:
     FA_DEVICE void store(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
         const bool partial = params_.pass.problem.float_results;
         float lse[2];
-        softmax.finish(acc_o_, kept_weight_scale(score), lse);
+        softmax.finish(acc_o_, kept_weight_scale(score), sink_of(params_.pass.problem.score, tile.head), lse);
         const int64_t first_row = tile.seq.first_row_q + tile.m0 + warp_row0_;
         const int valid_rows = tile.seq.seqlen_q - tile.m0 - warp_row0_;
         float* const softmax_lse = row_of(params_.pass.softmax_lse, tile.batch, tile.head, first_row);

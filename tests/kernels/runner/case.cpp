@@ -105,6 +105,7 @@ const std::map<std::string, Setter>& setters() {
         {"total_heads", set(&Case::total_heads)},
         {"float_results", set(&Case::float_results)},
         {"lse_grad", set(&Case::lse_grad)},
+        {"s_aux", set(&Case::s_aux)},
         {"seqlen_q_if_empty", set(&Case::seqlen_q_if_empty)},
         {"seqlen_k_if_empty", set(&Case::seqlen_k_if_empty)},
         {"seed", set(&Case::seed)},

@@ -56,9 +56,12 @@ private:
             dp.push_back(dot(x_.dout.at(i, 0), x_.v.at(j, 0), c_.head_dim_v));
             if (p.back() > largest) largest = p.back();
         }
+        const double sink = x_.sinks.empty() ? -std::numeric_limits<double>::infinity() : double(x_.sinks[0]);
         is_open_ |= largest == -std::numeric_limits<double>::infinity() &&
                     std::all_of(p.begin(), p.end(), [](double s) { return !std::isnan(s); });
+        largest = std::max(largest, sink);
         for (double& s : p) sum += s = std::exp(s - largest);
+        if (!std::isinf(sink)) sum += std::exp(sink - largest);
         *r_.softmax_lse.at(i, 0) = largest + std::log(sum);
         for (size_t n = 0; n < keys.size(); ++n) product += (p[n] /= sum) * dp[n];
         const double dlse = c_.lse_grad ? *x_.dlse.at(i, 0) : 0;

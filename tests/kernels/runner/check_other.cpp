@@ -43,6 +43,7 @@ Values values_of(const Case& c, const Values& all, const Sequence& s) {
     x.dlse = slice(all.dlse, s.compact_q, s.seqlen_q);
     if (!all.slopes.empty())
         x.slopes.assign(all.slopes.begin() + s.index * c.num_heads, all.slopes.begin() + (s.index + 1) * c.num_heads);
+    x.sinks = all.sinks;
     x.seed = all.seed, x.offset = all.offset;
     return x;
 }

@@ -34,7 +34,7 @@ private:
 };
 
 // Each tensor has random numbers of its own, which do not depend on other sizes.
-enum Stream { kQ, kK, kV, kDout, kDlse, kSlopes, kPages };
+enum Stream { kQ, kK, kV, kDout, kDlse, kSlopes, kPages, kSinks };
 
 Compact random_rows(const Case& c, Stream stream, int rows, int heads, int head_dim) {
     Random random(c.seed, stream);
@@ -93,6 +93,13 @@ Values make_values(const Case& c) {
             x.slopes[i] = repeated ? x.slopes[i - size_t(c.num_heads)] : float(fresh);
         }
     }
+    if (c.s_aux) {
+        // Some outweigh every score, some weigh nothing, and some are none.
+        const float centres[] = {0, 5, -INFINITY, -300, 80};
+        Random random(c.seed, kSinks);
+        for (int h = 0; h < c.num_heads; ++h)
+            x.sinks.push_back(centres[size_t(c.seed + h) % std::size(centres)] + float(random.normal()));
+    }
     x.seed = (uint64_t(c.seed) << 32 | 12345) + uint64_t(c.seed);
     x.offset = uint64_t(1) << 33 | 64;
     return x;
@@ -143,6 +150,7 @@ void Inputs::make_metadata() {
         slopes.resize(size_t(c.num_heads), 0);
         alibi_slopes = Numbers<float>(slopes);
     }
+    if (c.s_aux) sinks = Numbers<float>(values.sinks);
     rng_state = Numbers<int64_t>({int64_t(values.seed), int64_t(values.offset)});
 }
 
@@ -200,7 +208,7 @@ Problem Inputs::problem() const {
     p.window = {c.window_left < 0 ? kMaxSeqlen : c.window_left, c.window_right < 0 ? kMaxSeqlen : c.window_right};
     p.chunks = make_chunks(c.attention_chunk);
     if (c.causal) p.window.right = 0;
-    p.score = {c.scale(), c.softcap, alibi_slopes.data(), c.alibi == "batch" ? c.num_heads : 0};
+    p.score = {c.scale(), c.softcap, alibi_slopes.data(), c.alibi == "batch" ? c.num_heads : 0, sinks.data()};
     if (c.dropout_p > 0) {
         // Every other case has the state where only the device reads it.
         const bool on_device = c.seed % 2;

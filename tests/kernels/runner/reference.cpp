@@ -136,10 +136,13 @@ private:
     // A query that sees no key has no weights.
     void softmax_row(int i) {
         const T* s = scores_[i];
-        T largest = -std::numeric_limits<T>::infinity(), sum = 0;
+        const T none = -std::numeric_limits<T>::infinity();
+        const T sink = values_.sinks.empty() ? none : T(values_.sinks[size_t(head_)]);
+        T largest = sink;
         for (int j = 0; j < s_.seqlen_k; ++j) largest = std::max(largest, s[j]);
         lse_[size_t(i)] = largest;
         if (std::isinf(largest)) return;
+        T sum = std::exp(sink - largest);
         for (int j = 0; j < s_.seqlen_k; ++j) sum += weights_[i][j] = std::exp(s[j] - largest);
         for (int j = 0; j < s_.seqlen_k; ++j) weights_[i][j] = round_(weights_[i][j] / sum);
         lse_[size_t(i)] = largest + std::log(sum);
