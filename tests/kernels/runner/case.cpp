@@ -106,6 +106,7 @@ const std::map<std::string, Setter>& setters() {
         {"float_results", set(&Case::float_results)},
         {"lse_grad", set(&Case::lse_grad)},
         {"s_aux", set(&Case::s_aux)},
+        {"max_logits", set(&Case::max_logits)},
         {"seqlen_q_if_empty", set(&Case::seqlen_q_if_empty)},
         {"seqlen_k_if_empty", set(&Case::seqlen_k_if_empty)},
         {"seed", set(&Case::seed)},

@@ -26,7 +26,7 @@ struct Case {
     int head_start = 0, total_heads = 0;  // of a shard of heads: the first one, and how many there are elsewhere too
     bool float_results = false;           // out, dq, dk and dv in fp32
     bool lse_grad = false;
-    bool s_aux = false;
+    bool s_aux = false, max_logits = false;
     int seqlen_q_if_empty = 0, seqlen_k_if_empty = 0;
     int seed = 0;
 

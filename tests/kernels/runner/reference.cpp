@@ -78,6 +78,8 @@ public:
             std::copy_n(out[i], c_.head_dim_v, result.out.at(s_.compact_q + i, head_));
             *result.softmax_lse.at(s_.compact_q + i, head_) = double(lse_[size_t(i)]);
         }
+        double& largest = *result.max_logits.at(s_.index, head_);
+        for (const T score : scores_.x) largest = std::max(largest, double(score));
     }
 
     void store_backward(Attention& result) {
@@ -203,6 +205,8 @@ template <class T, class Round> Attention compute(const Case& c, const Values& v
     Attention result;
     result.out = Compact(rows_q, c.num_heads, c.head_dim_v);
     result.softmax_lse = Compact(rows_q, c.num_heads, 1);
+    result.max_logits = Compact(c.batch_size(), c.num_heads, 1);
+    std::fill(result.max_logits.x.begin(), result.max_logits.x.end(), -std::numeric_limits<double>::infinity());
     result.dq = Compact(rows_q, c.num_heads, c.head_dim);
     result.dk = Compact(rows_k, c.num_heads_k, c.head_dim);
     result.dv = Compact(rows_k, c.num_heads_k, c.head_dim_v);
@@ -253,7 +257,9 @@ Yardstick make_yardstick(const Case& c, const Values& values, bool grads) {
     const Precision plain = c.check == "large" ? Precision::kAsInputsWide : Precision::kAsInputs;
     for (const Order order : kOrders) {
         y.plain.push_back(attention(c, values, plain, grads, order));
-        y.plain.back().softmax_lse = attention(c, values, Precision::kFloat32, false, order).softmax_lse;
+        const Attention wide = attention(c, values, Precision::kFloat32, false, order);
+        y.plain.back().softmax_lse = wide.softmax_lse;
+        y.plain.back().max_logits = wide.max_logits;
     }
     return y;
 }
