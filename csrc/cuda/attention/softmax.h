@@ -24,11 +24,15 @@ FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& 
 // The same result with half of the comparisons for most tiles, which a single mask edge crosses. Needs a few registers.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-    if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
-        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
-    if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
-        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
+    if constexpr (Mask::kByEdge) {
+        const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
+        if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
+            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
+        if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
+            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
+    } else {
+        hide_if(s, at, [&](int row, int key) { return !mask.template keep<At::kByKey>(row, key); });
+    }
 }
 
 // Max over the four lanes that share a row.

@@ -45,7 +45,7 @@ struct Inputs {
     RowTensor dlse;
     std::vector<int32_t> pages;  // block_table as it was made: [batch_size, max_pages]
     int max_pages = 0, num_pages = 0;
-    Numbers<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, q_starts, k_starts;
+    Numbers<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, q_starts, k_starts, key_ranges;
     Numbers<float> alibi_slopes, sinks;
     Numbers<int64_t> rng_state;
 
@@ -53,6 +53,7 @@ private:
     Positions positions() const;
     void make_pages();
     void make_metadata();
+    void make_key_ranges();
     void write_values();
 };
 

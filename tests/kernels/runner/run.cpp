@@ -187,7 +187,8 @@ Probs run_attn_probs(const Inputs& x, const Compact& softmax_lse, Schedule sched
     set_schedule(schedule);
     take_traffic();
     const ProbsParams params{x.problem(), lse_read.view(c.packed), probs.data()};
-    check_error("attn_probs", cuda::run_attn_probs(params, device_of(c)), report);
+    const Workspace workspace(cuda::attn_probs_workspace_bytes(params, device_of(c)));
+    check_error("attn_probs", cuda::run_attn_probs(params, workspace.data(), device_of(c)), report);
     Probs result;
     result.traffic = take_traffic();
     for (int64_t i = 0; i < rows * c.seqlen_k(); ++i)
