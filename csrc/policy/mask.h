@@ -18,6 +18,10 @@ struct Range {
     FA_HOST_DEVICE Range or_none() const { return empty() ? Range{0, 0} : *this; }
 };
 
+// Rows as tiles of `size` rows: tile i is [size * i, size * (i + 1)). An empty range of a mask has end <= 0, and so has
+// the range of its tiles.
+FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }
+
 // Visible keys of one query, computed once and used for many keys. Int: a number, or a vector with one query per lane.
 template <class Int> struct VisibleKeys {
     Int first, last;
@@ -75,8 +79,7 @@ struct WindowMask {
     }
 
     // Keys that at least one of the rows may see, and rows that may see at least one of the keys, without rows and keys
-    // past the last ones. An empty range has end = 0. sees: of tiles of rows in q_range(keys), whether the keys are in
-    // kv_range(rows), as tiles.
+    // past the last ones. An empty range has end = 0.
     FA_HOST_DEVICE Range kv_range(Range rows) const {
         const int last = min(rows.end, seqlen_q) - 1;
         return Range{max(first_key(rows.begin), 0), last_key(last) + 1}.or_none();
@@ -85,12 +88,14 @@ struct WindowMask {
         const int last = min(keys.end, seqlen_k) - 1;
         return Range{max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)}.or_none();
     }
+    // For loops over the tiles of q_range(keys): whether a tile of rows sees some of the keys. Tiles of keys that one of
+    // rows sees so are those of kv_tiles().
     FA_HOST_DEVICE bool sees(Range, Range) const { return true; }
+    FA_HOST_DEVICE Range kv_tiles(Range rows, int size) const { return tiles_of(kv_range(rows), size); }
 
     // crosses: an edge hides some key of a block from some row. hides: it hides one key from one row. Two equivalent
     // forms: kByKey compares queries with the bounds of a key, cheaper for few keys and many queries; the other form
     // compares keys with the bounds of a query.
-    static constexpr bool kByEdge = true;
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
         return kEdge == Edge::kAfter ? hides<kEdge, kByKey>(rows.begin, keys.end - 1)
                                      : hides<kEdge, kByKey>(rows.end - 1, keys.begin);
@@ -109,7 +114,7 @@ struct WindowMask {
 
 // No mask: every query sees every key. Equal to a window without bounds, but costs nothing.
 struct FullMask {
-    static constexpr bool kMasked = false, kByEdge = true;
+    static constexpr bool kMasked = false;
     int seqlen_q, seqlen_k;
 
     FA_HOST_DEVICE static FullMask of(const Problem&, const Sequence& seq, int /*batch*/, int /*head*/) {
@@ -120,6 +125,7 @@ struct FullMask {
     FA_HOST_DEVICE Range kv_range(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range q_range(Range) const { return {0, seqlen_q}; }
     FA_HOST_DEVICE bool sees(Range, Range) const { return true; }
+    FA_HOST_DEVICE Range kv_tiles(Range rows, int size) const { return tiles_of(kv_range(rows), size); }
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range, Range keys) const {
         return kEdge == Edge::kAfter && keys.end > seqlen_k;
     }

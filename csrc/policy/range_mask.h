@@ -40,8 +40,6 @@ struct RangeMask {
     }
 
     FA_HOST_DEVICE int position(int row) const { return window.position(row); }
-    // Keys are compared with both ends of a query's range at once: the range is read only once then.
-    static constexpr bool kByEdge = false;
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const {
         const VisibleKeys<int> seen = window.visible(row);
         if (!ranges) return seen;
@@ -49,7 +47,9 @@ struct RangeMask {
         return {max(seen.first, range.begin), min(seen.last, range.end - 1)};
     }
     template <bool kByKey = false> FA_HOST_DEVICE bool keep(int row, int key) const {
-        if (!window.keep<kByKey>(row, key)) return false;
+        return window.keep<kByKey>(row, key) && in_range(row, key);
+    }
+    FA_HOST_DEVICE bool in_range(int row, int key) const {
         if (!ranges) return true;
         const Range range = range_of(row);
         return key >= range.begin && key < range.end;
@@ -73,8 +73,14 @@ struct RangeMask {
     }
     FA_HOST_DEVICE bool sees(Range rows, Range keys) const {
         if (!ranges) return true;
-        const Range seen = kv_range(rows);
-        return seen.begin < keys.end && keys.begin < seen.end;
+        const Range any = keys_of_any(rows);
+        return any.begin < keys.end && keys.begin < any.end;
+    }
+    FA_HOST_DEVICE Range kv_tiles(Range rows, int size) const {
+        const Range seen = window.kv_tiles(rows, size);
+        if (!ranges) return seen;
+        const Range any = tiles_of(keys_of_any(rows), size);
+        return {max(seen.begin, any.begin), min(seen.end, any.end)};
     }
     // As far as the summaries of the rows tell.
     template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {

@@ -55,10 +55,6 @@ inline TileOrder make_tile_order(const TileGrid& grid, int l2_head_group) {
             make_divisor(grid.num_heads)};
 }
 
-// Rows as tiles of `size` rows: tile i is [size * i, size * (i + 1)). An empty range of a mask has end <= 0, and so has
-// the range of its tiles.
-FA_HOST_DEVICE Range tiles_of(Range rows, int size) { return {rows.begin / size, ceil_div(rows.end, size)}; }
-
 // Number of query tiles of one head in a workspace, over all sequences. Packed sequences start at tile row / block_m +
 // batch, which leaves room for the partial last tile of each, whatever the lengths are.
 FA_HOST_DEVICE int64_t num_query_tiles(const Problem& p, int block_m) {

@@ -1,7 +1,9 @@
 // Row pointers and tile loads for one head of one sequence in global memory.
 #pragma once
+#include <type_traits>
 #include "cuda/tile/copy_sm80.h"
 #include "policy/paged_kv.h"
+#include "policy/range_mask.h"
 #include "policy/seqlen.h"
 #include "policy/tile_order.h"
 
@@ -24,6 +26,16 @@ FA_DEVICE void with_result_row(const Problem& p, const TensorView& t, int batch,
 template <class Element>
 FA_DEVICE StridedRows<Element> rows_from(const TensorView& t, int batch, int head, int64_t row) {
     return {row_of<Element>(t, batch, head, row), t.row_stride};
+}
+
+// The mask of a head or, of a mask with ranges, the same one computed again: loops have no registers to keep it.
+template <class Mask> FA_DEVICE decltype(auto) fresh_mask(const Mask& mask, const Problem& p, int batch, int head) {
+    if constexpr (std::is_same_v<Mask, RangeMask>) {
+        const int same_batch = ptx::opaque(batch);
+        return RangeMask::of(p, sequence_at(p, same_batch), same_batch, head);
+    } else {
+        return (mask);
+    }
 }
 
 // Starts copying rows of K or V of a sequence from row n0 on, with cp.async. Rows past the sequence and rows of invalid

@@ -5,6 +5,7 @@
 #include "cuda/ptx/math.h"
 #include "cuda/ptx/sync.h"
 #include "cuda/tile/acc_tile.h"
+#include "policy/range_mask.h"
 #include "policy/score.h"
 
 namespace flash_attn {
@@ -21,18 +22,25 @@ template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
     hide_if(s, at, [&](int query, int key) { return !mask.keep(query, key); });
 }
+// What the window hides, then what ranges hide: both at once need more registers.
+template <int kRows, int kCols, class At>
+FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const RangeMask& mask, const At& at) {
+    apply_mask(s, mask.window, at);
+    hide_if(s, at, [&](int row, int key) { return !mask.in_range(row, key); });
+}
 // The same result with half of the comparisons for most tiles, which a single mask edge crosses. Needs a few registers.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    if constexpr (Mask::kByEdge) {
-        const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-        if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
-            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
-        if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
-            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
-    } else {
-        hide_if(s, at, [&](int row, int key) { return !mask.template keep<At::kByKey>(row, key); });
-    }
+    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
+    if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
+        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
+    if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
+        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
+}
+template <int kRows, int kCols, class At>
+FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const RangeMask& mask, const At& at) {
+    apply_mask_by_edge(s, mask.window, at);
+    hide_if(s, at, [&](int row, int key) { return !mask.in_range(row, key); });
 }
 
 // Max over the four lanes that share a row.

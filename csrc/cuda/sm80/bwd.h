@@ -71,7 +71,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     const int end_head = tiles.empty() ? head : head + group;
     // Moves on to a tile with queries that see some of the keys.
     const auto pass_over_unseen = [&](int& head, int& m) {
-        while (head < end_head && !mask.sees({m * M, m * M + M}, {n0, n0 + N}))
+        while (head < end_head && !fresh_mask(mask, p, batch, head).sees({m * M, m * M + M}, {n0, n0 + N}))
             if (++m == tiles.end) m = tiles.begin, ++head;
     };
     pass_over_unseen(head, m);
@@ -87,7 +87,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         const int m0 = m * M;
         const QueryRows at{m0 + GridS::row0(), n0 + GridS::col0()};
         const Range rows{m0, m0 + M};
-        const bool is_full = mask.template is_full_block<true>(rows, {n0, n0 + N});
+        const bool is_full = fresh_mask(mask, p, batch, head).template is_full_block<true>(rows, {n0, n0 + N});
         const typename Variant::Score score(p, seq, batch, head);
         ptx::cp_async_wait<0>();
         bool nonfinite = false;
@@ -145,7 +145,8 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
         // and start earlier, so the wait cannot deadlock.
         int32_t* const turn = dq_turns<Config>(params.accum, head, dq_tile);
         if (pass.deterministic) {
-            if (ptx::thread_idx() == 0) ptx::wait_for_turn(turn, n - tiles_of(mask.kv_range(rows), N).begin);
+            if (ptx::thread_idx() == 0)
+                ptx::wait_for_turn(turn, n - fresh_mask(mask, p, batch, head).kv_tiles(rows, N).begin);
             ptx::sync_threads();  // it is this block's turn to add
         }
         if (Variant::kMasked && nonfinite) {

@@ -65,7 +65,7 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
     }
     for (int n = tiles.end - 1; n >= tiles.begin; --n) {
         const int n0 = n * N;
-        const bool is_full = mask.is_full_block(rows, {n0, n0 + N});
+        const bool is_full = fresh_mask(mask, p, batch, head).is_full_block(rows, {n0, n0 + N});
         ptx::cp_async_wait<0>();
         ptx::sync_threads();  // K has landed, every thread's copies; all warps have finished reading the last V
         load_v(n);
@@ -89,7 +89,8 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
         softmax.rescale(acc_o);
         if (Variant::kMasked && nonfinite) {
             const auto attends = [&](int r, int k) {
-                return mask.template keep<true>(ptx::opaque(at.row0) + lane_row(r), n0 + k);
+                const auto& same_mask = fresh_mask(mask, p, batch, head);
+                return same_mask.template keep<true>(ptx::opaque(at.row0) + lane_row(r), n0 + k);
             };
             add_nonfinite<Element>(acc_o, sV, 0, attends);
             ptx::sync_threads();  // all warps have read the values that are cleared next

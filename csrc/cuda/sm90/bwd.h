@@ -36,24 +36,25 @@ template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm
     typename Config::PipelineQ::Index at_q;
     typename Config::PipelineDout::Index at_dout;
     bool is_first = true;
+    const Range tiles = tile.tiles();
 #pragma unroll 1
     for (int i = 0; i < params.heads_per_key_head; ++i) {
         const int head = tile.first_head + i;
         const TmaRows q = tile.query_rows(params.q, head), dout = tile.query_rows(params.dout, head);
 #pragma unroll 1  // the producer has 24 registers
-        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m) {
+        for (int m = tiles.begin; m < tiles.end; ++m) {
             if (!tile.sees(m)) continue;
             const int64_t row = dq_rows<Config>(accum, head, first_tile + m);
             const int key_bytes = is_first ? Config::TileK::kBytes : 0;
             const auto load_q = [&] {
                 const ptx::SmemPtr full = smem.pipe_q.acquire(at_q, kStageBytes + key_bytes);
-                if (is_first) tile.key_rows(params.k).load(smem.k, full, tile.n0);
+                if (is_first) tile.fresh(params).key_rows(params.k).load(smem.k, full, tile.n0);
                 q.load(smem.q(at_q.stage), full, m * M);
                 ptx::bulk_load(smem.lse_log2(at_q.stage), accum.lse_log2 + row, Config::kRowBytes, full);
             };
             const auto load_dout = [&] {
                 const ptx::SmemPtr full = smem.pipe_dout.acquire(at_dout, kStageBytes + key_bytes);
-                if (is_first) tile.key_rows(params.v).load(smem.v, full, tile.n0);
+                if (is_first) tile.fresh(params).key_rows(params.v).load(smem.v, full, tile.n0);
                 dout.load(smem.dout(at_dout.stage), full, m * M);
                 ptx::bulk_load(smem.dsoftmax_sum(at_dout.stage), accum.dsoftmax_sum + row, Config::kRowBytes, full);
             };

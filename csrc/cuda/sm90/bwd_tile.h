@@ -1,5 +1,6 @@
 // Parameters and tile coordinates of the backward pass for compute capability 9.0.
 #pragma once
+#include <type_traits>
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/rows.h"
 #include "cuda/sm90/bwd_config.h"
@@ -33,6 +34,13 @@ template <class Config, class Variant> struct BwdTileSm90 {
         seq = sequence_at(p, batch);
         mask = Variant::Mask::of(p, seq, batch, first_head);
     }
+    // The same tile, computed again at every use if its mask leaves no registers to keep what is rarely used.
+    FA_DEVICE decltype(auto) fresh(const BwdKernelParamsSm90& params) const {
+        if constexpr (std::is_same_v<typename Variant::Mask, RangeMask>)
+            return BwdTileSm90(params);
+        else
+            return *this;
+    }
     // Rows of this head of K and of tensors shaped like it.
     FA_DEVICE TmaRows key_rows(const TmaTensor& t) const {
         return TmaRows(t, batch, head_k, seq.first_row_k, seq.seqlen_k);
@@ -56,7 +64,7 @@ template <class Config, class Variant> struct BwdTileSm90 {
     // cannot deadlock.
     FA_DEVICE int turn(const BwdKernelParamsSm90& params, int m) const {
         const int n = n0 / Config::kBlockN;
-        return adds_backwards(params) ? tiles_of(mask.kv_range(rows(m)), Config::kBlockN).end - 1 - n : n;
+        return adds_backwards(params) ? mask.kv_tiles(rows(m), Config::kBlockN).end - 1 - n : n;
     }
 };
 

@@ -52,9 +52,12 @@ KeyRange keys_in_ranges(const Case& c, const Sequence& s, const TileShape& t, in
 }
 
 // Whether any query of a tile sees any key of a tile: other pairs of tiles are passed over. Of ranges, only what
-// keys_in_ranges() says is known.
-bool seen(const Case& c, const Sequence& s, const TileShape& t, int row0, int key0) {
-    const KeyRange known = keys_in_ranges(c, s, t, row0);
+// keys_in_ranges() says is known; the backward pass asks it and the window for tiles, not keys.
+enum class Pass { kForward, kBackward };
+bool seen(const Case& c, const Sequence& s, const TileShape& t, int row0, int key0, Pass pass = Pass::kForward) {
+    KeyRange known = keys_in_ranges(c, s, t, row0);
+    if (known.begin >= key0 + t.keys || known.end <= key0) return false;
+    if (pass == Pass::kBackward) known = {0, s.seqlen_k};
     const int begin = std::max(key0, known.begin), end = std::min(key0 + t.keys, known.end);
     for (int i = row0; i < std::min(row0 + t.rows, s.seqlen_q); ++i)
         for (int j = begin; j < end; ++j)
@@ -122,7 +125,7 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
         for_each_tile(s.seqlen_k, t.keys, [&](int64_t keys, int key0) {
             int64_t rows_seen = 0, tiles_seen = 0;
             for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {
-                if (seen(c, s, t, row0, key0)) rows_seen += rows, ++tiles_seen;
+                if (seen(c, s, t, row0, key0, Pass::kBackward)) rows_seen += rows, ++tiles_seen;
             });
             // A tile of keys is read once per head of keys, unless nothing sees it; q, dout, softmax_lse and
             // dsoftmax_sum once per head of queries and tile of keys that they see.
