@@ -194,7 +194,8 @@ def _run(
     # offsets of the views through which the gradient buffer would be written.
     in_one_piece = layout != SEPARATE and not torch.compiler.is_compiling()
     if deterministic or (deterministic is not None and in_one_piece) or is_extended:
-        return _attention(inputs, **where, **options, deterministic=bool(deterministic))
+        out, softmax_lse, _, rng_state = _attention(inputs, **where, **options, deterministic=bool(deterministic))
+        return out, softmax_lse, rng_state
     forward = _varlen_forward if where else _dense_forward
     out, softmax_lse, _, rng_state = forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
     return out, softmax_lse, rng_state

@@ -88,7 +88,7 @@ def flash_attn_with_kvcache(
         result = _eager_call(
             *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad),
             *(block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits),
-            *(return_softmax_lse, attention_chunk),
+            *(return_softmax_lse, attention_chunk, None),
         )
         if result is not None:
             return result

@@ -94,7 +94,7 @@ class Blocks:
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, float_results: bool = True
     ) -> tuple[Tensor, Tensor]:
         """out and softmax_lse of the queries of a slot, as if there were only the keys of the block."""
-        return _fwd(q, k, v, **self._where(block, q), **self.options, float_results=float_results)
+        return _fwd(q, k, v, **self._where(block, q), **self.options, float_results=float_results)[:2]
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, block: Block
