@@ -282,6 +282,8 @@ def kv_attention(
     out = torch.zeros(*x.q.shape[:3], x.v_cache.shape[3], dtype=dtype, device=x.q.device)
     lse = out.new_full((x.q.shape[0], x.q.shape[2], x.q.shape[1]), -math.inf, dtype=lse_dtype(dtype))
     sinks = None if x.s_aux is None else x.s_aux.to(dtype)
+    if sinks is not None:
+        lse[:] = sinks[:, None]  # of skipped sequences, as of all that have no keys
     for b, length in enumerate(case.cache_seqlens):
         if length >= 0:
             slopes = x.alibi_slopes if x.alibi_slopes is None or x.alibi_slopes.dim() == 1 else x.alibi_slopes[b]
