@@ -235,7 +235,7 @@ def _results(
         layout, inputs, where, {**options, **extended}, len(extended) > 0, deterministic
     )
     wants_max_logits = extended.pop("return_max_logits", False)
-    results = [out]
+    results: list[Any] = [out]
     if return_attn_probs and options["dropout_p"] == 0:
         results += [softmax_lse, inputs[0].new_empty(0)]
     elif return_attn_probs:

@@ -129,12 +129,15 @@ class Ring:
         for step, keys, values in self._visits(k, v):
             for pair in step.pairs:
                 block = self._block(step, pair)
-                state = self.blocks.forward(queries[pair.q_slot], keys[pair.k_slot], values[pair.k_slot], block)
                 before = states.get(pair.q_slot)
+                inputs = queries[pair.q_slot], keys[pair.k_slot], values[pair.k_slot]
+                state = self.blocks.forward(*inputs, block, with_sinks=before is None)
                 states[pair.q_slot] = state if before is None else merge_attention_states(*before, *state)
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
         softmax_lse = torch.full(lse_shape, -torch.inf, dtype=float_type(q), device=q.device)
+        if self.blocks.s_aux is not None:
+            softmax_lse.copy_(self.blocks.s_aux[:, None])  # of slots that see no keys
         for slot, (part, part_lse) in states.items():
             self._slots(out)[slot].copy_(part)
             self._slots(softmax_lse, -1)[slot].copy_(part_lse)
