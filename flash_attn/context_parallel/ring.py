@@ -136,8 +136,6 @@ class Ring:
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
         softmax_lse = torch.full(lse_shape, -torch.inf, dtype=float_type(q), device=q.device)
-        if self.blocks.s_aux is not None:
-            softmax_lse.copy_(self.blocks.s_aux[:, None])  # of slots that see no keys
         for slot, (part, part_lse) in states.items():
             self._slots(out)[slot].copy_(part)
             self._slots(softmax_lse, -1)[slot].copy_(part_lse)
