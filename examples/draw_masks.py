@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def identity(length: int) -> Tensor:
     return torch.eye(length)[None, :, None]
 
 
-def weights(q: Tensor, k: Tensor, **options) -> Tensor:
+def weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     """(seqlen_q, seqlen_k), of one sequence and one head."""
     return flash_attn_func(q, k, identity(k.shape[1]), **options)[0, :, 0]
 
@@ -78,9 +79,8 @@ def leftpad() -> Tensor:
     """Two new queries and a cache of twelve keys, of which the first three are padding."""
     skipped = torch.tensor([3], dtype=torch.int32)
     cache = LONG, identity(LENGTH)
-    return flash_attn_with_kvcache(LONG[:, :2], *cache, cache_seqlens=LENGTH, cache_leftpad=skipped, causal=True)[
-        0, :, 0
-    ]
+    out = flash_attn_with_kvcache(LONG[:, :2], *cache, cache_seqlens=LENGTH, cache_leftpad=skipped, causal=True)
+    return cast(Tensor, out)[0, :, 0]
 
 
 def sinks() -> Tensor:
