@@ -120,6 +120,16 @@ def as_svg(shares: Tensor) -> str:
     NaN: nothing is drawn.
     """
     rows, columns = shares.shape
+    cells: dict[str, list[str]] = {}  # by their color
+    for i, row in enumerate(shares):
+        largest = row.nan_to_num().max().item()
+        for j, share in enumerate(row.tolist()):
+            if share != share:
+                continue
+            blue = round(10 * share / largest) / 10 if largest > 0 else 0
+            color = "#" + "".join(f"{round(255 + (full - 255) * blue):02x}" for full in (31, 98, 175))
+            corner = f"M{MARGIN + j * CELL} {MARGIN + i * CELL}"
+            cells.setdefault(color, []).append(f"{corner}h{CELL}v{CELL}h-{CELL}z")
     width, height = MARGIN + columns * CELL + 1, MARGIN + rows * CELL + 1
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">',
@@ -127,17 +137,10 @@ def as_svg(shares: Tensor) -> str:
         f'<text x="{MARGIN}" y="14">keys</text>',
         f'<text x="-{MARGIN}" y="14" text-anchor="end" transform="rotate(-90)">queries</text>',
         '</g><g stroke="#a0a0a0">',
+        *(f'<path fill="{color}" d="{"".join(squares)}"/>' for color, squares in sorted(cells.items())),
+        "</g></svg>",
     ]
-    for i, row in enumerate(shares):
-        largest = row.nan_to_num().max().item()
-        for j, share in enumerate(row.tolist()):
-            if share != share:
-                continue
-            left = round(10 * share / largest) / 10 if largest > 0 else 0
-            color = "#" + "".join(f"{round(255 + (full - 255) * left):02x}" for full in (31, 98, 175))
-            place = f'x="{MARGIN + j * CELL}" y="{MARGIN + i * CELL}" width="{CELL}" height="{CELL}"'
-            lines.append(f'<rect {place} fill="{color}"/>')
-    return "\n".join([*lines, "</g>", "</svg>"]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -198,8 +198,8 @@ def _run(
     options: dict[str, Any],
     is_extended: bool,
     deterministic: bool | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns out, softmax_lse, rng_state and max_logits, which is None or empty unless it is asked for.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns out, softmax_lse, max_logits, which has a meaning only if it is asked for, and rng_state.
 
     Args:
         is_extended: the options are more than those of flash_attn 2.8.3.
@@ -211,8 +211,7 @@ def _run(
     if deterministic or (deterministic is not None and in_one_piece) or is_extended:
         return _attention(inputs, **where, **options, deterministic=bool(deterministic))
     forward = _varlen_forward if where else _dense_forward
-    out, softmax_lse, _, rng_state = forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
-    return out, softmax_lse, rng_state, None
+    return forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
 
 
 def _results(
@@ -231,7 +230,7 @@ def _results(
         deterministic: as in _run.
     """
     where = {} if sequences is None else sequences._asdict()
-    out, softmax_lse, rng_state, max_logits = _run(
+    out, softmax_lse, max_logits, rng_state = _run(
         layout, inputs, where, {**options, **extended}, len(extended) > 0, deterministic
     )
     wants_max_logits = extended.pop("return_max_logits", False)

@@ -85,11 +85,11 @@ def flash_attn_with_kvcache(
             all reasons. On the CPU, and on CUDA with FLASH_ATTN_CHECK=1, also lengths past the capacity and pages
             outside the cache; otherwise such rows are not written on CUDA. Nothing is written to the caches.
     """
-    if s_aux is None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         result = _eager_call(
             *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad),
             *(block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits),
-            *(return_softmax_lse, attention_chunk),
+            *(return_softmax_lse, attention_chunk, s_aux),
         )
         if result is not None:
             return result
