@@ -39,6 +39,7 @@ private:
     void check_numbers();
     void check_metadata();
     void check_block_table();
+    void check_key_ranges();
     void check_rng_state();
     void check_positions(bool is_q);
     void check_heads_elsewhere();
@@ -183,6 +184,8 @@ void Validator::check_metadata() {
     check_per_sequence("leftpad_k", args_.leftpad_k, batch_size_);
     check_block_table();
     check_alibi_slopes(args_.alibi_slopes, batch_size_, num_heads_);
+    check_sinks(args_.s_aux, num_heads_);
+    check_key_ranges();
     check_rng_state();
 }
 
@@ -194,6 +197,20 @@ void Validator::check_block_table() {
     check_dtype("block_table", table, at::kInt);
     if (check_shape("block_table", table, {{"batch_size", batch_size_}, {"max_pages"}})) {
         check_count("block_table", "max_pages", table.sym_size(1));
+    }
+}
+
+void Validator::check_key_ranges() {
+    if (!args_.key_ranges) return;
+    const Tensor& ranges = *args_.key_ranges;
+    check_device("key_ranges", ranges);
+    check_dtype("key_ranges", ranges, at::kInt);
+    if (packed_) {
+        check_shape("key_ranges", ranges, {{"total_q", rows_q_}, {"", 2}});
+    } else if (ranges.dim() == 0 || differ(ranges.sym_size(0), 1)) {
+        check_shape("key_ranges", ranges, {{"batch_size or 1", batch_size_}, {"seqlen_q", rows_q_}, {"", 2}});
+    } else {
+        check_shape("key_ranges", ranges, {{"", 1}, {"seqlen_q", rows_q_}, {"", 2}});
     }
 }
 

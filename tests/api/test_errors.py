@@ -45,7 +45,8 @@ def test_message(row):
     for name, before in written.items():
         assert torch.equal(arguments[name], before), f"{name} was written"
     result = run_op(call, CALLS[call][0]())
-    assert all(torch.isfinite(x).any() for x in (result if isinstance(result, tuple) else (result,)))
+    results = result if isinstance(result, tuple) else (result,)
+    assert all(torch.isfinite(x).any() for x in results if x.numel())  # max_logits: none, as they are not asked for
 
 
 def expand_of_meta(row) -> dict:
