@@ -205,13 +205,19 @@ void Validator::check_key_ranges() {
     const Tensor& ranges = *args_.key_ranges;
     check_device("key_ranges", ranges);
     check_dtype("key_ranges", ranges, at::kInt);
+    const Dim rows{packed_ ? "total_q" : "seqlen_q", rows_q_}, bounds{"", 2};
     if (packed_) {
-        check_shape("key_ranges", ranges, {{"total_q", rows_q_}, {"", 2}});
-    } else if (ranges.dim() == 0 || differ(ranges.sym_size(0), 1)) {
-        check_shape("key_ranges", ranges, {{"batch_size or 1", batch_size_}, {"seqlen_q", rows_q_}, {"", 2}});
-    } else {
-        check_shape("key_ranges", ranges, {{"", 1}, {"seqlen_q", rows_q_}, {"", 2}});
+        check_shape("key_ranges", ranges, {rows, bounds});
+        return;
     }
+    const auto fits = [&](int64_t dim, const Size& size) { return !size || !differ(ranges.sym_size(dim), *size); };
+    const bool shared = ranges.dim() == 3 && fits(0, SymInt(1)),
+               good = ranges.dim() == 3 && fits(1, rows_q_) && fits(2, SymInt(2));
+    if (good && (shared || fits(0, batch_size_))) return;
+    reasons_.add("key_ranges",
+                 "shape " + shape_text({{"batch_size", batch_size_}, rows, bounds}) + " or " +
+                     shape_text({{"", 1}, rows, bounds}),
+                 shape_text(ranges));
 }
 
 void Validator::check_rng_state() {
