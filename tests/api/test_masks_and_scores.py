@@ -91,7 +91,8 @@ def test_sinks(form, name):
 def test_key_ranges(form, name, shared, sinks):
     ranges = torch.stack([prefix_ranges(SEQLEN, SEQLEN, 3), strange_ranges(SEQLEN)])
     ranges = ranges[1:] if shared else ranges
-    options, inputs, s_aux = OPTIONS[name], inputs_of(form), S_AUX.clone().requires_grad_()
+    options, inputs = OPTIONS[name], inputs_of(form)
+    s_aux = S_AUX.clamp(min=-5).requires_grad_()  # of a row with nothing to sum, logsumexp has the gradient NaN
     given = {**options, **({"s_aux": s_aux} if sinks else {})}
     out, lse, _ = FORMS[form](*inputs, key_ranges=ranges, return_attn_probs=True, **given)
     plain = plain_of(options, ranges.expand(BATCH, -1, -1))

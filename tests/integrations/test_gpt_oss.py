@@ -42,7 +42,7 @@ def eager(module, q, k, v):
     """gpt_oss.eager_attention_forward of (batch_size, seqlen, heads, head_dim) tensors, with the model's own mask."""
     make_mask = create_causal_mask if module.sliding_window is None else create_sliding_window_causal_mask
     embeds = torch.zeros(BATCH, SEQLEN, CONFIG.hidden_size, dtype=q.dtype)
-    mask = make_mask(config=CONFIG, inputs_embeds=embeds, attention_mask=None, past_key_values=None)
+    mask = make_mask(config=CONFIG, inputs_embeds=embeds, attention_mask=None, cache=None)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     return gpt_oss.eager_attention_forward(module, *heads_first, mask, scaling=module.scaling)[0]
 
