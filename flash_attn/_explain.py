@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _library
-from flash_attn.autograd import SEPARATE, Sequences, cast_for_autocast, convert_arguments, extended_options
+from flash_attn.autograd import SEPARATE, Extensions, Sequences, cast_for_autocast, convert_arguments, extended_options
 
 _explain = _library.op("_explain")
 
@@ -81,17 +81,8 @@ def explain(
     )
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = cast_for_autocast((q, k, v), q.device.type)
-    extended = extended_options(
-        "explain",
-        q.dtype,
-        attention_chunk=attention_chunk,
-        q_start=q_start,
-        k_start=k_start,
-        out_dtype=out_dtype,
-        s_aux=s_aux,
-        key_ranges=key_ranges,
-        return_max_logits=return_max_logits,
-    )
+    given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
+    extended = extended_options("explain", q.dtype, given)
     where: dict[str, Any] = {} if sequences is None else sequences._asdict()
     state = torch.zeros(2, dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     with torch.no_grad():

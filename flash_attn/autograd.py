@@ -107,19 +107,20 @@ def convert_arguments(
     return sequences, *rest
 
 
-def extended_options(
-    function: str,
-    dtype: torch.dtype,
-    *,
-    attention_chunk: Any,
-    q_start: Any,
-    k_start: Any,
-    out_dtype: Any,
-    s_aux: Any,
-    key_ranges: Any,
-    return_max_logits: Any,
-) -> dict[str, Any]:
-    """The options beyond those of flash_attn 2.8.3, as arguments of the operators, without those at their defaults.
+class Extensions(NamedTuple):
+    """The arguments that flash_attn 2.8.3 does not have, as in flash_attn_func."""
+
+    attention_chunk: Any
+    q_start: Any
+    k_start: Any
+    out_dtype: Any
+    s_aux: Any
+    key_ranges: Any
+    return_max_logits: Any
+
+
+def extended_options(function: str, dtype: torch.dtype, given: Extensions) -> dict[str, Any]:
+    """The given options as arguments of the operators, without those at their defaults.
 
     Args:
         dtype: of the inputs.
@@ -128,9 +129,9 @@ def extended_options(
         TypeError: an argument has the wrong type; the error names all of them.
         ValueError: out_dtype is not one that results can have.
     """
-    tensors = {"s_aux": s_aux, "key_ranges": key_ranges}
+    tensors = {"s_aux": given.s_aux, "key_ranges": given.key_ranges}
     options: dict[str, Any] = {name: value for name, value in tensors.items() if value is not None}
-    numbers = {"attention_chunk": attention_chunk, "q_start": q_start, "k_start": k_start}
+    numbers = {"attention_chunk": given.attention_chunk, "q_start": given.q_start, "k_start": given.k_start}
     for name in ("q_start", "k_start"):
         if isinstance(numbers[name], Tensor) and numbers[name].dim() == 1:
             options[f"{name}s"] = numbers.pop(name)
@@ -144,18 +145,18 @@ def extended_options(
         if values[name] is None
     ]
     reasons += _checks.optional_tensor_reasons(tensors)
-    wants_max_logits = _checks.as_bool(return_max_logits)
+    wants_max_logits = _checks.as_bool(given.return_max_logits)
     if wants_max_logits is None:
-        reasons.append(f"return_max_logits: expected bool, got {_checks.describe(return_max_logits)}")
+        reasons.append(f"return_max_logits: expected bool, got {_checks.describe(given.return_max_logits)}")
     if reasons:
         _checks.reject(TypeError, function, reasons)
     options |= {name: value for name, value in values.items() if name != "attention_chunk" or value != 0}
     options |= {"return_max_logits": True} if wants_max_logits else {}
     full = torch.float64 if dtype is torch.float64 else torch.float32
-    if out_dtype not in (None, dtype, full):
-        choices = " or ".join(dict.fromkeys((str(dtype), str(full))))
-        _checks.reject(ValueError, function, [f"out_dtype: expected {choices} for inputs of {dtype}, got {out_dtype}"])
-    return options | ({"float_results": True} if out_dtype not in (None, dtype) else {})
+    if given.out_dtype not in (None, dtype, full):
+        expected = f"{' or '.join(dict.fromkeys((str(dtype), str(full))))} for inputs of {dtype}"
+        _checks.reject(ValueError, function, [f"out_dtype: expected {expected}, got {given.out_dtype}"])
+    return options | ({"float_results": True} if given.out_dtype not in (None, dtype) else {})
 
 
 def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor | None, s_aux: Tensor | None) -> bool:
@@ -293,17 +294,8 @@ def attention(
     first = inputs[0]
     if not first.is_meta and torch.is_autocast_enabled(first.device.type):
         inputs = cast_for_autocast(inputs, first.device.type)
-    extended = extended_options(
-        function,
-        inputs[0].dtype,
-        attention_chunk=attention_chunk,
-        q_start=q_start,
-        k_start=k_start,
-        out_dtype=out_dtype,
-        s_aux=s_aux,
-        key_ranges=key_ranges,
-        return_max_logits=return_max_logits,
-    )
+    given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
+    extended = extended_options(function, inputs[0].dtype, given)
     needs_grad = _needs_grad(function, inputs, alibi_slopes, s_aux)
     if needs_grad and layout == SEPARATE and sequences is not None:
         inputs, sequences = _gather_pages(inputs, sequences)

@@ -50,8 +50,8 @@ def _dense(problem: Problem, backend: str) -> Call:
     """With the cheapest mask that the backend takes."""
     case, mask, name = problem.case, _dense_mask(problem), backend
     if mask is not None:
-        is_causal = case.window is None and case.prefix is None and not case.alibi
-        knows = case.device == "cuda" and backend in KNOW_LOWER_RIGHT and is_causal
+        hides_later_keys_only = case.window is None and case.prefix is None and not case.alibi
+        knows = case.device == "cuda" and backend in KNOW_LOWER_RIGHT and hides_later_keys_only
         name, mask = (name, causal_lower_right(*mask.shape)) if knows else (f"{name} + mask", mask)
     causal = case.causal and case.seqlen_q == case.seqlen_k and mask is None
 

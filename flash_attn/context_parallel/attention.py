@@ -315,8 +315,7 @@ def context_parallel_attention(
 
     def blocks(cut: Cut, rank: int, head_start: int, local_heads: int) -> Blocks:
         mine = slice(head_start, head_start + local_heads)
-        slopes = None if alibi_slopes is None else alibi_slopes[..., mine]
-        sinks = None if s_aux is None else s_aux.detach()[mine]
+        slopes, sinks = (None if x is None else x.detach()[..., mine] for x in (alibi_slopes, s_aux))
         heads = {"alibi_slopes": slopes, "head_start": head_start, "total_heads": num_heads, "rng_state": rng_state}
         is_deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
         return Blocks(cut, rank, cu_seqlens is not None, {**options, **heads}, is_deterministic, sinks)
