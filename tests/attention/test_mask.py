@@ -191,6 +191,130 @@ def test_rows_past_the_end_of_a_shard(policies, data, seqlen_q, seqlen_k, left, 
     assert 0 <= out[0] <= out[1] <= lengths[0]
 
 
+INT32 = (-(2**31), 2**31 - 1)
+# Bounds of ranges: near the keys, far outside of them, anything.
+EDGE = st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129])
+BOUND = st.one_of(EDGE, st.integers(-5, 300), st.sampled_from(INT32), st.integers(*INT32))
+
+
+def draw_ranges(data, seqlen_q, seqlen_k) -> np.ndarray:
+    """(seqlen_q, 2): documents, prefixes, the same for all queries, or anything; some are empty or reversed."""
+    kind = data.draw(st.sampled_from(["all", "documents", "prefix", "any", "mixed"]))
+    bounds = st.tuples(BOUND, BOUND)
+    if kind == "all":
+        return np.array([data.draw(bounds)] * seqlen_q, np.int64).reshape(-1, 2)
+    if kind == "prefix":
+        ends = sorted(data.draw(st.lists(BOUND, min_size=seqlen_q, max_size=seqlen_q)))
+        return np.array([(0, end) for end in ends], np.int64).reshape(-1, 2)
+    if kind == "documents":
+        cuts = st.lists(st.one_of(EDGE, st.integers(0, 200)), min_size=3, max_size=3)
+        first_rows, first_keys = (np.array(sorted(data.draw(cuts))) for _ in "qk")
+        document = np.searchsorted(first_rows, np.arange(seqlen_q), "right")
+        keys = np.array([0, *first_keys, seqlen_k])
+        return np.stack([keys[document], keys[document + 1]], 1)
+    few = data.draw(st.lists(bounds, min_size=1, max_size=4))
+    usual = [(0, seqlen_k)] * 9 if kind == "mixed" else []
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    return np.array([*usual, *few], np.int64)[generator.integers(0, len(usual) + len(few), seqlen_q)].reshape(-1, 2)
+
+
+def pointers(*arrays):
+    return [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
+
+
+def spans_of_ranges(policies, mask, ranges, rows, keys):
+    """kv_range, q_range and is_full_block of spans of rows and of keys."""
+    of_rows, of_keys = np.zeros((len(rows), 2), np.int32), np.zeros((len(keys), 2), np.int32)
+    full = np.zeros((len(rows), len(keys)), np.uint8)
+    rows, keys = rows.astype(np.int32), keys.astype(np.int32)
+    policies.ranges_of_spans(
+        mask, *pointers(ranges, rows), len(rows), *pointers(keys), len(keys), *pointers(of_rows, of_keys, full)
+    )
+    return of_rows, of_keys, full
+
+
+def tile_spans(length, data) -> np.ndarray:
+    """Spans as kernels have them, which are sums of blocks of 64, and others."""
+    found = [(begin, min(begin + size, length)) for size in (64, 128, 192) for begin in range(0, length, size)]
+    found += [(begin, min(begin + 16, length)) for begin in range(0, length, 48)]
+    found += [sorted(data.draw(st.tuples(st.integers(0, length - 1), st.integers(1, length)))) for _ in range(4)]
+    return np.array([(a, b) for a, b in found if a < b], np.int64)
+
+
+@given(
+    st.data(), st.integers(1, 200), st.integers(1, 200), *[st.one_of(st.just(-1), st.integers(0, 150))] * 2,
+    st.one_of(st.just(0), st.integers(1, 150)), STARTS,
+)  # fmt: skip
+@hypothesis.settings(max_examples=400)
+def test_ranges_of_keys(policies, data, seqlen_q, seqlen_k, left, right, chunk, starts):
+    """keep and visible() are as defined; kv_range and q_range have every pair, and a full block hides none.
+
+    Of blocks of 64 rows and keys, they are as narrow as they can be.
+    """
+    wide = np.ascontiguousarray(draw_ranges(data, seqlen_q, seqlen_k))
+    ranges = wide.astype(np.int32)
+    numbers = mask_numbers(seqlen_q, seqlen_k, left, right, chunk, starts)
+    key = np.arange(seqlen_k, dtype=np.int32)
+    window = brute_mask(seqlen_q, seqlen_k, left, right, chunk, starts)
+    in_range = (key >= wide[:, :1]) & (key < wide[:, 1:])
+    mask = window & in_range
+    keep, seen = np.zeros(mask.shape, np.uint8), np.zeros((seqlen_q, 2), np.int32)
+    policies.ranges_keep(numbers, *pointers(ranges, key), seqlen_k, *pointers(keep, seen))
+    assert np.array_equal(keep, mask)
+    assert np.array_equal((key >= seen[:, :1]) & (key <= seen[:, 1:]), mask)
+
+    rows, keys = tile_spans(seqlen_q, data), tile_spans(seqlen_k, data)
+    of_rows, of_keys, full = spans_of_ranges(policies, numbers, ranges, rows, keys)
+    is_wide = window.all()
+    for found, lines, spans_ in [(of_rows, mask, rows), (of_keys, mask.T, keys)]:
+        expected = brute_range(lines, spans_)
+        some = expected[:, 0] < expected[:, 1]
+        assert (found[:, 0] >= 0).all()
+        assert (found[:, 1] <= lines.shape[1]).all()
+        assert (found[some, 0] <= expected[some, 0]).all()
+        assert (found[some, 1] >= expected[some, 1]).all()
+        if is_wide:
+            exact = aligned(spans_, lines.shape[0])
+            assert np.array_equal(np.where((found[:, 0] < found[:, 1])[:, None], found, 0)[exact], expected[exact])
+    for i, (a, b) in enumerate(rows):
+        visible = np.array([mask[a:b, c:d].all() for c, d in keys])
+        assert (full[i] <= visible).all()
+        if aligned(rows[i : i + 1], seqlen_q)[0]:
+            assert np.array_equal(full[i], visible)
+
+
+def aligned(found: np.ndarray, length: int) -> np.ndarray:
+    return (found[:, 0] % 64 == 0) & ((found[:, 1] % 64 == 0) | (found[:, 1] == length))
+
+
+@given(st.data(), st.integers(1, 70), LENGTH, SIDE, SIDE, CHUNK, st.booleans())
+def test_ranges_of_any_length(policies, data, seqlen_q, seqlen_k, left, right, chunk, is_shard):
+    """Lengths and positions up to the limit, any 32 bits as a range: no overflow, which stops the process."""
+    starts = tuple(data.draw(start_below(n)) for n in (seqlen_q, seqlen_k)) if is_shard else None
+    numbers = mask_numbers(seqlen_q, seqlen_k, left, right, chunk, starts)
+    wide = np.ascontiguousarray(draw_ranges(data, seqlen_q, seqlen_k))
+    ranges = wide.astype(np.int32)
+    key = np.unique(np.array([data.draw(st.integers(0, seqlen_k - 1)) for _ in range(6)], np.int32))
+    keep, seen = np.zeros((seqlen_q, len(key)), np.uint8), np.zeros((seqlen_q, 2), np.int32)
+    policies.ranges_keep(numbers, *pointers(ranges, key), len(key), *pointers(keep, seen))
+    for (i, row), (j, column) in itertools.product(enumerate(range(seqlen_q)), enumerate(key.tolist())):
+        in_range = wide[row, 0] <= column < wide[row, 1]
+        assert keep[i, j] == (in_range and policies.mask_keep(numbers, row, column))
+    rows = np.array([(0, seqlen_q), (0, seqlen_q + 64), (seqlen_q - 1, seqlen_q + 255)])
+    keys = np.array([(key[0], key[-1] + 1), (round_down(seqlen_k - 1, 64), round_down(seqlen_k - 1, 64) + 64)])
+    of_rows, of_keys, full = spans_of_ranges(policies, numbers, ranges, rows, keys)
+    assert ((of_rows >= 0) & (of_rows <= seqlen_k)).all()
+    assert ((of_keys >= 0) & (of_keys <= seqlen_q)).all()
+    visible = keep.any(0)
+    assert (of_rows[0, 0] <= key[visible]).all()
+    assert (key[visible] < of_rows[0, 1]).all()
+    assert full[0, 0] <= keep.all()
+
+
+def round_down(number: int, multiple: int) -> int:
+    return number // multiple * multiple
+
+
 HOSTILE = st.one_of(st.integers(-5, 40), st.integers(-(2**31), 2**31 - 1), st.sampled_from([-(2**31), 2**31 - 1]))
 
 
