@@ -85,7 +85,7 @@ PUBLIC = [row for row in ROWS if is_public(row)]
 
 def call_public(call: str, a: dict):
     names = ("dropout_p", "softmax_scale", "causal", "attention_chunk", "softcap", "alibi_slopes")
-    options = {name: a[name] for name in names}
+    options = {name: a[name] for name in (*names, "s_aux", "key_ranges")}
     options["window_size"] = (a["window_size_left"], a["window_size_right"])
     for name in ("q_start", "k_start"):
         options[name] = a[name] if a[f"{name}s"] is None else a[f"{name}s"]
