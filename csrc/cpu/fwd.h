@@ -262,7 +262,7 @@ private:
 
     T top(int row) const { return b_.row_max[row] + b_.nan[row]; }
 
-    // out = O / sum and softmax_lse = max + log(sum); 0 and, without a sink, -infinity for a query without visible keys.
+    // out = O / sum and softmax_lse = max + log(sum). For a query without visible keys 0 and the sink, or -infinity.
     void write_out(int panel) {
         const Range rows = panel_rows(panel);
         memset(b_.factor, 0, sizeof(T) * kPanel);

@@ -1,4 +1,4 @@
-// The policies of csrc/policy/ as C functions, for test_mask.py.
+// The policies of csrc/policy/ as C functions, for test_mask.py and test_lengths.py.
 #include <cstdint>
 #include <vector>
 
