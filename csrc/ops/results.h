@@ -3,7 +3,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/neg.h>
 #include <ATen/ops/where.h>
 #include <limits>
 #include "ops/prepare.h"
@@ -58,13 +57,12 @@ private:
     c10::MaybeOwned<Tensor> written_;
 };
 
-// The backward pass of a problem without pairs: zeros.
+// The backward pass of a problem without pairs.
 inline void clear_gradients(const BwdArgs& args, const Tensor& dsoftmax_sum) {
     for (const Tensor& gradient : {args.dq, args.dk, args.dv}) gradient.zero_();
+    dsoftmax_sum.zero_();
     if (args.problem.s_aux && args.dlse)  // rows that see only their sink
-        at::neg_out(const_cast<Tensor&>(dsoftmax_sum), *args.dlse);
-    else
-        dsoftmax_sum.zero_();
+        dsoftmax_sum.sub_(args.dlse->masked_fill(args.softmax_lse.isinf(), 0));
 }
 
 }  // namespace flash_attn
