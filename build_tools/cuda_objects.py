@@ -40,7 +40,7 @@ class Object:
 
     source: Path
     codes: tuple[str, ...]  # what nvcc compiles it into: sm_80, ..., compute_80, ...
-    element: str = ""  # empty: a source for the host, without instances
+    element: str = ""  # empty: a source without instances, for the host or of kernels for every problem
     head_dim: int = 0
 
     @property
@@ -66,7 +66,8 @@ class Object:
 
     def flags(self) -> list[str]:
         """The same, and for what code nvcc compiles it."""
-        return [*self.defines(), *(cuda_archs.gencode_flags(self.codes) if self.element else [])]
+        has_kernels = self.source.suffix == ".cu"
+        return [*self.defines(), *(cuda_archs.gencode_flags(self.codes) if has_kernels else [])]
 
 
 def cuda_sources(folder: Path = SOURCES) -> list[Path]:
@@ -86,12 +87,17 @@ def all_head_dims() -> list[int]:
 
 
 def objects(archs: Sequence[cuda_archs.Arch], sources: Sequence[Path] | None = None) -> list[Object]:
-    """All object files. A source for which none of the architectures qualifies has none."""
+    """All object files. A source for which none of the architectures qualifies has none.
+
+    Only folders with a list of head_dims have instances.
+    """
     found = []
     for source in cuda_sources() if sources is None else sources:
         codes = tuple(cuda_archs.code_for_source(source, archs))
         if source.suffix == ".cpp":
             found.append(Object(source, codes))  # also where there is no code: it says so
+        elif codes and not (source.parent / "head_dims.inl").exists():
+            found.append(Object(source, codes))
         elif codes:
             dims = head_dims(source.parent)
             found += [Object(source, codes, element, head_dim) for head_dim in dims for element in ELEMENTS]

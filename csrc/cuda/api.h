@@ -25,10 +25,11 @@ struct Device {
 // and free for other use in stream order after the pass.
 const char* run_fwd(const FwdParams& params, void* workspace, const Device& device);
 const char* run_bwd(const BwdParams& params, void* workspace, const Device& device);
-const char* run_attn_probs(const ProbsParams& params, const Device& device);
+const char* run_attn_probs(const ProbsParams& params, void* workspace, const Device& device);
 
 int64_t fwd_workspace_bytes(const FwdParams& params, const Device& device);
 int64_t bwd_workspace_bytes(const BwdParams& params, const Device& device);
+int64_t attn_probs_workspace_bytes(const ProbsParams& params, const Device& device);
 
 struct BackendInfo {
     const char* name;

@@ -1,7 +1,9 @@
 // The table of backends, best first, and the choice among them: the entry points of cuda/api.h.
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include "cuda/backend.h"
+#include "policy/range_mask.h"
 
 namespace flash_attn::cuda {
 namespace {
@@ -55,15 +57,46 @@ template <class Params> const char* refusal(const Params& params, const Device& 
     return text.c_str();
 }
 
-template <class Params> const char* run(const Params& params, void* workspace, const Device& device) {
-    const Backend* const chosen = choose(params, device);
-    return chosen ? pass_of(*chosen, params).run(params, workspace, device) : refusal(params, device);
+// Byte offsets of the tables of key ranges, at the start of the workspace; that of the backend follows.
+struct RangeTables {
+    int64_t key_blocks = 0, end = 0;
+
+    explicit RangeTables(const Problem& p) {
+        if (!p.key_ranges.ranges) return;
+        constexpr int64_t kAlignment = 256;
+        key_blocks = int64_t(sizeof(QueryBlock)) * p.batch_size * RangeMask::num_query_blocks(p);
+        end =
+            round_up(key_blocks + int64_t(sizeof(KeyBlock)) * p.batch_size * RangeMask::num_key_blocks(p), kAlignment);
+    }
+};
+
+// Only the backward pass asks which queries see a key.
+template <class Params>
+const char* run_with_ranges(const Backend& backend, Params params, char* workspace, const Device& device) {
+    const RangeTables tables(params.problem);
+    auto* const query_blocks = reinterpret_cast<QueryBlock*>(workspace);
+    auto* const key_blocks = reinterpret_cast<KeyBlock*>(workspace + tables.key_blocks);
+    params.problem.key_ranges.query_blocks = query_blocks;
+    params.problem.key_ranges.key_blocks = key_blocks;
+    constexpr bool kIsBackward = std::is_same_v<Params, BwdParams>;
+    const char* const error =
+        make_range_blocks(params.problem, query_blocks, kIsBackward ? key_blocks : nullptr, device);
+    return error ? error : pass_of(backend, params).run(params, workspace + tables.end, device);
 }
 
-// A problem that no backend can run needs no workspace: run_fwd or run_bwd returns the error.
+template <class Params> const char* run(const Params& params, void* workspace, const Device& device) {
+    const Backend* const chosen = choose(params, device);
+    if (!chosen) return refusal(params, device);
+    if (params.problem.key_ranges.ranges)
+        return run_with_ranges(*chosen, params, static_cast<char*>(workspace), device);
+    return pass_of(*chosen, params).run(params, workspace, device);
+}
+
+// A problem that no backend can run needs no workspace: running it returns the error.
 template <class Params> int64_t workspace_bytes(const Params& params, const Device& device) {
     const Backend* const chosen = choose(params, device);
-    return chosen ? pass_of(*chosen, params).workspace_bytes(params, device) : 0;
+    if (!chosen) return 0;
+    return RangeTables(params.problem).end + pass_of(*chosen, params).workspace_bytes(params, device);
 }
 
 }  // namespace
@@ -74,10 +107,15 @@ const char* run_fwd(const FwdParams& params, void* workspace, const Device& devi
 const char* run_bwd(const BwdParams& params, void* workspace, const Device& device) {
     return run(params, workspace, device);
 }
-const char* run_attn_probs(const ProbsParams& params, const Device& device) { return run(params, nullptr, device); }
+const char* run_attn_probs(const ProbsParams& params, void* workspace, const Device& device) {
+    return run(params, workspace, device);
+}
 
 int64_t fwd_workspace_bytes(const FwdParams& params, const Device& device) { return workspace_bytes(params, device); }
 int64_t bwd_workspace_bytes(const BwdParams& params, const Device& device) { return workspace_bytes(params, device); }
+int64_t attn_probs_workspace_bytes(const ProbsParams& params, const Device& device) {
+    return workspace_bytes(params, device);
+}
 
 std::vector<BackendInfo> backends() {
     std::vector<BackendInfo> all;

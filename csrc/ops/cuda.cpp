@@ -278,7 +278,9 @@ Tensor attn_probs_cuda(const ProbsArgs& args) {
     if (has_pairs(problem)) {
         const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
         const RowView lse = row_view_of(*softmax_lse, args.problem.packed());
-        check_launch(cuda::run_attn_probs({problem, lse, probs.mutable_data_ptr()}, *device));
+        const ProbsParams params{problem, lse, probs.mutable_data_ptr()};
+        const Tensor workspace = make_workspace(args.problem, cuda::attn_probs_workspace_bytes(params, *device));
+        check_launch(cuda::run_attn_probs(params, workspace.mutable_data_ptr(), *device));
     }
     return probs;
 }

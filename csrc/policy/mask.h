@@ -75,7 +75,8 @@ struct WindowMask {
     }
 
     // Keys that at least one of the rows may see, and rows that may see at least one of the keys, without rows and keys
-    // past the last ones. An empty range has end = 0.
+    // past the last ones. An empty range has end = 0. sees: of tiles of rows in q_range(keys), whether the keys are in
+    // kv_range(rows), as tiles.
     FA_HOST_DEVICE Range kv_range(Range rows) const {
         const int last = min(rows.end, seqlen_q) - 1;
         return Range{max(first_key(rows.begin), 0), last_key(last) + 1}.or_none();
@@ -84,10 +85,12 @@ struct WindowMask {
         const int last = min(keys.end, seqlen_k) - 1;
         return Range{max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)}.or_none();
     }
+    FA_HOST_DEVICE bool sees(Range, Range) const { return true; }
 
     // crosses: an edge hides some key of a block from some row. hides: it hides one key from one row. Two equivalent
     // forms: kByKey compares queries with the bounds of a key, cheaper for few keys and many queries; the other form
     // compares keys with the bounds of a query.
+    static constexpr bool kByEdge = true;
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
         return kEdge == Edge::kAfter ? hides<kEdge, kByKey>(rows.begin, keys.end - 1)
                                      : hides<kEdge, kByKey>(rows.end - 1, keys.begin);
@@ -106,7 +109,7 @@ struct WindowMask {
 
 // No mask: every query sees every key. Equal to a window without bounds, but costs nothing.
 struct FullMask {
-    static constexpr bool kMasked = false;
+    static constexpr bool kMasked = false, kByEdge = true;
     int seqlen_q, seqlen_k;
 
     FA_HOST_DEVICE static FullMask of(const Problem&, const Sequence& seq, int /*batch*/, int /*head*/) {
@@ -116,6 +119,7 @@ struct FullMask {
     template <bool kByKey = false> FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
     FA_HOST_DEVICE Range kv_range(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range q_range(Range) const { return {0, seqlen_q}; }
+    FA_HOST_DEVICE bool sees(Range, Range) const { return true; }
     template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range, Range keys) const {
         return kEdge == Edge::kAfter && keys.end > seqlen_k;
     }

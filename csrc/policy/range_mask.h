@@ -11,6 +11,8 @@
 namespace flash_attn {
 
 constexpr int kRangeBlock = 64;  // queries or keys
+// Of queries in the backward pass on a GPU: a multiple of its tiles and of blocks.
+constexpr int kRangeTile = 128;
 
 struct RangeMask {
     static constexpr bool kMasked = true;
@@ -38,6 +40,8 @@ struct RangeMask {
     }
 
     FA_HOST_DEVICE int position(int row) const { return window.position(row); }
+    // Keys are compared with both ends of a query's range at once: the range is read only once then.
+    static constexpr bool kByEdge = false;
     FA_HOST_DEVICE VisibleKeys<int> visible(int row) const {
         const VisibleKeys<int> seen = window.visible(row);
         if (!ranges) return seen;
@@ -45,7 +49,10 @@ struct RangeMask {
         return {max(seen.first, range.begin), min(seen.last, range.end - 1)};
     }
     template <bool kByKey = false> FA_HOST_DEVICE bool keep(int row, int key) const {
-        return !hides<Edge::kAfter, kByKey>(row, key) && !hides<Edge::kBefore, kByKey>(row, key);
+        if (!window.keep<kByKey>(row, key)) return false;
+        if (!ranges) return true;
+        const Range range = range_of(row);
+        return key >= range.begin && key < range.end;
     }
     FA_HOST_DEVICE Range kv_range(Range rows) const {
         const Range seen = window.kv_range(rows);
@@ -64,20 +71,17 @@ struct RangeMask {
         }
         return Range{max(seen.begin, any.begin), min(seen.end, any.end)}.or_none();
     }
-    // Of blocks: whether their summary says that some pair may be hidden.
-    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool crosses(Range rows, Range keys) const {
-        if (window.crosses<kEdge, kByKey>(rows, keys)) return true;
-        if (!ranges) return false;
-        const Range all = keys_of_all(rows);
-        return kEdge == Edge::kAfter ? all.end < keys.end : all.begin > keys.begin;
+    FA_HOST_DEVICE bool sees(Range rows, Range keys) const {
+        if (!ranges) return true;
+        const Range seen = kv_range(rows);
+        return seen.begin < keys.end && keys.begin < seen.end;
     }
-    template <Edge kEdge, bool kByKey> FA_HOST_DEVICE bool hides(int row, int key) const {
-        if (window.hides<kEdge, kByKey>(row, key)) return true;
-        if (!ranges) return false;
-        return kEdge == Edge::kAfter ? key >= range_of(row).end : key < range_of(row).begin;
-    }
+    // As far as the summaries of the rows tell.
     template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
-        return !crosses<Edge::kAfter, kByKey>(rows, keys) && !crosses<Edge::kBefore, kByKey>(rows, keys);
+        if (!window.is_full_block<kByKey>(rows, keys)) return false;
+        if (!ranges) return true;
+        const Range all = keys_of_all(rows);
+        return all.begin <= keys.begin && keys.end <= all.end;
     }
 
     // The summaries. One query's range, and those of several from those of its parts.
@@ -95,15 +99,16 @@ struct RangeMask {
         const Range range = range_of(row);
         return range.begin < (block + 1) * kRangeBlock && range.end > block * kRangeBlock;
     }
-
-private:
-    FA_HOST_DEVICE static int next_block(int i) { return round_down(i, kRangeBlock) + kRangeBlock; }
+    // Of all blocks that have some of the rows.
     FA_HOST_DEVICE QueryBlock summary(Range rows) const {
         QueryBlock sum{kMaxSeqlen, 0, 0, kMaxSeqlen};
         for (int row = rows.begin; row < min(rows.end, window.seqlen_q); row = next_block(row))
             sum = join(sum, query_blocks[row / kRangeBlock]);
         return sum;
     }
+
+private:
+    FA_HOST_DEVICE static int next_block(int i) { return round_down(i, kRangeBlock) + kRangeBlock; }
     FA_HOST_DEVICE Range keys_of_any(Range rows) const {
         const QueryBlock sum = summary(rows);
         return {sum.any_begin, sum.any_end};

@@ -1,4 +1,7 @@
 // Copies into shared memory, accesses to global memory, and the semaphore between blocks.
+#include <cmath>
+#include <limits>
+#include <vector>
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/global.h"
 #include "cuda/ptx/shared.h"
@@ -167,6 +170,48 @@ void test_red_add() {
     expect(sum[0] == expected[0] && sum[1] == expected[1] && sum[2] == expected[2], "red.add.f32, across blocks");
 }
 
+// Every thread of every block to one place: thread t of block b has number (64 b + t) % count of in.
+FA_KERNEL(64, 1) red_max_kernel(const float* in, int count, float* largest) {
+    ptx::red_max(largest, ptx::load(in + (64 * ptx::block_idx() + ptx::thread_idx()) % count));
+}
+
+void test_red_max() {
+    const float infinity = HUGE_VALF, least = std::numeric_limits<float>::denorm_min();
+    struct Row {
+        std::vector<float> in;
+        float before, after;
+    };
+    const Row rows[] = {
+        {{-3, 2, 7, -8, 1}, -infinity, 7},
+        {{-3, -2.5f, -8}, -infinity, -2.5f},
+        {{-3, -2.5f, -8}, -1, -1},
+        {{3, -5}, 4, 4},
+        {{-infinity}, -infinity, -infinity},
+        {{-infinity, -1e38f}, -infinity, -1e38f},
+        {{infinity, 1e38f}, -infinity, infinity},
+        {{-0.f, -1}, -infinity, -0.f},
+        {{-0.f, 0.f, -1}, -infinity, 0},
+        {{-0.f}, 0, 0},
+        {{0.f}, -0.f, 0},
+        {{-least, -1}, -infinity, -least},
+        {{least, -least, 0}, -infinity, least},
+        {{1, NAN, infinity}, -infinity, NAN},
+        {{-NAN, -1, 2}, -infinity, NAN},
+        {{-1}, NAN, NAN},
+        {{1}, NAN, NAN},
+    };
+    bool ok = true;
+    for (const Row& row : rows) {
+        Buffer<float> in(static_cast<int>(row.in.size())), largest(1);
+        for (int i = 0; i < in.size; ++i) in[i] = row.in[static_cast<size_t>(i)];
+        largest[0] = row.before;
+        run(red_max_kernel, 5, 64, 0, in.data, in.size, largest.data);
+        const bool same_sign = std::signbit(largest[0]) == std::signbit(row.after);
+        ok &= std::isnan(row.after) ? std::isnan(largest[0]) : largest[0] == row.after && same_sign;
+    }
+    expect(ok, "red.max of numbers, across blocks");
+}
+
 // Every thread of every block takes a number of its own.
 FA_KERNEL(64, 1) fetch_add_kernel(int32_t* taken, int32_t* owners) {
     const int32_t number = ptx::fetch_add(taken, 3);
@@ -244,6 +289,7 @@ void test_memory() {
     test_load_store<int64_t, int64_t>("load and store, bytes");
     test_load_store_16();
     test_red_add();
+    test_red_max();
     test_fetch_add();
     test_turns(8, false);
     test_turns(3, true);

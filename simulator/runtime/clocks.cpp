@@ -56,7 +56,7 @@ void note_write(const void* p, size_t bytes, const void* pc) {
         __tsan_write_range_pc(address(p), bytes, address(pc));
 }
 // The additions add nothing: they are there for their memory order.
-void note_atomic_add(void* p) { __tsan_atomic32_fetch_add(static_cast<int*>(p), 0, __ATOMIC_RELAXED); }
+void note_atomic(void* p) { __tsan_atomic32_fetch_add(static_cast<int*>(p), 0, __ATOMIC_RELAXED); }
 void note_atomic_load_acquire(const void* p) { __tsan_atomic32_load(static_cast<const int*>(p), __ATOMIC_ACQUIRE); }
 void note_atomic_add_release(void* p) { __tsan_atomic32_fetch_add(static_cast<int*>(p), 0, __ATOMIC_RELEASE); }
 #else
@@ -72,7 +72,7 @@ void acquire(const void*) {}
 void release(const void*) {}
 void note_read(const void*, size_t, const void*) {}
 void note_write(const void*, size_t, const void*) {}
-void note_atomic_add(void*) {}
+void note_atomic(void*) {}
 void note_atomic_load_acquire(const void*) {}
 void note_atomic_add_release(void*) {}
 #endif

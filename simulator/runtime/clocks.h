@@ -47,7 +47,7 @@ void release(const void* sync);
 // Accesses by the current clock. pc: the instruction of the kernel that reports are to show.
 void note_read(const void* p, size_t bytes, const void* pc);
 void note_write(const void* p, size_t bytes, const void* pc);
-void note_atomic_add(void* p);  // four bytes; races with plain accesses only
+void note_atomic(void* p);  // four bytes; races with plain accesses only
 void note_atomic_load_acquire(const void* p);
 void note_atomic_add_release(void* p);
 

@@ -1,5 +1,7 @@
 // Shared memory of a block, and accesses to global memory.
+#include <cmath>
 #include <utility>
+#include "runtime/element.h"
 #include "runtime/runtime.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -133,16 +135,25 @@ void note_plain_store(const void* p, int bytes) {
 }
 static void add_atomically(float* p, float value, void* caller) {
     counters.red.added += 4;
-    options.ordered_reds ? note_write(p, 4, caller) : note_atomic_add(p);
+    options.ordered_reds ? note_write(p, 4, caller) : note_atomic(p);
     *p += value;
 }
 void red_add(float* p, float value) {
     check_global("red.global", p, 4, 4);
     add_atomically(p, value, __builtin_return_address(0));
 }
+void red_max(float* p, float value) {
+    check_global("red.global", p, 4, 4);
+    note_atomic(p);
+    if (std::isnan(*p) && std::signbit(*p)) fail("red_max of a NaN with its sign set");
+    if (std::isnan(value))
+        *p = bits_float(0x7fffffff);
+    else if (*p < value || (*p == value && std::signbit(*p)))
+        *p = value;
+}
 int32_t fetch_add(int32_t* p, int32_t value) {
     check_global("atom.global", p, 4, 4);
-    note_atomic_add(p);
+    note_atomic(p);
     return std::exchange(*p, *p + value);
 }
 void red_add_16(float* p, const float (&x)[4]) {

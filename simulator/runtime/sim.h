@@ -97,6 +97,7 @@ void store_16(void* p, Regs4 regs);
 void note_plain_load(const void* p, int bytes);  // the access itself is the kernel's own, and instrumented as such
 void note_plain_store(const void* p, int bytes);
 void red_add(float* p, float value);
+void red_max(float* p, float value);
 int32_t fetch_add(int32_t* p, int32_t value);
 void red_add_16(float* p, const float (&x)[4]);
 void grid_wait();

@@ -132,7 +132,7 @@ void write_store(AsyncCopy& copy) {
     auto* to = reinterpret_cast<Float*>(copy.global);
     const auto* from = reinterpret_cast<const Float*>(copy.data.data());
     for (int i = 0; i < copy.bytes / 4; ++i) {
-        options.ordered_reds ? note_write(to + i, 4, copy.pc) : note_atomic_add(to + i);
+        options.ordered_reds ? note_write(to + i, 4, copy.pc) : note_atomic(to + i);
         to[i] += from[i];
     }
 }

@@ -97,6 +97,11 @@ FA_DEVICE void mark_dropped(AccTile<kRows, kCols>& p, const Score& score, const 
 // Whether mark_dropped() marked this weight as dropped.
 FA_DEVICE bool is_dropped(float weight) { return ptx::float_bits(weight) >> 31; }
 
+// Factor from what transform() leaves to scores in natural logarithms.
+template <class Score> FA_DEVICE float natural_scale(const Score&, const Problem& p) {
+    return Score::kModified ? 1.f : p.scalars.scale;
+}
+
 // Rescale factor of the kept weights of a row.
 template <class Score> FA_DEVICE float kept_weight_scale(const Score& score) {
     if constexpr (Score::kModified)

@@ -24,11 +24,15 @@ FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& 
 // The same result with half of the comparisons for most tiles, which a single mask edge crosses. Needs a few registers.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-    if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
-        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
-    if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
-        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
+    if constexpr (Mask::kByEdge) {
+        const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
+        if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
+            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
+        if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
+            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
+    } else {
+        hide_if(s, at, [&](int row, int key) { return !mask.template keep<At::kByKey>(row, key); });
+    }
 }
 
 // Max over the four lanes that share a row.
@@ -81,18 +85,38 @@ template <int kLaneRows> struct OnlineSoftmax {
             row_sum[r] += x;
         });
     }
-    // Divides by the row sums; a row without visible keys becomes 0. lse: natural log-sum-exp of the scores.
+    // Divides by the row sums; a row without visible keys becomes 0. sink: a score that is added to every row, in natural
+    // logarithms; -infinity: none. lse: natural log-sum-exp of the scores and the sink.
     template <int kRows, int kCols>
-    FA_DEVICE void finish(AccTile<kRows, kCols>& out, float weight_scale, float (&lse)[kLaneRows]) {
+    FA_DEVICE void finish(AccTile<kRows, kCols>& out, float weight_scale, float sink, float (&lse)[kLaneRows]) {
         float factor[kLaneRows];
 #pragma unroll
         for (int r = 0; r < kLaneRows; ++r) {
             row_sum[r] = quad_sum(row_sum[r]);
             factor[r] = row_sum[r] == 0.f ? 0.f : weight_scale * ptx::reciprocal(row_sum[r]);
             lse[r] = (offset[r] + ptx::log2(row_sum[r])) * float(1 / kLog2e);
+            if (sink != -ptx::infinity()) add_sink(r, weight_scale, sink, factor[r], lse[r]);
         }
         out.for_each([&](int r, int, float& x) { x *= factor[r]; });
     }
+
+private:
+    // Weights are relative to the larger of the row max and the sink, so that neither of them overflows.
+    FA_DEVICE void add_sink(int r, float weight_scale, float sink, float& factor, float& lse) const {
+        // log2 of the weight of the sink; +infinity in a row without visible keys.
+        const float above = row_max[r] == -ptx::infinity() ? sink - row_max[r] : fmaf(sink, float(kLog2e), -offset[r]);
+        const float rescale = above > 0.f ? ptx::exp2(-above) : 1.f;
+        const float sum = row_sum[r] * rescale + (above > 0.f ? 1.f : ptx::exp2(above));
+        factor = weight_scale * rescale * ptx::reciprocal(sum);
+        // log2(1) is 0: the log-sum-exp of the sink alone is the sink.
+        const float log_sum = ptx::log2(sum);
+        lse = above > 0.f ? fmaf(log_sum, float(1 / kLog2e), sink) : (offset[r] + log_sum) * float(1 / kLog2e);
+    }
 };
+
+// The attention sink of a head; -infinity: none.
+FA_DEVICE float sink_of(const ScoreParams& p, int head) {
+    return p.sinks ? static_cast<const float*>(p.sinks)[head] : -ptx::infinity();
+}
 
 }  // namespace flash_attn

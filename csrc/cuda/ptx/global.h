@@ -32,6 +32,17 @@ FA_DEVICE void red_add(float* p, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(value) : "memory");
 }
 
+// *p = max(*p, value), atomically and without ordering: what many of them leave does not depend on their order. NaN is
+// larger than every number, and 0 larger than -0. *p is no NaN with its sign set. Bits of numbers with equal signs are
+// in the order of their magnitudes, and a set sign makes a negative integer or a large unsigned one.
+FA_DEVICE void red_max(float* p, float value) {
+    const uint32_t bits = value == value ? float_bits(value) : 0x7fffffffu;
+    if (bits >> 31)
+        asm volatile("red.global.min.u32 [%0], %1;" ::"l"(p), "r"(bits) : "memory");
+    else
+        asm volatile("red.global.max.s32 [%0], %1;" ::"l"(p), "r"(bits) : "memory");
+}
+
 // Atomically adds and returns the previous value, without ordering. PTX ISA, "Parallel Synchronization ...: atom".
 FA_DEVICE int32_t fetch_add(int32_t* p, int32_t value) {
     int32_t before;

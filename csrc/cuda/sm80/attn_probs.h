@@ -18,7 +18,7 @@ template <class Config> FA_KERNEL(Config::kThreads, 1) attn_probs_sm80(FA_GRID_C
     const Sequence seq = sequence_at(p, batch);
     const int m0 = m * M, warp_row0 = warp_id() * Config::kWarpRows, row0 = m0 + warp_row0;
     if (m0 >= seq.seqlen_q) return;
-    const AttentionVariant<WindowMask, ModifiedScore<float>> variant(p, seq, batch, head);
+    const AttentionVariant<RangeMask, ModifiedScore<float>> variant(p, seq, batch, head);
     const auto& mask = variant.mask;
     const auto& score = variant.score;
     const Range tiles = tiles_of(mask.kv_range({m0, m0 + M}), N);

@@ -29,6 +29,7 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     using GridDkv = typename Config::GridDkv;
     using GridDq = typename Config::GridDq;
     constexpr int M = Config::kBlockM, N = Config::kBlockN, kThreads = Config::kThreads;
+    static_assert(kRangeTile % M == 0);
     const BwdParams& pass = params.pass;
     const Problem& p = pass.problem;
     const auto [n, head_k, batch] = key_grid(p, N).at(ptx::block_idx());
@@ -68,6 +69,12 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
     acc_dv.clear();
     int head = head_k * group, m = tiles.begin;
     const int end_head = tiles.empty() ? head : head + group;
+    // Moves on to a tile with queries that see some of the keys.
+    const auto pass_over_unseen = [&](int& head, int& m) {
+        while (head < end_head && !mask.sees({m * M, m * M + M}, {n0, n0 + N}))
+            if (++m == tiles.end) m = tiles.begin, ++head;
+    };
+    pass_over_unseen(head, m);
     if (head < end_head) {
         load_k();
         const auto rows = rows_from<Element>(p.v, batch, head_k, seq.first_row_k + n0);
@@ -123,7 +130,8 @@ bwd_sm80(FA_GRID_CONSTANT BwdKernelParams params) {
             clear_nonfinite<Element, kThreads>(sDout);
             ptx::sync_threads();  // Q and dO are finite
         }
-        const int next_m = m + 1 < tiles.end ? m + 1 : tiles.begin, next_head = m + 1 < tiles.end ? head : head + 1;
+        int next_m = m + 1 < tiles.end ? m + 1 : tiles.begin, next_head = m + 1 < tiles.end ? head : head + 1;
+        pass_over_unseen(next_head, next_m);
         mma_atb<Element>(acc_dv, sP, GridDkv::row0(), sDout, GridDkv::col0());
         ptx::sync_threads();  // all warps have finished reading dO
         if (next_head < end_head) load_dout(next_head, next_m);

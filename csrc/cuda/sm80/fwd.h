@@ -2,6 +2,7 @@
 // warp some of its rows, and loops over the key tiles from last to first. K and V have one buffer each: V is loaded
 // during Q K^T, the next K during softmax and P V.
 #pragma once
+#include "cuda/attention/max_logits.h"
 #include "cuda/attention/rows.h"
 #include "cuda/attention/score_tile.h"
 #include "cuda/attention/softmax.h"
@@ -105,10 +106,11 @@ template <class Config, class Variant> FA_KERNEL(Config::kThreads, 1) fwd_sm80(F
     }
 
     float lse[acc_o.kLaneRows];
-    softmax.finish(acc_o, kept_weight_scale(score), lse);
+    softmax.finish(acc_o, kept_weight_scale(score), sink_of(p.score, head), lse);
     const Sequence same_seq = sequence_at(p, ptx::opaque(batch));  // recomputed: saves registers in the loop
     const int64_t first_row = same_seq.first_row_q + m0 + warp_row0;
     const int valid_rows = same_seq.seqlen_q - m0 - warp_row0;
+    add_max_logit(params, batch, head, softmax, score, valid_rows);
     with_result_row<Element>(p, params.out, batch, head, first_row, [&](auto* rows) {
         store_rows(acc_o, rows, params.out.row_stride, valid_rows, p.head_dim_v);
     });

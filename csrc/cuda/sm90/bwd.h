@@ -41,7 +41,8 @@ template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm
         const int head = tile.first_head + i;
         const TmaRows q = tile.query_rows(params.q, head), dout = tile.query_rows(params.dout, head);
 #pragma unroll 1  // the producer has 24 registers
-        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m, at_q.advance(), at_dout.advance()) {
+        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m) {
+            if (!tile.sees(m)) continue;
             const int64_t row = dq_rows<Config>(accum, head, first_tile + m);
             const int key_bytes = is_first ? Config::TileK::kBytes : 0;
             const auto load_q = [&] {
@@ -62,6 +63,7 @@ template <class Config, class Variant> FA_DEVICE void load_tiles(const BwdSmemSm
             load_dout();
             if (!q_first) load_q();
             is_first = false;
+            at_q.advance(), at_dout.advance();
         }
     }
     if (!Config::kOwnsColumns) prefetch_next_block<Config, Variant>(params);
@@ -81,7 +83,8 @@ FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParams
     typename Config::PipelineDout::Index at_dout;
     bool k_searched = false, k_nonfinite = false;
     for (int i = 0; i < params.heads_per_key_head; ++i)
-        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m, at_q.advance(), at_dout.advance()) {
+        for (int m = tile.tiles().begin; m < tile.tiles().end; ++m) {
+            if (!tile.sees(m)) continue;
             const bool is_full = tile.is_full_block(m);
             bool found = false;
             smem.pipe_q.wait(at_q);
@@ -101,6 +104,7 @@ FA_DEVICE void scan_tiles(const BwdSmemSm90<Config>& smem, const BwdKernelParams
                 smem.pipe_dout.release(at_dout);
                 smem.pipe_q.release(at_q);
             }
+            at_q.advance(), at_dout.advance();
         }
 }
 
@@ -121,9 +125,10 @@ bwd_sm90(FA_GRID_CONSTANT BwdKernelParamsSm90 params) {
     ptx::grid_wait();  // the preprocess kernel has written the workspace
     if (tile.is_outside()) return;
     ptx::sync_threads();  // mbarriers, times_cleared and first_query_tile are initialised
+    // Inlined, however large it is: products of wgmma would not be asynchronous across a call.
+    const auto consume = [&]() __attribute__((always_inline)) { Consumer(smem, params).run(); };
     warp_specialize<Config::kConsumers, Variant::kMasked>([&] { load_tiles<Config, Variant>(smem, params, tile); },
-                                                          [&] { scan_tiles<Config, Variant>(smem, params); },
-                                                          [&] { Consumer(smem, params).run(); });
+                                                          [&] { scan_tiles<Config, Variant>(smem, params); }, consume);
 }
 
 }  // namespace flash_attn

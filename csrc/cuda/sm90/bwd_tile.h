@@ -18,6 +18,7 @@ struct BwdKernelParamsSm90 {
 
 // The key tile of a block, and the query tiles that see it, for each of the heads that share it.
 template <class Config, class Variant> struct BwdTileSm90 {
+    static_assert(kRangeTile % Config::kBlockM == 0);
     int n0, head_k, batch, first_head;
     Sequence seq;
     typename Variant::Mask mask;
@@ -44,6 +45,7 @@ template <class Config, class Variant> struct BwdTileSm90 {
     FA_DEVICE bool is_outside() const { return n0 >= seq.seqlen_k; }  // the grid is sized for the longest sequence
     FA_DEVICE Range keys() const { return {n0, n0 + Config::kBlockN}; }
     FA_DEVICE Range rows(int m) const { return {m * Config::kBlockM, (m + 1) * Config::kBlockM}; }
+    FA_DEVICE bool sees(int m) const { return mask.sees(rows(m), keys()); }  // of the tiles: others are passed over
     FA_DEVICE bool is_full_block(int m) const { return mask.template is_full_block<true>(rows(m), keys()); }
     // Deterministic: the key tiles that a query tile sees add to its dQ in a fixed order. Ascending; under a mask
     // descending, so that causal query tiles start with the tile on the diagonal, which then need not wait.

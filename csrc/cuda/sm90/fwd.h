@@ -5,6 +5,7 @@
 // Blocks are persistent (cuda/sm90/tile_queue.h): the producer starts loading the next query tile before the output of
 // the current one is stored.
 #pragma once
+#include "cuda/attention/max_logits.h"
 #include "cuda/attention/rows.h"
 #include "cuda/attention/score_tile.h"
 #include "cuda/attention/softmax.h"
@@ -295,9 +296,10 @@ private:
     FA_DEVICE void store(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
         const bool partial = params_.pass.problem.float_results;
         float lse[2];
-        softmax.finish(acc_o_, kept_weight_scale(score), lse);
+        softmax.finish(acc_o_, kept_weight_scale(score), sink_of(params_.pass.problem.score, tile.head), lse);
         const int64_t first_row = tile.seq.first_row_q + tile.m0 + warp_row0_;
         const int valid_rows = tile.seq.seqlen_q - tile.m0 - warp_row0_;
+        add_max_logit(params_.pass, tile.batch, tile.head, softmax, score, valid_rows);
         float* const softmax_lse = row_of(params_.pass.softmax_lse, tile.batch, tile.head, first_row);
 #pragma unroll
         for (int r = 0; r < 2; ++r)

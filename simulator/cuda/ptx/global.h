@@ -22,6 +22,7 @@ template <class T> FA_DEVICE void store(T* p, T value) {
 }
 
 FA_DEVICE void red_add(float* p, float value) { sim::red_add(p, value); }
+FA_DEVICE void red_max(float* p, float value) { sim::red_max(p, value); }
 FA_DEVICE int32_t fetch_add(int32_t* p, int32_t value) { return sim::fetch_add(p, value); }
 FA_DEVICE void red_add_16(float* p, const float (&x)[4]) { sim::red_add_16(p, x); }
 FA_DEVICE void wait_for_turn(const int32_t* counter, int32_t turn) { sim::wait_for_turn(counter, turn); }

@@ -18,7 +18,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "policy/": POLICY,
     "cuda/api.h": ("problem.h",),  # the only header of the kernels that ops/ includes
     "cuda/backend.h": BACKEND,
-    "cuda/backends.cpp": BACKEND,
+    "cuda/backends.cpp": (*POLICY, *BACKEND),
     "cuda/instances.h": (*BACKEND, "policy/host_device.h"),
     "cuda/shape_table.h": (),
     "cuda/launch.h": ("cuda/api.h",),

@@ -4,8 +4,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <map>
 #include <sstream>
+#include "runner/elements.h"
 
 namespace flash_attn::runner {
 namespace {
@@ -105,6 +107,9 @@ const std::map<std::string, Setter>& setters() {
         {"total_heads", set(&Case::total_heads)},
         {"float_results", set(&Case::float_results)},
         {"lse_grad", set(&Case::lse_grad)},
+        {"s_aux", set(&Case::s_aux)},
+        {"max_logits", set(&Case::max_logits)},
+        {"key_ranges", set(&Case::key_ranges)},
         {"seqlen_q_if_empty", set(&Case::seqlen_q_if_empty)},
         {"seqlen_k_if_empty", set(&Case::seqlen_k_if_empty)},
         {"seed", set(&Case::seed)},
@@ -186,11 +191,47 @@ int total_rows_k(const Case& c) {
 }
 
 bool visible(const Case& c, const Sequence& s, int i, int j) {
+    const KeyRange range = key_range(c, s, i);
+    return range.begin <= j && j < range.end && visible_in_window(c, s, i, j);
+}
+
+bool visible_in_window(const Case& c, const Sequence& s, int i, int j) {
     const int distance = s.distance(c, i, j), right = c.causal ? 0 : c.window_right;
     const int key = s.k_start + j, query = key + distance;
     const bool same_chunk =
         c.attention_chunk == 0 || (query >= 0 && query / c.attention_chunk == key / c.attention_chunk);
     return same_chunk && (c.window_left < 0 || distance <= c.window_left) && (right < 0 || -distance <= right);
+}
+
+KeyRange key_range(const Case& c, const Sequence& s, int i) {
+    constexpr int kLargest = std::numeric_limits<int>::max(), kSmallest = std::numeric_limits<int>::min();
+    // Those that sequences share must not depend on their lengths.
+    const int rows = c.shares_ranges() ? c.seqlen_q() : s.seqlen_q,
+              keys = c.shares_ranges() ? c.seqlen_k() : s.seqlen_k;
+    const int position = i + keys - rows, size = c.seed % 2 ? 50 : 128;  // of documents: tiles straddle them, or do not
+    const std::string pattern = c.shares_ranges() ? c.key_ranges.substr(7) : c.key_ranges;
+    if (pattern == "prefix") return {0, std::max(keys / 3, position + 1)};
+    if (pattern == "documents") {
+        const int first = position < 0 ? -size : position / size * size;
+        return {first, first + size};
+    }
+    // Neighbouring queries see keys far from each other, and one key is seen by queries far from each other.
+    if (pattern == "shuffled") {
+        const int first = int(mix(uint64_t(c.seed + i / 40)) % uint64_t(keys / size + 1)) * size;
+        return {first, first + size};
+    }
+    if (pattern == "random") {
+        const uint64_t bits = mix(uint64_t(c.seed) << 32 | uint64_t(i));
+        const auto anywhere = [&](int from) { return int(bits >> from & 0xffff) % (keys + 40) - 20; };
+        if (i / 70 % 3 == 1) return {anywhere(0) + keys, anywhere(16)};  // whole tiles without keys
+        if (bits >> 60 == 0) return {kSmallest, kLargest};
+        if (bits >> 60 == 1) return {kLargest, kSmallest};
+        if (bits >> 60 < 6) return {kSmallest, anywhere(0)};
+        if (bits >> 60 < 10) return {anywhere(0), kLargest};
+        return {anywhere(0), anywhere(16)};
+    }
+    if (!pattern.empty()) reject(pattern);
+    return {kSmallest, kLargest};
 }
 
 }  // namespace flash_attn::runner

@@ -26,6 +26,10 @@ struct Case {
     int head_start = 0, total_heads = 0;  // of a shard of heads: the first one, and how many there are elsewhere too
     bool float_results = false;           // out, dq, dk and dv in fp32
     bool lse_grad = false;
+    bool s_aux = false, max_logits = false;
+    std::string
+        key_ranges;  // a pattern: "prefix", "documents", "shuffled", "random" or none; with "shared-" before it,
+                     // one sequence has those of all
     int seqlen_q_if_empty = 0, seqlen_k_if_empty = 0;
     int seed = 0;
 
@@ -40,6 +44,7 @@ struct Case {
     double scale() const;
     uint32_t dropout_threshold() const;  // of 65536
     bool paged() const { return page_size > 0; }
+    bool shares_ranges() const { return key_ranges.starts_with("shared-"); }
     bool placed() const { return !q_starts.empty() || !k_starts.empty(); }
     bool has_backward() const { return !paged() && seqlen_new == 0; }
 };
@@ -66,7 +71,12 @@ std::vector<Sequence> sequences(const Case& c);
 int total_rows_q(const Case& c);
 int total_rows_k(const Case& c);
 
-// Whether query i sees key j, by the definition in problem.h.
+// Whether query i sees key j, by the definition in problem.h; and without key ranges.
 bool visible(const Case& c, const Sequence& s, int i, int j);
+bool visible_in_window(const Case& c, const Sequence& s, int i, int j);
+
+// The range of query i as the kernels get it: it may be empty, reversed or out of bounds. Without ranges, unbounded.
+struct KeyRange { int begin, end; };
+KeyRange key_range(const Case& c, const Sequence& s, int i);
 
 }  // namespace flash_attn::runner

@@ -10,13 +10,14 @@
 namespace flash_attn::runner {
 namespace {
 
-struct Results { Compact out, softmax_lse, dq, dk, dv; };
+struct Results { Compact out, softmax_lse, max_logits, dq, dk, dv; };
 
 constexpr struct {
     const char* name;
     Compact Results::* part;
 } kParts[] = {{"out", &Results::out},
               {"softmax_lse", &Results::softmax_lse},
+              {"max_logits", &Results::max_logits},
               {"dq", &Results::dq},
               {"dk", &Results::dk},
               {"dv", &Results::dv}};
@@ -27,8 +28,9 @@ class SelectingReference {
 public:
     SelectingReference(const Case& c, const Values& values) : c_(c), x_(values), s_(sequences(c)[0]) {
         const int rows_q = s_.seqlen_q, rows_k = s_.seqlen_k;
-        r_ = {Compact(rows_q, 1, c.head_dim_v), Compact(rows_q, 1, 1), Compact(rows_q, 1, c.head_dim),
-              Compact(rows_k, 1, c.head_dim), Compact(rows_k, 1, c.head_dim_v)};
+        r_ = {Compact(rows_q, 1, c.head_dim_v), Compact(rows_q, 1, 1),          Compact(1, 1, 1),
+              Compact(rows_q, 1, c.head_dim),   Compact(rows_k, 1, c.head_dim), Compact(rows_k, 1, c.head_dim_v)};
+        r_.max_logits.x[0] = -std::numeric_limits<double>::infinity();
         for (int i = 0; i < rows_q; ++i) add_query(i);
     }
     const Results& results() const { return r_; }
@@ -55,10 +57,15 @@ private:
             p.push_back(dot(x_.q.at(i, 0), x_.k.at(j, 0), c_.head_dim) * c_.scale());
             dp.push_back(dot(x_.dout.at(i, 0), x_.v.at(j, 0), c_.head_dim_v));
             if (p.back() > largest) largest = p.back();
+            double& all = r_.max_logits.x[0];
+            if (std::isnan(p.back()) || all < p.back()) all = p.back();
         }
+        const double sink = x_.sinks.empty() ? -std::numeric_limits<double>::infinity() : double(x_.sinks[0]);
         is_open_ |= largest == -std::numeric_limits<double>::infinity() &&
                     std::all_of(p.begin(), p.end(), [](double s) { return !std::isnan(s); });
+        largest = std::max(largest, sink);
         for (double& s : p) sum += s = std::exp(s - largest);
+        if (!std::isinf(sink)) sum += std::exp(sink - largest);
         *r_.softmax_lse.at(i, 0) = largest + std::log(sum);
         for (size_t n = 0; n < keys.size(); ++n) product += (p[n] /= sum) * dp[n];
         const double dlse = c_.lse_grad ? *x_.dlse.at(i, 0) : 0;
@@ -83,9 +90,9 @@ private:
 Results run(const Inputs& x, const Plan& plan, Report& report) {
     const Schedule schedule = plan.schedules[0];
     const Forward forward = run_forward(x, schedule, report);
-    if (!plan.backward) return {forward.out, forward.softmax_lse, {}, {}, {}};
+    if (!plan.backward) return {forward.out, forward.softmax_lse, forward.max_logits, {}, {}, {}};
     const Backward backward = run_backward(x, forward.out, forward.softmax_lse, schedule, report);
-    return {forward.out, forward.softmax_lse, backward.dq, backward.dk, backward.dv};
+    return {forward.out, forward.softmax_lse, forward.max_logits, backward.dq, backward.dk, backward.dv};
 }
 
 enum class Where { kQ, kK, kV, kDout, kDlse };

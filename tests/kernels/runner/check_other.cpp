@@ -43,6 +43,7 @@ Values values_of(const Case& c, const Values& all, const Sequence& s) {
     x.dlse = slice(all.dlse, s.compact_q, s.seqlen_q);
     if (!all.slopes.empty())
         x.slopes.assign(all.slopes.begin() + s.index * c.num_heads, all.slopes.begin() + (s.index + 1) * c.num_heads);
+    x.sinks = all.sinks;
     x.seed = all.seed, x.offset = all.offset;
     return x;
 }
@@ -73,6 +74,8 @@ void check_batch(const Case& c, const Plan& plan, Report& report) {
         compare_bitwise("out" + name, forward.out, slice(together.out, s.compact_q, s.seqlen_q), report);
         compare_bitwise("softmax_lse" + name, forward.softmax_lse, slice(together.softmax_lse, s.compact_q, s.seqlen_q),
                         report);
+        if (c.max_logits)
+            compare_bitwise("max_logits" + name, forward.max_logits, slice(together.max_logits, s.index, 1), report);
     }
 }
 

@@ -68,6 +68,7 @@ void check_reference(const Case& c, const Plan& plan, Report& report) {
         }
         compare_bitwise(named("out", schedule), forward.out, first.out, report);
         compare_bitwise(named("softmax_lse", schedule), forward.softmax_lse, first.softmax_lse, report);
+        compare_bitwise(named("max_logits", schedule), forward.max_logits, first.max_logits, report);
         if (backward) {
             const Backward gradients = run_backward(x, first.out, first.softmax_lse, schedule, report);
             if (run == 0) {

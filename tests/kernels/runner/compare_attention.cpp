@@ -92,6 +92,9 @@ void compare_forward(const Case& c, const Forward& got, const Yardstick& y, Repo
     check_unrounded("out", c, got.out, y.exact.out, report);
     compare("softmax_lse", got.softmax_lse, y.exact.softmax_lse, parts(y.plain, &Attention::softmax_lse), {kFloatEps},
             report);
+    if (c.max_logits)
+        compare("max_logits", got.max_logits, y.exact.max_logits, parts(y.plain, &Attention::max_logits), {kFloatEps},
+                report);
 }
 
 void compare_backward(const Inputs& x, const Forward& forward, const Backward& got, const Yardstick& y,

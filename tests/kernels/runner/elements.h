@@ -1,4 +1,4 @@
-// 16-bit floating point numbers for test code, written independently of the kernels' conversions.
+// 16-bit floating point numbers for test code, written independently of the kernels' conversions, and random bits.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -7,6 +7,14 @@
 #include "problem.h"
 
 namespace flash_attn::runner {
+
+// Spreads numbers in sequence over all 64 bits (Steele et al., "Fast splittable pseudorandom number generators").
+inline uint64_t mix(uint64_t x) {
+    x += 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
 
 // A NaN in bf16, in fp16 and, twice, in fp32, that no arithmetic makes: what has these bits was never written.
 constexpr uint16_t kUntouched = 0x7fed;

@@ -11,14 +11,6 @@
 namespace flash_attn::runner {
 namespace {
 
-// Spreads numbers in sequence over all 64 bits (Steele et al., "Fast splittable pseudorandom number generators").
-uint64_t mix(uint64_t x) {
-    x += 0x9E3779B97F4A7C15u;
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-    return x ^ x >> 31;
-}
-
 class Random {
 public:
     Random(int seed, int stream) : state_(mix(mix(uint64_t(seed)) + uint64_t(stream))) {}
@@ -34,7 +26,7 @@ private:
 };
 
 // Each tensor has random numbers of its own, which do not depend on other sizes.
-enum Stream { kQ, kK, kV, kDout, kDlse, kSlopes, kPages };
+enum Stream { kQ, kK, kV, kDout, kDlse, kSlopes, kPages, kSinks };
 
 Compact random_rows(const Case& c, Stream stream, int rows, int heads, int head_dim) {
     Random random(c.seed, stream);
@@ -93,6 +85,13 @@ Values make_values(const Case& c) {
             x.slopes[i] = repeated ? x.slopes[i - size_t(c.num_heads)] : float(fresh);
         }
     }
+    if (c.s_aux) {
+        // Some outweigh every score, some weigh nothing, and some are none.
+        const float centres[] = {0, 5, -INFINITY, -300, 80};
+        Random random(c.seed, kSinks);
+        for (int h = 0; h < c.num_heads; ++h)
+            x.sinks.push_back(centres[size_t(c.seed + h) % std::size(centres)] + float(random.normal()));
+    }
     x.seed = (uint64_t(c.seed) << 32 | 12345) + uint64_t(c.seed);
     x.offset = uint64_t(1) << 33 | 64;
     return x;
@@ -143,7 +142,24 @@ void Inputs::make_metadata() {
         slopes.resize(size_t(c.num_heads), 0);
         alibi_slopes = Numbers<float>(slopes);
     }
+    if (c.s_aux) sinks = Numbers<float>(values.sinks);
+    if (!c.key_ranges.empty()) make_key_ranges();
     rng_state = Numbers<int64_t>({int64_t(values.seed), int64_t(values.offset)});
+}
+
+// In rows of no sequence, ranges are unbounded.
+void Inputs::make_key_ranges() {
+    const int rows = c.packed ? q.shape().rows : c.batch_size() * c.seqlen_q();
+    std::vector<int32_t> numbers;
+    for (int row = 0; row < (c.shares_ranges() ? c.seqlen_q() : rows); ++row)
+        numbers.insert(numbers.end(), {0, c.seqlen_k()});
+    for (const Sequence& s : sequences(c))
+        for (int i = 0; i < s.seqlen_q; ++i) {
+            const KeyRange range = key_range(c, s, i);
+            const size_t row = size_t(c.shares_ranges() ? i : s.batch * c.seqlen_q() + s.first_q + i);
+            numbers[2 * row] = range.begin, numbers[2 * row + 1] = range.end;
+        }
+    key_ranges = Numbers<int32_t>(numbers);
 }
 
 uint16_t& Inputs::k_element(const Tensor& t, const Sequence& s, int j, int head, int d) const {
@@ -200,7 +216,7 @@ Problem Inputs::problem() const {
     p.window = {c.window_left < 0 ? kMaxSeqlen : c.window_left, c.window_right < 0 ? kMaxSeqlen : c.window_right};
     p.chunks = make_chunks(c.attention_chunk);
     if (c.causal) p.window.right = 0;
-    p.score = {c.scale(), c.softcap, alibi_slopes.data(), c.alibi == "batch" ? c.num_heads : 0};
+    p.score = {c.scale(), c.softcap, alibi_slopes.data(), c.alibi == "batch" ? c.num_heads : 0, sinks.data()};
     if (c.dropout_p > 0) {
         // Every other case has the state where only the device reads it.
         const bool on_device = c.seed % 2;
@@ -211,6 +227,8 @@ Problem Inputs::problem() const {
                      c.head_start,
                      c.total_heads ? c.total_heads - c.num_heads : 0};
     }
+    p.key_ranges.ranges = key_ranges.data();
+    p.key_ranges.batch_stride = c.packed || c.shares_ranges() ? 0 : c.seqlen_q();
     p.positions = positions();
     p.float_results = c.float_results;
     round_scalars(p);

@@ -24,6 +24,7 @@ struct Values {
     Compact q, k, v, dout;
     Compact dlse;               // [rows, heads, 1]
     std::vector<float> slopes;  // [batch_size, num_heads], empty without ALiBi
+    std::vector<float> sinks;   // [num_heads], empty without sinks
     uint64_t seed = 0, offset = 0;
 };
 
@@ -44,14 +45,15 @@ struct Inputs {
     RowTensor dlse;
     std::vector<int32_t> pages;  // block_table as it was made: [batch_size, max_pages]
     int max_pages = 0, num_pages = 0;
-    Numbers<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, q_starts, k_starts;
-    Numbers<float> alibi_slopes;
+    Numbers<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, q_starts, k_starts, key_ranges;
+    Numbers<float> alibi_slopes, sinks;
     Numbers<int64_t> rng_state;
 
 private:
     Positions positions() const;
     void make_pages();
     void make_metadata();
+    void make_key_ranges();
     void write_values();
 };
 

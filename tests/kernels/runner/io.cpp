@@ -3,6 +3,7 @@
 #include "cuda/instances.h"
 #include "cuda/sm80/config.h"
 #include "cuda/sm90/config.h"
+#include "policy/host_device.h"
 
 namespace flash_attn::runner {
 namespace {
@@ -16,7 +17,9 @@ struct TileShape {
 
 int64_t result_bytes(const Case& c) { return c.float_results ? kFloatBytes : kElementBytes; }
 
-bool modifies_scores(const Case& c) { return c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0; }
+bool modifies_scores(const Case& c) {
+    return c.softcap > 0 || !c.alibi.empty() || c.dropout_p > 0 || !c.key_ranges.empty();
+}
 bool has_large_smem(const Case& c) { return c.smem >= kLargeSmemBytes; }
 
 // Of the largest kernels, for a case that none runs.
@@ -36,12 +39,34 @@ TileShape fwd_tiles(const Inputs& x, bool hopper) {
                                    !modifies_scores(x.c) && prefers_short(p, head_dim, head_dim_v)));
 }
 
-// Whether any query of a tile sees any key of a tile: other pairs of tiles are passed over.
+// Keys from the first to the last that is in the range of any query of the blocks of 64 that have rows of a tile.
+KeyRange keys_in_ranges(const Case& c, const Sequence& s, const TileShape& t, int row0) {
+    constexpr int kBlock = 64;
+    KeyRange all{s.seqlen_k, 0};
+    for (int i = row0 / kBlock * kBlock; i < std::min(ceil_div(row0 + t.rows, kBlock) * kBlock, s.seqlen_q); ++i) {
+        const KeyRange range = key_range(c, s, i);
+        const int begin = std::max(range.begin, 0), end = std::min(range.end, s.seqlen_k);
+        if (begin < end) all = {std::min(all.begin, begin), std::max(all.end, end)};
+    }
+    return all;
+}
+
+// Whether any query of a tile sees any key of a tile: other pairs of tiles are passed over. Of ranges, only what
+// keys_in_ranges() says is known.
 bool seen(const Case& c, const Sequence& s, const TileShape& t, int row0, int key0) {
+    const KeyRange known = keys_in_ranges(c, s, t, row0);
+    const int begin = std::max(key0, known.begin), end = std::min(key0 + t.keys, known.end);
     for (int i = row0; i < std::min(row0 + t.rows, s.seqlen_q); ++i)
-        for (int j = key0; j < std::min(key0 + t.keys, s.seqlen_k); ++j)
-            if (visible(c, s, i, j)) return true;
+        for (int j = begin; j < end; ++j)
+            if (visible_in_window(c, s, i, j)) return true;
     return false;
+}
+
+// The tables that sum up key ranges: 16 bytes per 64 queries of the longest sequence and, for the backward pass, 8 bytes
+// per 64 keys.
+int64_t range_table_bytes(const Case& c, bool of_keys) {
+    if (c.key_ranges.empty()) return 0;
+    return c.batch_size() * int64_t(ceil_div(c.seqlen_q(), 64) * 16 + (of_keys ? ceil_div(c.seqlen_k(), 64) * 8 : 0));
 }
 
 // f(number of queries or keys in the tile, first of them) for every tile of a sequence.
@@ -55,6 +80,7 @@ Traffic forward_traffic(const Inputs& x, bool hopper) {
     const Case& c = x.c;
     const TileShape t = fwd_tiles(x, hopper);
     Traffic bytes;
+    bytes.written += range_table_bytes(c, false);
     for (const Sequence& s : sequences(c))
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {
             int64_t keys = 0;
@@ -82,6 +108,7 @@ Traffic backward_traffic(const Inputs& x, bool hopper) {
     const int64_t dims = c.head_dim + c.head_dim_v, dq_tile_bytes = workspace.tile_elements * kFloatBytes;
     const int64_t turns = workspace.turns, padded_bytes = workspace.pads_rows ? 2 * t.rows * kFloatBytes : 0;
     Traffic bytes;
+    bytes.written += range_table_bytes(c, true);
     for (const Sequence& s : sequences(c)) {
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int) {
             // Before: out, dout, softmax_lse and dlse give dsoftmax_sum; the tile of dQ and its counters are cleared.
@@ -113,6 +140,7 @@ Traffic probs_traffic(const Inputs& x) {
     const Case& c = x.c;
     const TileShape t = tiles_of(fwd_shape_sm80(kernel_head_dim(x.problem(), kHeadDimsSm80), false));
     Traffic bytes;
+    bytes.written += range_table_bytes(c, false);
     for (const Sequence& s : sequences(c))
         for_each_tile(s.seqlen_q, t.rows, [&](int64_t rows, int row0) {
             int64_t keys = 0;

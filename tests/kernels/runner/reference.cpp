@@ -78,6 +78,8 @@ public:
             std::copy_n(out[i], c_.head_dim_v, result.out.at(s_.compact_q + i, head_));
             *result.softmax_lse.at(s_.compact_q + i, head_) = double(lse_[size_t(i)]);
         }
+        double& largest = *result.max_logits.at(s_.index, head_);
+        for (const T score : scores_.x) largest = std::max(largest, double(score));
     }
 
     void store_backward(Attention& result) {
@@ -136,10 +138,13 @@ private:
     // A query that sees no key has no weights.
     void softmax_row(int i) {
         const T* s = scores_[i];
-        T largest = -std::numeric_limits<T>::infinity(), sum = 0;
+        const T none = -std::numeric_limits<T>::infinity();
+        const T sink = values_.sinks.empty() ? none : T(values_.sinks[size_t(head_)]);
+        T largest = sink;
         for (int j = 0; j < s_.seqlen_k; ++j) largest = std::max(largest, s[j]);
         lse_[size_t(i)] = largest;
         if (std::isinf(largest)) return;
+        T sum = std::exp(sink - largest);
         for (int j = 0; j < s_.seqlen_k; ++j) sum += weights_[i][j] = std::exp(s[j] - largest);
         for (int j = 0; j < s_.seqlen_k; ++j) weights_[i][j] = round_(weights_[i][j] / sum);
         lse_[size_t(i)] = largest + std::log(sum);
@@ -200,6 +205,8 @@ template <class T, class Round> Attention compute(const Case& c, const Values& v
     Attention result;
     result.out = Compact(rows_q, c.num_heads, c.head_dim_v);
     result.softmax_lse = Compact(rows_q, c.num_heads, 1);
+    result.max_logits = Compact(c.batch_size(), c.num_heads, 1);
+    std::fill(result.max_logits.x.begin(), result.max_logits.x.end(), -std::numeric_limits<double>::infinity());
     result.dq = Compact(rows_q, c.num_heads, c.head_dim);
     result.dk = Compact(rows_k, c.num_heads_k, c.head_dim);
     result.dv = Compact(rows_k, c.num_heads_k, c.head_dim_v);
@@ -250,7 +257,9 @@ Yardstick make_yardstick(const Case& c, const Values& values, bool grads) {
     const Precision plain = c.check == "large" ? Precision::kAsInputsWide : Precision::kAsInputs;
     for (const Order order : kOrders) {
         y.plain.push_back(attention(c, values, plain, grads, order));
-        y.plain.back().softmax_lse = attention(c, values, Precision::kFloat32, false, order).softmax_lse;
+        const Attention wide = attention(c, values, Precision::kFloat32, false, order);
+        y.plain.back().softmax_lse = wide.softmax_lse;
+        y.plain.back().max_logits = wide.max_logits;
     }
     return y;
 }

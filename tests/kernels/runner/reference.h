@@ -10,6 +10,7 @@ namespace flash_attn::runner {
 
 struct Attention {
     Compact out, softmax_lse;  // softmax_lse: [rows, heads, 1]
+    Compact max_logits;        // [sequences, heads, 1]
     Compact dq, dk, dv;        // if asked for
 };
 
@@ -23,7 +24,8 @@ Attention attention(const Case& c, const Values& values, Precision precision, bo
 // The attention of fp64, and what it is compared with.
 struct Yardstick {
     Attention exact;
-    std::vector<Attention> plain;  // in several orders, as a single one may be exact by luck; softmax_lse is of fp32
+    std::vector<Attention>
+        plain;  // in several orders, as a single one may be exact by luck; softmax_lse and max_logits are of fp32
 };
 Yardstick make_yardstick(const Case& c, const Values& values, bool grads);
 

@@ -1,5 +1,6 @@
 #include "runner/run.h"
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include "cuda/api.h"
@@ -123,7 +124,10 @@ Forward run_forward(const Inputs& x, Schedule schedule, Report& report) {
     const RowTensor softmax_lse(shape.batch, c.num_heads, shape.rows, c.layout);
     set_schedule(schedule);
     take_traffic();
-    const FwdParams params{x.problem(), out.view(c.packed), softmax_lse.view(c.packed)};
+    const int num_maxima = c.max_logits ? c.batch_size() * c.num_heads : 0;
+    const Numbers<float> max_logits(std::vector<float>(size_t(num_maxima), -INFINITY));
+    FwdParams params{x.problem(), out.view(c.packed), softmax_lse.view(c.packed)};
+    if (c.max_logits) params.max_logits = max_logits.data();
     const Workspace workspace(cuda::fwd_workspace_bytes(params, device_of(c)));
     check_error("forward", cuda::run_fwd(params, workspace.data(), device_of(c)), report);
     Forward result;
@@ -132,6 +136,8 @@ Forward run_forward(const Inputs& x, Schedule schedule, Report& report) {
     check_kernels("forward", c, result.hopper, report);
     result.out = collect("out", c, out, true, report);
     result.softmax_lse = collect_rows("softmax_lse", c, softmax_lse, shape.batch, shape.rows, report);
+    result.max_logits = Compact(num_maxima ? c.batch_size() : 0, c.num_heads, 1);
+    for (int i = 0; i < num_maxima; ++i) result.max_logits.x[size_t(i)] = double(max_logits.data()[i]);
     return result;
 }
 
@@ -181,7 +187,8 @@ Probs run_attn_probs(const Inputs& x, const Compact& softmax_lse, Schedule sched
     set_schedule(schedule);
     take_traffic();
     const ProbsParams params{x.problem(), lse_read.view(c.packed), probs.data()};
-    check_error("attn_probs", cuda::run_attn_probs(params, device_of(c)), report);
+    const Workspace workspace(cuda::attn_probs_workspace_bytes(params, device_of(c)));
+    check_error("attn_probs", cuda::run_attn_probs(params, workspace.data(), device_of(c)), report);
     Probs result;
     result.traffic = take_traffic();
     for (int64_t i = 0; i < rows * c.seqlen_k(); ++i)

@@ -12,7 +12,8 @@ namespace flash_attn::runner {
 struct Forward {
     Compact out, softmax_lse;
     Traffic traffic;
-    bool hopper;  // by the kernels for compute capability 9.0
+    bool hopper;              // by the kernels for compute capability 9.0
+    Compact max_logits = {};  // [sequences, heads, 1], if asked for
 };
 struct Backward {
     Compact dq, dk, dv, dsoftmax_sum;

@@ -1,0 +1,70 @@
+// Makes the summaries of key ranges (policy/range_mask.h): one warp per block of queries or keys.
+#pragma once
+#include "cuda/ptx/global.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/tile/lane.h"
+#include "policy/range_mask.h"
+#include "policy/seqlen.h"
+
+namespace flash_attn {
+
+struct RangeBlockParams {
+    Problem problem;
+    QueryBlock* query_blocks;  // where those of problem.key_ranges lie
+    KeyBlock* key_blocks;
+};
+
+constexpr int kRangeWarps = 4, kRangeThreads = kRangeWarps * kWarpThreads;
+
+FA_DEVICE int xor_lane(int x, int mask) {
+    return static_cast<int>(ptx::float_bits(ptx::shfl_xor(ptx::bits_float(static_cast<uint32_t>(x)), mask)));
+}
+
+// The first of this warp's lanes stores the block. Both kernels: block i of a batch of num_blocks each.
+FA_KERNEL(kRangeThreads, 1) make_query_blocks(FA_GRID_CONSTANT RangeBlockParams params) {
+    const Problem& p = params.problem;
+    const int num_blocks = RangeMask::num_query_blocks(p);
+    const int index = ptx::block_idx() * kRangeWarps + warp_id(), batch = index / num_blocks;
+    if (batch >= p.batch_size) return;
+    const Sequence seq = sequence_at(p, batch);
+    const RangeMask mask = RangeMask::of(p, seq, batch, 0);
+    QueryBlock sum{kMaxSeqlen, 0, 0, kMaxSeqlen};
+    const int first = index % num_blocks * kRangeBlock, end = min(first + kRangeBlock, seq.seqlen_q);
+    for (int row = first + lane_id(); row < end; row += kWarpThreads) sum = RangeMask::join(sum, mask.summary_of(row));
+#pragma unroll
+    for (int mask = 1; mask < kWarpThreads; mask *= 2)
+        sum = RangeMask::join(sum, {xor_lane(sum.any_begin, mask), xor_lane(sum.any_end, mask),
+                                    xor_lane(sum.all_begin, mask), xor_lane(sum.all_end, mask)});
+    if (lane_id() == 0)
+        ptx::store_16(params.query_blocks + index,
+                      {static_cast<uint32_t>(sum.any_begin), static_cast<uint32_t>(sum.any_end),
+                       static_cast<uint32_t>(sum.all_begin), static_cast<uint32_t>(sum.all_end)});
+}
+
+// From the query blocks. Queries are rounded outwards to multiples of kRangeTile: a tile of queries whose summary
+// reaches some of the keys is among them as a whole, whatever else a window leaves of them. Hence q_range() of the keys
+// has every tile of rows with keys in kv_range(), and blocks that add to dQ in turns agree on who does.
+FA_KERNEL(kRangeThreads, 1) make_key_blocks(FA_GRID_CONSTANT RangeBlockParams params) {
+    const Problem& p = params.problem;
+    const int num_blocks = RangeMask::num_key_blocks(p);
+    const int index = ptx::block_idx() * kRangeWarps + warp_id(), batch = index / num_blocks;
+    if (batch >= p.batch_size) return;
+    const Sequence seq = sequence_at(p, batch);
+    const RangeMask mask = RangeMask::of(p, seq, batch, 0);
+    const int key = index % num_blocks * kRangeBlock;
+    int first = kMaxSeqlen, end = 0;
+    for (int row = lane_id() * kRangeTile; row < seq.seqlen_q; row += kWarpThreads * kRangeTile) {
+        const QueryBlock sum = mask.summary({row, row + kRangeTile});
+        if (sum.any_begin >= key + kRangeBlock || sum.any_end <= key) continue;
+        first = min(first, row);
+        end = row + kRangeTile;
+    }
+#pragma unroll
+    for (int mask = 1; mask < kWarpThreads; mask *= 2) {
+        first = min(first, xor_lane(first, mask));
+        end = max(end, xor_lane(end, mask));
+    }
+    if (lane_id() == 0) ptx::store(params.key_blocks + index, KeyBlock{first, end});
+}
+
+}  // namespace flash_attn
