@@ -71,8 +71,8 @@ struct QueryBlock { int32_t any_begin, any_end, all_begin, all_end; };
 // Queries among which are all that see any of 64 keys; begin >= end: none.
 struct KeyBlock { int32_t first_query, end_query; };
 
-// Key ranges: in addition, query i sees only keys of [begin, end) = ranges[i], clamped to the sequence; none where it is
-// empty.
+// Key ranges: in addition, query i sees only keys of [begin, end) = ranges[i], clamped to the sequence; none where that
+// is empty.
 struct KeyRanges {
     const int32_t* ranges;  // [batch_size, seqlen_q, 2] or, packed, [total_q, 2], contiguous; null: no ranges
     int64_t batch_stride;   // in queries; 0 for packed queries and where all sequences share the ranges

@@ -39,6 +39,15 @@ def dense_reasons(tensors: dict[str, Tensor], remedy: str) -> list[str]:
     return [f"{name}: expected a dense tensor ({remedy}), got a {kind}" for name, kind in kinds.items()]
 
 
+def optional_tensor_reasons(tensors: dict[str, Any]) -> list[str]:
+    """One reason for each argument that is neither a tensor nor None."""
+    return [
+        f"{name}: expected torch.Tensor or None, got {describe(value)}"
+        for name, value in tensors.items()
+        if not (value is None or isinstance(value, Tensor))
+    ]
+
+
 def reject(error: type[Exception], function: str, reasons: Sequence[str]) -> NoReturn:
     """Raise one error with all reasons, each formatted ``<argument>: expected <what>, got <what>``."""
     if len(reasons) == 1:
@@ -136,9 +145,7 @@ def convert_arguments(
             reasons.append(f"{name}: expected torch.Tensor, got {describe(value)}")
     given = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     reasons += dense_reasons(given, "pack sequences of different lengths and call flash_attn_varlen_func")
-    for name, value in optional_tensors.items():
-        if value is not None and not isinstance(value, Tensor):
-            reasons.append(f"{name}: expected torch.Tensor or None, got {describe(value)}")
+    reasons += optional_tensor_reasons(optional_tensors)
 
     def convert(name: str, value: Any, converted: Any, expected: str) -> Any:
         if converted is None:

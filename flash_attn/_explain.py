@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _library
-from flash_attn.autograd import SEPARATE, Sequences, cast_for_autocast, convert_arguments, extended_options
+from flash_attn.autograd import SEPARATE, Extensions, Sequences, cast_for_autocast, convert_arguments, extended_options
 
 _explain = _library.op("_explain")
 
@@ -49,6 +49,9 @@ def explain(
     q_start: int | Tensor | None = None,
     k_start: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    s_aux: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    return_max_logits: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
@@ -58,7 +61,7 @@ def explain(
     """Find the backend that would run the forward pass of a call, without running it.
 
     Args:
-        q, k, v, ..., out_dtype: as in flash_attn_func. deterministic and return_attn_probs have no effect.
+        q, k, v, ..., return_max_logits: as in flash_attn_func. deterministic and return_attn_probs have no effect.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table: as in flash_attn_varlen_func, for a packed
             call. max_seqlen_q and max_seqlen_k may be omitted: they are then computed from cu_seqlens.
 
@@ -78,7 +81,8 @@ def explain(
     )
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = cast_for_autocast((q, k, v), q.device.type)
-    extended = extended_options("explain", q.dtype, attention_chunk, q_start, k_start, out_dtype)
+    given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
+    extended = extended_options("explain", q.dtype, given)
     where: dict[str, Any] = {} if sequences is None else sequences._asdict()
     state = torch.zeros(2, dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     with torch.no_grad():

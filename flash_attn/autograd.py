@@ -107,10 +107,20 @@ def convert_arguments(
     return sequences, *rest
 
 
-def extended_options(
-    function: str, dtype: torch.dtype, attention_chunk: Any, q_start: Any, k_start: Any, out_dtype: Any
-) -> dict[str, Any]:
-    """The options beyond those of flash_attn 2.8.3, as arguments of the operators, without those at their defaults.
+class Extensions(NamedTuple):
+    """The arguments that flash_attn 2.8.3 does not have, as in flash_attn_func."""
+
+    attention_chunk: Any
+    q_start: Any
+    k_start: Any
+    out_dtype: Any
+    s_aux: Any
+    key_ranges: Any
+    return_max_logits: Any
+
+
+def extended_options(function: str, dtype: torch.dtype, given: Extensions) -> dict[str, Any]:
+    """The given options as arguments of the operators, without those at their defaults.
 
     Args:
         dtype: of the inputs.
@@ -119,8 +129,9 @@ def extended_options(
         TypeError: an argument has the wrong type; the error names all of them.
         ValueError: out_dtype is not one that results can have.
     """
-    options: dict[str, Any] = {}
-    numbers = {"attention_chunk": attention_chunk, "q_start": q_start, "k_start": k_start}
+    tensors = {"s_aux": given.s_aux, "key_ranges": given.key_ranges}
+    options: dict[str, Any] = {name: value for name, value in tensors.items() if value is not None}
+    numbers = {"attention_chunk": given.attention_chunk, "q_start": given.q_start, "k_start": given.k_start}
     for name in ("q_start", "k_start"):
         if isinstance(numbers[name], Tensor) and numbers[name].dim() == 1:
             options[f"{name}s"] = numbers.pop(name)
@@ -133,23 +144,28 @@ def extended_options(
         for name, expected in expected_of.items()
         if values[name] is None
     ]
+    reasons += _checks.optional_tensor_reasons(tensors)
+    wants_max_logits = _checks.as_bool(given.return_max_logits)
+    if wants_max_logits is None:
+        reasons.append(f"return_max_logits: expected bool, got {_checks.describe(given.return_max_logits)}")
     if reasons:
         _checks.reject(TypeError, function, reasons)
     options |= {name: value for name, value in values.items() if name != "attention_chunk" or value != 0}
+    options |= {"return_max_logits": True} if wants_max_logits else {}
     full = torch.float64 if dtype is torch.float64 else torch.float32
-    if out_dtype not in (None, dtype, full):
-        choices = " or ".join(dict.fromkeys((str(dtype), str(full))))
-        _checks.reject(ValueError, function, [f"out_dtype: expected {choices} for inputs of {dtype}, got {out_dtype}"])
-    return options | ({"float_results": True} if out_dtype not in (None, dtype) else {})
+    if given.out_dtype not in (None, dtype, full):
+        expected = f"{' or '.join(dict.fromkeys((str(dtype), str(full))))} for inputs of {dtype}"
+        _checks.reject(ValueError, function, [f"out_dtype: expected {expected}, got {given.out_dtype}"])
+    return options | ({"float_results": True} if given.out_dtype not in (None, dtype) else {})
 
 
-def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor | None) -> bool:
+def _needs_grad(function: str, inputs: tuple[Tensor, ...], alibi_slopes: Tensor | None, s_aux: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         expected = "a tensor that does not require grad, since slopes get no gradient (pass alibi_slopes.detach())"
         _checks.reject(ValueError, function, [f"alibi_slopes: expected {expected}, got requires_grad=True"])
-    return any(x.requires_grad for x in inputs)
+    return any(x.requires_grad for x in inputs) or (s_aux is not None and s_aux.requires_grad)
 
 
 def _gather_pages(inputs: tuple[Tensor, ...], sequences: Sequences) -> tuple[tuple[Tensor, ...], Sequences]:
@@ -183,8 +199,8 @@ def _run(
     options: dict[str, Any],
     is_extended: bool,
     deterministic: bool | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out, softmax_lse and rng_state.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns out, softmax_lse, max_logits, which has a meaning only if it is asked for, and rng_state.
 
     Args:
         is_extended: the options are more than those of flash_attn 2.8.3.
@@ -196,8 +212,40 @@ def _run(
     if deterministic or (deterministic is not None and in_one_piece) or is_extended:
         return _attention(inputs, **where, **options, deterministic=bool(deterministic))
     forward = _varlen_forward if where else _dense_forward
-    out, softmax_lse, _, rng_state = forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
-    return out, softmax_lse, rng_state
+    return forward(*split_layout(layout, inputs), **where, **options, return_softmax=False)
+
+
+def _results(
+    layout: str,
+    inputs: tuple[Tensor, ...],
+    sequences: Sequences | None,
+    options: dict[str, Any],
+    extended: dict[str, Any],
+    deterministic: bool | None,
+    return_attn_probs: bool,
+) -> Any:
+    """What the public functions return: out, then softmax_lse and S_dmask, then max_logits, if they are asked for.
+
+    Args:
+        extended: further options, those of extended_options.
+        deterministic: as in _run.
+    """
+    where = {} if sequences is None else sequences._asdict()
+    out, softmax_lse, max_logits, rng_state = _run(
+        layout, inputs, where, {**options, **extended}, len(extended) > 0, deterministic
+    )
+    wants_max_logits = extended.pop("return_max_logits", False)
+    results: list[Any] = [out]
+    if return_attn_probs and options["dropout_p"] == 0:
+        results += [softmax_lse, inputs[0].new_empty(0)]
+    elif return_attn_probs:
+        q, k, _ = split_layout(layout, inputs)
+        with torch.no_grad():
+            probs = _attn_probs(q, k, softmax_lse, **where, **options, **extended, rng_state=rng_state)
+        results += [softmax_lse, probs]
+    if wants_max_logits:
+        results.append(max_logits)
+    return tuple(results) if len(results) > 1 else out
 
 
 def attention(
@@ -218,6 +266,9 @@ def attention(
     q_start: Any = None,
     k_start: Any = None,
     out_dtype: torch.dtype | None = None,
+    s_aux: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """The implementation of every public function.
 
@@ -227,7 +278,9 @@ def attention(
         sequences: None for a dense call.
         The other arguments: as in flash_attn_func.
     """
-    if not torch.compiler.is_compiling() and q_start is None and k_start is None and out_dtype is None:
+    is_usual = q_start is None and k_start is None and out_dtype is None
+    is_usual = is_usual and s_aux is None and key_ranges is None and return_max_logits is False
+    if is_usual and not torch.compiler.is_compiling():
         numbers = (dropout_p, softmax_scale, causal, window_size, attention_chunk, softcap)
         result = _eager_call(inputs, sequences, *numbers, alibi_slopes, deterministic, return_attn_probs)
         if result is not None:
@@ -241,11 +294,11 @@ def attention(
     first = inputs[0]
     if not first.is_meta and torch.is_autocast_enabled(first.device.type):
         inputs = cast_for_autocast(inputs, first.device.type)
-    extended = extended_options(function, inputs[0].dtype, attention_chunk, q_start, k_start, out_dtype)
-    needs_grad = _needs_grad(function, inputs, alibi_slopes)
+    given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
+    extended = extended_options(function, inputs[0].dtype, given)
+    needs_grad = _needs_grad(function, inputs, alibi_slopes, s_aux)
     if needs_grad and layout == SEPARATE and sequences is not None:
         inputs, sequences = _gather_pages(inputs, sequences)
-    where = {} if sequences is None else sequences._asdict()
     options = {
         "alibi_slopes": alibi_slopes,
         "softmax_scale": default_scale(first) if softmax_scale is None else softmax_scale,
@@ -254,14 +307,6 @@ def attention(
         "window_size_right": window_size[1],
         "softcap": softcap,
         "dropout_p": dropout_p,
-        **extended,
     }
     reproducible = bool(deterministic) if needs_grad else None
-    out, softmax_lse, rng_state = _run(layout, inputs, where, options, len(extended) > 0, reproducible)
-    if not return_attn_probs:
-        return out
-    if dropout_p == 0:
-        return out, softmax_lse, first.new_empty(0)
-    q, k, _ = split_layout(layout, inputs)
-    with torch.no_grad():
-        return out, softmax_lse, _attn_probs(q, k, softmax_lse, **where, **options, rng_state=rng_state)
+    return _results(layout, inputs, sequences, options, extended, reproducible, return_attn_probs)

@@ -52,6 +52,8 @@ class FlashAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_s: Any = None,
         need_weights: bool = False,
+        *,
+        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Compute attention.
 
@@ -64,6 +66,7 @@ class FlashAttention(nn.Module):
             cu_seqlens: (batch_size + 1,), int32, cumulative lengths of packed sequences.
             max_s: with cu_seqlens: upper bound of the sequence lengths.
             need_weights: must be False.
+            s_aux: (num_heads,), attention sinks, as in flash_attn_func.
 
         Returns:
             out, (batch_size, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), and None for the weights.
@@ -76,6 +79,7 @@ class FlashAttention(nn.Module):
             "dropout_p": self.dropout_p if self.training else 0.0,
             "softmax_scale": self.softmax_scale,
             "causal": causal,
+            "s_aux": s_aux,
         }
         if cu_seqlens is not None:
             reasons = []
@@ -100,8 +104,8 @@ class FlashAttention(nn.Module):
 class FlashMHA(nn.Module):
     """Multi-head self-attention with projections: ``out, _ = FlashMHA(embed_dim, num_heads)(x)``.
 
-    Parameters: Wqkv, (3 * embed_dim, embed_dim), and out_proj, (embed_dim, embed_dim). Dtypes, devices and head_dim are
-    those of flash_attn_func.
+    Parameters: Wqkv, (3 * embed_dim, embed_dim), out_proj, (embed_dim, embed_dim), and s_aux with sinks. Dtypes,
+    devices and head_dim are those of flash_attn_func.
 
     Args:
         embed_dim: width of input and output, a multiple of num_heads.
@@ -112,6 +116,7 @@ class FlashMHA(nn.Module):
         causal: apply a causal mask.
         device, dtype: of the parameters.
         dropout: alias of attention_dropout; if both are given they must be equal.
+        sinks: learn attention sinks, s_aux of flash_attn_func: a parameter s_aux, (num_heads,), 0 at first.
 
     Raises:
         TypeError: unknown keyword argument.
@@ -121,6 +126,7 @@ class FlashMHA(nn.Module):
     # torch.nn.TransformerEncoderLayer reads these attributes before its call, which __call__ then rejects.
     batch_first = True
     in_proj_bias = None
+    s_aux: nn.Parameter | None
 
     def __init__(
         self,
@@ -132,6 +138,8 @@ class FlashMHA(nn.Module):
         causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -155,6 +163,8 @@ class FlashMHA(nn.Module):
         self.Wqkv = nn.Linear(embed_dim, 3 * embed_dim, bias=bias, device=device, dtype=dtype)
         self.inner_attn = FlashAttention(attention_dropout=dropout, device=device, dtype=dtype)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        s_aux = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
+        self.register_parameter("s_aux", s_aux)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call forward; raises TypeError for calls in the style of torch.nn.MultiheadAttention."""
@@ -201,5 +211,6 @@ class FlashMHA(nn.Module):
 
     def _attend(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         qkv = rearrange(self.Wqkv(x), "... (three h d) -> ... three h d", three=3, d=self.head_dim)
-        context, _ = self.inner_attn(qkv, causal=self.causal, cu_seqlens=cu_seqlens, max_s=max_seqlen)
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_s": max_seqlen, "s_aux": self.s_aux}
+        context, _ = self.inner_attn(qkv, causal=self.causal, **options)
         return rearrange(context, "... h d -> ... (h d)")

@@ -24,8 +24,14 @@ from flash_attn._kernel_interface import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from flash_attn.autograd import KV_PACKED, QKV_PACKED, SEPARATE, Sequences, attention
+from flash_attn.autograd import SEPARATE, Sequences, attention
 from flash_attn.kv_cache import flash_attn_with_kvcache
+from flash_attn.packed_functions import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "FlashAttnFunc",
@@ -73,6 +79,9 @@ def flash_attn_func(
     q_start: int | Tensor | None = None,
     k_start: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    s_aux: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """Attention, softmax(softmax_scale * q @ k^T) @ v, for a batch of sequences of equal length.
 
@@ -95,7 +104,7 @@ def flash_attn_func(
                                            1 0
                                            1 1
 
-    A query without visible keys has out = 0, softmax_lse = -inf and zero gradients.
+    A query without visible keys has out = 0, softmax_lse = -inf (with s_aux: that of its head) and zero gradients.
 
     Args:
         q: (batch_size, seqlen_q, num_heads, head_dim), float32, float64, bfloat16 or float16. head_dim from 1 to 512.
@@ -122,13 +131,24 @@ def flash_attn_func(
             seqlen_k - seqlen_q. At least 0, all positions below 2^30 - 256; with dropout multiples of 32. None: 0 if
             the other is given. merge_attention_states joins the results of several parts of the keys.
         out_dtype: dtype of out: that of q (None), or float32 to join results without rounding each of them.
+        s_aux: (num_heads,), any floating dtype, not cast by autocast: attention sinks, a learned score per head for
+            nothing. exp(s_aux[h]) is added to the denominator of every row's softmax, so the weights sum to less than
+            1: gpt-oss (OpenAI, 2025); Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (2023).
+            Not scaled, capped, biased or dropped; -inf: none. Differentiable, and reproducible bit for bit.
+        key_ranges: (batch_size or 1, seqlen_q, 2), int32: query i of sequence b sees only keys j with
+            key_ranges[b, i, 0] <= j < key_ranges[b, i, 1], of those that causal, window_size and attention_chunk leave.
+            Ends are clamped to [0, seqlen_k]; an empty range is legal. Tiles outside of all ranges cost nothing. Keys
+            are counted from the first of k, whatever k_start says.
+        return_max_logits: also return max_logits, for QK-clip: Kimi K2 (Moonshot AI, 2025), section 2.1.
 
     Returns:
         out: (batch_size, seqlen_q, num_heads, head_dim_v), out_dtype. With return_attn_probs: (out, softmax_lse,
         S_dmask). softmax_lse: (batch_size, num_heads, seqlen_q), float32 (float64 for float64 input), the natural
-        logarithm of the sum of exp(score) over the visible keys. S_dmask, for tests, with O(N^2) memory: (batch_size,
-        num_heads, seqlen_q, seqlen_k), the attention weights with the sign bit set where dropped; empty if dropout_p
-        is 0.
+        logarithm of the sum of exp(score) over the visible keys, and the sink. S_dmask, for tests, with O(N^2) memory:
+        (batch_size, num_heads, seqlen_q, seqlen_k), the attention weights with the sign bit set where dropped; empty if
+        dropout_p is 0. With return_max_logits, max_logits follows, after out alone too: (batch_size, num_heads), dtype
+        of softmax_lse, the largest score of all visible pairs, as the softmax sees it: scaled, after softcap and ALiBi,
+        without the sink. -inf if there is no such pair, NaN if a score is. Not differentiable.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -151,74 +171,9 @@ def flash_attn_func(
         q_start=q_start,
         k_start=k_start,
         out_dtype=out_dtype,
-    )
-
-
-def flash_attn_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:
-    """flash_attn_func with keys and values in one tensor. Their gradient is one tensor too, without concatenation.
-
-    Args:
-        q: (batch_size, seqlen_q, num_heads, head_dim).
-        kv: (batch_size, seqlen_k, 2, num_heads_k, head_dim).
-
-    The other arguments, results and errors are those of flash_attn_func.
-    """
-    return attention(
-        "flash_attn_kvpacked_func",
-        KV_PACKED,
-        (q, kv),
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_attn_probs=return_attn_probs,
-    )
-
-
-def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:
-    """flash_attn_func with queries, keys and values in one tensor. So is their gradient, without concatenation.
-
-    Args:
-        qkv: (batch_size, seqlen, 3, num_heads, head_dim).
-
-    The other arguments, results and errors are those of flash_attn_func.
-    """
-    return attention(
-        "flash_attn_qkvpacked_func",
-        QKV_PACKED,
-        (qkv,),
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_attn_probs=return_attn_probs,
+        s_aux=s_aux,
+        key_ranges=key_ranges,
+        return_max_logits=return_max_logits,
     )
 
 
@@ -244,6 +199,9 @@ def flash_attn_varlen_func(
     q_start: int | Tensor | None = None,
     k_start: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    s_aux: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Any:
     """flash_attn_func for sequences of different lengths, packed without padding.
 
@@ -259,9 +217,11 @@ def flash_attn_varlen_func(
         block_table: (batch_size, max_pages), int32: row j of the keys and values of sequence b is row j % page_size of
             page block_table[b, j // page_size]. cu_seqlens_k then gives only the lengths. Any page_size >= 1. If
             gradients are needed, the pages are gathered first.
+        key_ranges: (total_q, 2), int32: as in flash_attn_func, keys being counted from the first of the sequence.
 
     The other arguments and errors are those of flash_attn_func; results: out (total_q, num_heads, head_dim_v),
-    softmax_lse (num_heads, total_q), S_dmask (batch_size, num_heads, max_seqlen_q, max_seqlen_k).
+    softmax_lse (num_heads, total_q), S_dmask (batch_size, num_heads, max_seqlen_q, max_seqlen_k), max_logits
+    (batch_size, num_heads).
     """
     return attention(
         "flash_attn_varlen_func",
@@ -280,83 +240,9 @@ def flash_attn_varlen_func(
         q_start=q_start,
         k_start=k_start,
         out_dtype=out_dtype,
-    )
-
-
-def flash_attn_varlen_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:
-    """flash_attn_varlen_func with keys and values in one tensor. Their gradient is one tensor too.
-
-    Args:
-        q: (total_q, num_heads, head_dim).
-        kv: (total_k, 2, num_heads_k, head_dim).
-
-    The other arguments, results and errors are those of flash_attn_varlen_func.
-    """
-    return attention(
-        "flash_attn_varlen_kvpacked_func",
-        KV_PACKED,
-        (q, kv),
-        Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_attn_probs=return_attn_probs,
-    )
-
-
-def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Any:
-    """flash_attn_varlen_func with queries, keys and values in one tensor. So is their gradient.
-
-    Args:
-        qkv: (total, 3, num_heads, head_dim).
-        cu_seqlens, max_seqlen: for queries and keys; (batch_size + 1,) int32, and int or 0-dim integer tensor.
-
-    The other arguments, results and errors are those of flash_attn_varlen_func.
-    """
-    return attention(
-        "flash_attn_varlen_qkvpacked_func",
-        QKV_PACKED,
-        (qkv,),
-        Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_attn_probs=return_attn_probs,
+        s_aux=s_aux,
+        key_ranges=key_ranges,
+        return_max_logits=return_max_logits,
     )
 
 

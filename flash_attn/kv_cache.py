@@ -39,6 +39,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention to a cache of keys and values, to which new ones are appended first, in place.
 
@@ -63,12 +64,12 @@ def flash_attn_with_kvcache(
             for: rotates k at positions n + j before it is appended, and q at positions n + i, or, without causal,
             window_size and attention_chunk, all of q at n. Su et al., "RoFormer" (2021), section 3.2.
         cache_seqlens: an int for all, or (batch_size,) int32: rows in the cache, before appending; None: all of it. A
-            negative number skips the sequence: nothing is written, its out is 0, its softmax_lse -inf.
+            negative number skips the sequence: nothing is written, its out is 0, its softmax_lse -inf (or s_aux).
         cache_batch_idx: (batch_size,) int32, the batch entry of the cache of each sequence; None: the first ones.
         cache_leftpad: (batch_size,) int32, rows to skip at the start of the cache; None: 0.
         block_table: (batch_size, max_pages) int32: row j of a sequence is row j % page_size of page
             block_table[b, j // page_size]. Pages that are not in use may have any number.
-        softmax_scale, causal, window_size, softcap, alibi_slopes, attention_chunk: as in flash_attn_func.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, attention_chunk, s_aux: as in flash_attn_func.
         rotary_interleaved: pairs are (2 i, 2 i + 1) instead of (i, i + rotary_dim / 2).
         num_splits: the most chunks that the keys are split into, up to 128; 0: chosen from the length. Affects rounding
             only.
@@ -88,7 +89,7 @@ def flash_attn_with_kvcache(
         result = _eager_call(
             *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad),
             *(block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits),
-            *(return_softmax_lse, attention_chunk),
+            *(return_softmax_lse, attention_chunk, s_aux),
         )
         if result is not None:
             return result
@@ -102,6 +103,7 @@ def flash_attn_with_kvcache(
         "cache_leftpad": cache_leftpad,
         "block_table": block_table,
         "alibi_slopes": alibi_slopes,
+        "s_aux": s_aux,
     }
     scalars = {
         "cache_seqlens": cache_seqlens,
@@ -144,11 +146,7 @@ def _convert(tensors: dict[str, Any], optional: dict[str, Any], scalars: dict[st
     ]
     given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
     reasons += _checks.dense_reasons(given, "a KV cache is one, with cache_seqlens for the lengths")
-    reasons += [
-        f"{name}: expected torch.Tensor or None, got {_checks.describe(x)}"
-        for name, x in optional.items()
-        if not (x is None or isinstance(x, Tensor))
-    ]
+    reasons += _checks.optional_tensor_reasons(optional)
     converters: dict[str, tuple[Callable[[Any], Any], str]] = {
         "cache_seqlens": (_as_lengths, "int, an int32 tensor of shape (batch_size,) or None"),
         "softmax_scale": (_checks.as_float, "float or None (a learned scale belongs into q)"),

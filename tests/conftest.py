@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-pytest_plugins = ("resume",)
+pytest_plugins = ("resume", "policies")
 
 # Set before anything runs on the CPU: uninitialised memory is filled with NaN. See csrc/ops/cpu_host.h.
 os.environ["FLASH_ATTN_CPU_POISON"] = "1"

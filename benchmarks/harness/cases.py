@@ -35,8 +35,10 @@ class Case:
     head_dim_v: int = 64
     causal: bool = False
     window: int | None = None  # a query sees itself and this many keys before it
+    prefix: int | None = None  # a query sees all keys up to itself, and this many first ones
     softcap: float = 0.0
     alibi: bool = False
+    sinks: bool = False
     dropout_p: float = 0.0
     seqlens: tuple[int, ...] = ()  # of a packed batch; seqlen_q and seqlen_k are then the longest
     backward: bool = False  # whether there is a backward pass
@@ -52,6 +54,8 @@ class Case:
         mask = "causal" if self.causal else "full"
         if self.window is not None:
             mask = f"window{self.window}"
+        if self.prefix is not None:
+            mask = f"prefix{self.prefix}"
         return f"{self.group} {self.dtype} {mask} b{len(self.seqlens) or self.batch_size} n{seqlen} {heads} {width}"
 
     @property
@@ -76,6 +80,7 @@ class Case:
         if not self.causal:
             return seqlen_q * seqlen_k
         last = torch.arange(seqlen_q) + seqlen_k - seqlen_q  # the last key that a query sees
+        last = last if self.prefix is None else last.clamp(min=self.prefix - 1)
         first = (last - self.window).clamp(min=0) if self.window is not None else torch.zeros_like(last)
         return int((last - first + 1).clamp(min=0).sum())
 
@@ -103,6 +108,11 @@ def _cpu_cases() -> Iterator[Case]:
     for dtype in ("fp32", "bf16"):
         yield _square("cpu", "gqa", dtype, 2048, 64, num_heads_k=2, causal=True)
         yield _square("cpu", "window", dtype, 4096, 64, causal=True, window=256)
+        yield _square("cpu", "prefix", dtype, 2048, 64, causal=True, prefix=512)
+        yield _square("cpu", "prefix", dtype, 4096, 64, causal=True, prefix=1024)
+        yield _square("cpu", "prefix", dtype, 2048, 128, causal=True, prefix=1536)
+        yield _square("cpu", "sinks", dtype, 512, 64, causal=True, sinks=True)
+        yield _square("cpu", "sinks", dtype, 2048, 64, causal=True, sinks=True)
         yield _square("cpu", "varlen", dtype, max(RAGGED_SEQLENS), 64, causal=True, seqlens=RAGGED_SEQLENS)
         yield _square("cpu", "head_dim_v", dtype, 2048, 64, head_dim_v=128, causal=True)
         yield _square("cpu", "head_dim_v", dtype, 2048, 192, head_dim_v=128, causal=True)
@@ -128,6 +138,8 @@ def _gpu_cases() -> Iterator[Case]:
     yield _square("cuda", "gqa", "bf16", 8192, 128, causal=True, num_heads=64, num_heads_k=8, batch_size=2)
     yield _square("cuda", "window", "bf16", 8192, 128, causal=True, window=1024)
     yield _square("cuda", "window", "bf16", 16384, 64, causal=True, window=128)
+    yield _square("cuda", "prefix", "bf16", 8192, 128, causal=True, prefix=2048)
+    yield _square("cuda", "sinks", "bf16", 8192, 64, causal=True, sinks=True, num_heads=64, num_heads_k=8)
     yield _square("cuda", "alibi", "bf16", 4096, 128, causal=True, alibi=True)
     yield _square("cuda", "softcap", "bf16", 4096, 128, causal=True, softcap=30.0)
     yield _square("cuda", "dropout", "bf16", 4096, 128, causal=True, dropout_p=0.1)
@@ -161,4 +173,5 @@ def _small(case: Case, device: str) -> Case:
         num_heads_k=4 if case.num_heads == case.num_heads_k else 2,
         seqlens=tuple(min(n, QUICK_SEQLEN) for n in case.seqlens),
         window=None if case.window is None else min(case.window, QUICK_SEQLEN // 4),
+        prefix=None if case.prefix is None else min(case.prefix, QUICK_SEQLEN // 4),
     )

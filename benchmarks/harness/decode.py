@@ -102,4 +102,4 @@ def make_problem(case: Case) -> Cached:
     caches[0].normal_()
     caches[1:] = caches[0]
     k, v = caches[0]
-    return Cached(case, q, k, v, q, None, None, caches, itertools.cycle(range(len(caches))))
+    return Cached(case, q, k, v, q, None, None, None, caches, itertools.cycle(range(len(caches))))

@@ -12,13 +12,25 @@ import torch
 from torch import Tensor
 
 from flash_attn import build_info, flash_attn_func, flash_attn_varlen_func
+from harness.cases import Case
 from harness.provider import OURS, Call, Problem, Provider
 
 
-def _public_functions(problem: Problem) -> Call:
+def _key_ranges(case: Case) -> Tensor:
+    """(1, seqlen_q, 2): a query sees the prefix, and what is before it."""
+    last = torch.arange(case.seqlen_q, device=case.device) + case.seqlen_k - case.seqlen_q
+    end = last.clamp(min=(case.prefix or 0) - 1) + 1
+    return torch.stack([torch.zeros_like(end), end], -1)[None].to(torch.int32)
+
+
+def _public_functions(problem: Problem, sinks: bool = True) -> Call:
     case, cu = problem.case, problem.cu_seqlens
     options: dict[str, Any] = {"dropout_p": case.dropout_p, "causal": case.causal, "window_size": case.window_size}
     options |= {"softcap": case.softcap, "alibi_slopes": problem.alibi_slopes}
+    if case.prefix is not None:
+        options |= {"causal": False, "key_ranges": _key_ranges(case)}
+    if case.sinks and sinks:
+        options["s_aux"] = problem.s_aux
 
     def forward() -> Tensor:
         if cu is None:
@@ -67,7 +79,10 @@ def kernels(device: str) -> str:
 
 
 def other_build(name: str, path: Path) -> Provider:
-    """Ours by the ops of another build, torch.ops.flash_attn_NAME. Without dropout, whose state they do not draw."""
+    """Ours by the ops of another build, torch.ops.flash_attn_NAME.
+
+    Without dropout, whose state they do not draw, and without sinks and key ranges, which older ones do not know.
+    """
     torch.ops.load_library(str(path))
     fwd = getattr(torch.ops, f"flash_attn_{name}").fwd
 
@@ -81,7 +96,9 @@ def other_build(name: str, path: Path) -> Provider:
             options |= {"max_seqlen_q": case.seqlen_q, "max_seqlen_k": case.seqlen_k}
         return Call(lambda: fwd(*problem.inputs, **options)[0], problem.inputs, problem.dout)
 
-    return Provider(f"{OURS}, {name}", make_call, lambda case: not case.dropout_p)
+    return Provider(
+        f"{OURS}, {name}", make_call, lambda case: not case.dropout_p and not case.sinks and case.prefix is None
+    )
 
 
 PROVIDERS = (
@@ -92,6 +109,9 @@ PROVIDERS = (
         lambda case: case.backward,
         context=_deterministic,
         passes=("backward",),
+    ),
+    Provider(
+        f"{OURS}, without sinks", lambda problem: _public_functions(problem, sinks=False), lambda case: case.sinks
     ),
     Provider(f"{OURS}, generic", _public_functions, lambda case: runs_on_hopper(), devices=("cuda",), context=_generic),
 )

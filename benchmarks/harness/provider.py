@@ -28,6 +28,7 @@ class Problem:
     dout: Tensor
     alibi_slopes: Tensor | None  # (num_heads,), the usual geometric ones
     cu_seqlens: Tensor | None  # of a packed batch
+    s_aux: Tensor | None  # (num_heads,), sinks
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +52,10 @@ def make_problem(case: Case) -> Problem:
         x.requires_grad_(case.backward)
     slopes = 2.0 ** (-8.0 / case.num_heads * torch.arange(1.0, case.num_heads + 1, device=device))
     cu_seqlens = torch.tensor([0, *itertools.accumulate(case.seqlens)], dtype=torch.int32, device=device)
-    return Problem(case, q, k, v, dout, slopes if case.alibi else None, cu_seqlens if case.seqlens else None)
+    # exp(-30) is less than any type resolves: calls without the sink compute the same, and times do not depend on it.
+    sinks = torch.full((case.num_heads,), -30.0, device=device, requires_grad=case.backward)
+    optional = slopes if case.alibi else None, cu_seqlens if case.seqlens else None, sinks if case.sinks else None
+    return Problem(case, q, k, v, dout, *optional)
 
 
 def visibility(case: Case) -> Tensor:
@@ -63,7 +67,7 @@ def visibility(case: Case) -> Tensor:
         visible &= key <= query
     if case.window is not None:
         visible &= key >= query - case.window
-    return visible
+    return visible if case.prefix is None else visible | (key < case.prefix)
 
 
 @dataclass

@@ -41,7 +41,7 @@ def _dense_mask(problem: Problem) -> Tensor | None:
         key = torch.arange(case.seqlen_k, device=case.device)[None, :]
         bias = -problem.alibi_slopes[:, None, None] * (query - key).abs()
         return bias.masked_fill(~visibility(case), -math.inf).to(DTYPES[case.dtype])[None]
-    if case.window is not None or (case.causal and 1 < case.seqlen_q != case.seqlen_k):
+    if case.window is not None or case.prefix is not None or (case.causal and 1 < case.seqlen_q != case.seqlen_k):
         return visibility(case)
     return None
 
@@ -50,7 +50,8 @@ def _dense(problem: Problem, backend: str) -> Call:
     """With the cheapest mask that the backend takes."""
     case, mask, name = problem.case, _dense_mask(problem), backend
     if mask is not None:
-        knows = case.device == "cuda" and backend in KNOW_LOWER_RIGHT and case.window is None and not case.alibi
+        hides_later_keys_only = case.window is None and case.prefix is None and not case.alibi
+        knows = case.device == "cuda" and backend in KNOW_LOWER_RIGHT and hides_later_keys_only
         name, mask = (name, causal_lower_right(*mask.shape)) if knows else (f"{name} + mask", mask)
     causal = case.causal and case.seqlen_q == case.seqlen_k and mask is None
 
@@ -99,8 +100,8 @@ def _providers(backend: str) -> list[Provider]:
     if backend == MATH:
         common["why_not"] = _makes_large_matrix
     dense = functools.partial(_dense, backend=backend)
-    return [  # there is no softcap
-        Provider(backend, dense, lambda case: not case.seqlens and not case.softcap, **common),
+    return [  # there are neither softcap nor sinks
+        Provider(backend, dense, lambda case: not case.seqlens and not case.softcap and not case.sinks, **common),
         Provider(f"{backend} + mask, padded", _padded, lambda case: bool(case.seqlens), **common),
         Provider(f"{backend}, loop", _loop, lambda case: bool(case.seqlens) and backend != MATH, **common),
     ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from harness.cases import Case
 from harness.provider import Call, Problem, Provider, visibility
 
 
@@ -23,7 +24,8 @@ def flex(problem: Problem) -> Call:
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         visible = key <= query + shift
-        return visible if window is None else visible & (key >= query + shift - window)
+        visible = visible if window is None else visible & (key >= query + shift - window)
+        return visible if case.prefix is None else visible | (key < case.prefix)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if case.softcap:
@@ -76,16 +78,30 @@ def _written_out(problem: Problem) -> Call:
 
     def forward() -> Tensor:
         scores = torch.einsum("bihd,bjhd->bhij", problem.q * case.head_dim**-0.5, problem.k)
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-        weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+        if case.softcap:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        scores = scores.masked_fill(hidden, -math.inf)
+        if problem.s_aux is not None:
+            sinks = problem.s_aux[:, None, None].expand(*scores.shape[:-1], 1).to(scores.dtype)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            weights = scores.softmax(dim=-1)
         return torch.einsum("bhij,bjhd->bihd", weights, problem.v)
 
     return Call(forward, problem.inputs, problem.dout)
 
 
+def _has_flex(case: Case) -> bool:
+    return not case.seqlens and not case.dropout_p and not case.sinks
+
+
+def _repeats_heads(case: Case) -> str:
+    return "" if case.num_heads == case.num_heads_k else "would repeat keys for every head of queries"
+
+
 PROVIDERS = (
     # Only GPUs have packed attention, and a backward pass of FlexAttention.
     Provider("torch varlen", _varlen, lambda case: bool(case.seqlens), devices=("cuda",)),
-    Provider("torch flex", flex, lambda case: not case.seqlens and not case.dropout_p, devices=("cuda",), stage=2),
-    Provider("torch written out", _written_out, lambda case: bool(case.softcap)),
+    Provider("torch flex", flex, _has_flex, devices=("cuda",), stage=2),
+    Provider("torch written out", _written_out, lambda case: case.softcap > 0 or case.sinks, why_not=_repeats_heads),
 )

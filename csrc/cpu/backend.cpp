@@ -6,7 +6,7 @@
 #include <vector>
 #include "cpu/fwd_plan.h"
 #include "cpu/kernel_table.h"
-#include "policy/mask.h"
+#include "cpu/range_blocks.h"
 
 namespace flash_attn::cpu {
 namespace {
@@ -64,6 +64,38 @@ template <class F> void parallel(Host& host, int64_t count, size_t scratch_bytes
 template <class F> void for_each_head(Host& host, const Problem& p, size_t scratch_bytes, const F& function) {
     parallel(host, int64_t(p.batch_size) * p.num_heads, scratch_bytes,
              [&](int64_t i, void* scratch) { function(int(i / p.num_heads), int(i % p.num_heads), scratch); });
+}
+
+// function(mask, block, index) for every block of the queries or keys of every sequence, of which length(sequence) says
+// how many there are. Many blocks are one task.
+template <class Length, class F>
+void for_each_block(Host& host, const Problem& p, int most_blocks, Length length, const F& function) {
+    constexpr int64_t kBlocksPerTask = 64;
+    const int64_t count = int64_t(p.batch_size) * most_blocks;
+    parallel(host, ceil_div(count, kBlocksPerTask), 0, [&](int64_t task, void*) {
+        for (int64_t i = task * kBlocksPerTask; i < min(count, (task + 1) * kBlocksPerTask); ++i) {
+            const int batch = int(i / most_blocks), block = int(i % most_blocks);
+            const Sequence seq = sequence_at(p, batch);
+            if (block * kRangeBlock < length(seq)) function(RangeMask::of(p, seq, batch, 0), block, i);
+        }
+    });
+}
+
+// Sums up the key ranges of a problem, if it has any; for_keys: also for each block of keys.
+void sum_up_ranges(Problem& p, bool for_keys, Host& host) {
+    KeyRanges& r = p.key_ranges;
+    if (!r.ranges) return;
+    const int of_queries = RangeMask::num_query_blocks(p), of_keys = for_keys ? RangeMask::num_key_blocks(p) : 0;
+    auto* const query_blocks =
+        static_cast<QueryBlock*>(host.workspace(sizeof(QueryBlock) * size_t(p.batch_size) * of_queries));
+    auto* const key_blocks = static_cast<KeyBlock*>(host.workspace(sizeof(KeyBlock) * size_t(p.batch_size) * of_keys));
+    r.query_blocks = query_blocks, r.key_blocks = key_blocks;
+    for_each_block(
+        host, p, of_queries, [](const Sequence& seq) { return seq.seqlen_q; },
+        [&](const RangeMask& mask, int block, int64_t i) { query_blocks[i] = query_block(mask, block); });
+    for_each_block(
+        host, p, of_keys, [](const Sequence& seq) { return seq.seqlen_k; },
+        [&](const RangeMask& mask, int block, int64_t i) { key_blocks[i] = key_block(mask, block); });
 }
 
 // Number of tasks that share the keys of one sequence and head. Each task has a dQ buffer of its own, so splits are
@@ -131,7 +163,9 @@ void run_wave(const BwdParams& params, const Kernels& k, const Wave& wave, char*
 
 const char* instruction_set() { return chosen().name; }
 
-void run_fwd(const FwdParams& params, Host& host) {
+void run_fwd(const FwdParams& asked, Host& host) {
+    FwdParams params = asked;
+    sum_up_ranges(params.problem, false, host);
     const Kernels k = chosen().kernels(params.problem.type);
     const FwdPlan plan(params, k, host.num_threads());
     char* const partials = static_cast<char*>(host.workspace(plan.partial_bytes()));
@@ -147,7 +181,9 @@ void append(const AppendParams& params, Host& host) {
              [&](int64_t i, void*) { k.append(params, int(i / rows), int(i % rows)); });
 }
 
-void run_bwd(const BwdParams& params, Host& host) {
+void run_bwd(const BwdParams& asked, Host& host) {
+    BwdParams params = asked;
+    sum_up_ranges(params.problem, true, host);
     const Problem& p = params.problem;
     const Kernels k = chosen().kernels(p.type);
     for_each_head(host, p, k.bwd_preprocess_scratch(params),
@@ -159,7 +195,9 @@ void run_bwd(const BwdParams& params, Host& host) {
     for (const Wave& wave : waves) run_wave(params, k, wave, dq_accum, host);
 }
 
-void run_attn_probs(const ProbsParams& params, Host& host) {
+void run_attn_probs(const ProbsParams& asked, Host& host) {
+    ProbsParams params = asked;
+    sum_up_ranges(params.problem, false, host);
     const Kernels k = chosen().kernels(params.problem.type);
     for_each_head(host, params.problem, 0, [&](int batch, int head, void*) { k.attn_probs(params, batch, head); });
 }

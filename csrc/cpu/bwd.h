@@ -75,7 +75,7 @@ public:
 
     BwdSlice(const BwdParams& params, const BwdTask& task, Arena arena)
         : params_(params), p_(params.problem), task_(task), b_(arena, p_), seq_(sequence_at(p_, task.batch)),
-          mask_(WindowMask::of(p_, seq_, task.batch, task.head_k * (p_.num_heads / p_.num_heads_k))),
+          mask_(RangeMask::of(p_, seq_, task.batch, task.head_k * (p_.num_heads / p_.num_heads_k))),
           few_rows_(has_few_rows(p_, seq_)), heads_per_key_head_(p_.num_heads / p_.num_heads_k),
           row_(padded_row<T>(p_.head_dim)), row_v_(padded_row<T>(p_.head_dim_v)),
           row_q_(kDepth == 1 ? row_ : PackE::depth_of(p_.head_dim)),
@@ -346,7 +346,7 @@ private:
     const BwdTask task_;
     const Buffers b_;
     const Sequence seq_;
-    const WindowMask mask_;
+    const RangeMask mask_;
     const bool few_rows_;
     const int heads_per_key_head_, row_, row_v_;  // row_: padded head_dim
     const int row_q_, row_dout_;                  // row strides of b_.q and b_.dout

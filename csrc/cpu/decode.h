@@ -88,6 +88,7 @@ template <class E, class Dot> class DecodeTile {
         Operand* q;                            // [row][head_dim / kDepth, padded], in the order of RowVectors
         T* o;                                  // [row][head_dim_v, padded], as RowVectors sums rows
         T *row_max, *factor, *slope;           // [row]
+        T* nan;                                // [row]: NaN once a score is, which row_max may lose; else 0
         T* row_sum;                            // [row][L]: of the weights in each lane
         int *position, *first_key, *last_key;  // [row]: on the axis of keys; visible keys
         int q_stride, o_stride;
@@ -96,7 +97,7 @@ template <class E, class Dot> class DecodeTile {
             : q_stride(Rows::count_of(p.head_dim) * L), o_stride(round_up(p.head_dim_v, kStep)) {
             q = arena.take<Operand>(int64_t(rows) * q_stride);
             o = arena.take<T>(int64_t(rows) * o_stride);
-            for (T** each : {&row_max, &factor, &slope}) *each = arena.take<T>(rows);
+            for (T** each : {&row_max, &factor, &slope, &nan}) *each = arena.take<T>(rows);
             row_sum = arena.take<T>(int64_t(rows) * L);
             for (int** each : {&position, &first_key, &last_key}) *each = arena.take<int>(rows);
         }
@@ -156,6 +157,7 @@ private:
             b_.position[row] = variant_.mask.position(query);
             b_.slope[row] = alibi_slope(p_.score, task_.batch, rows_.head(row));
             b_.row_max[row] = -INFINITY;
+            b_.nan[row] = 0;
             store(b_.row_sum + row * L, Vec<T>{});
         }
     }
@@ -188,6 +190,7 @@ private:
         if (variant_.modified) modify_scores(row, s, padded);
         const VisibleKeys<int> seen{b_.first_key[row] - keys_.begin, min(b_.last_key[row] - keys_.begin, count - 1)};
         if (seen.first > 0 || seen.last < padded - 1) mask_scores(seen, s, padded);
+        if (params_.max_logits) find_nan(row, s, padded);
         Vec<T> top = splat<T>(-INFINITY), sum{};
         for (int i = 0; i < padded; i += L) top = vmax(top, load(s + i));
         const T old = b_.row_max[row];
@@ -222,6 +225,10 @@ private:
             const IntVec<T> keep = lanes.keep(lane_index<T>() + IntLane<T>(i));
             store(s + i, select<T>(keep, load(s + i), splat<T>(-INFINITY)));
         }
+    }
+    void find_nan(int row, const T* s, int padded) {
+        for (int i = 0; i < padded; ++i)
+            if (s[i] != s[i]) b_.nan[row] = s[i];
     }
 
     // O = O * factor + P V for kRows rows. Fetches other values. Keys that only some of the rows see
@@ -299,11 +306,11 @@ private:
             task_.partial ? write_partial(row) : write_out(row);
         }
     }
+    T top(int row) const { return b_.row_max[row] + b_.nan[row]; }
     void write_out(int row) {
         const int64_t query = seq_.first_row_q + rows_.query(row);
-        const T sum = lane_sum(load(b_.row_sum + row * L)), inverse = sum == 0 ? T(0) : 1 / sum;
-        *row_ptr<T>(params_.softmax_lse, task_.batch, query, rows_.head(row)) =
-            lse_of(b_.row_max[row] * variant_.scale, sum);
+        const T inverse = finish_row(params_, task_.batch, query, rows_.head(row), top(row) * variant_.scale,
+                                     lane_sum(load(b_.row_sum + row * L)), T(1));
         with_result_row<E>(p_, params_.out, task_.batch, query, rows_.head(row), [&](auto* out) {
             for_each_vector<T>(p_.head_dim_v, [&](int d, int count) {
                 store_some(out + d, load(b_.o + row * b_.o_stride + d) * inverse, count);
@@ -312,7 +319,7 @@ private:
     }
     void write_partial(int row) {
         const Partial<T> partial(task_.partial, rows_.count, p_.head_dim_v);
-        partial.row_max[row] = b_.row_max[row];
+        partial.row_max[row] = top(row);
         partial.row_sum[row] = lane_sum(load(b_.row_sum + row * L));
         memcpy(partial.row(row), b_.o + row * b_.o_stride, sizeof(T) * partial.stride);
     }

@@ -24,6 +24,7 @@ template <class E, class Dot> class FwdTile {
         T *s, *o_t;                                  // [key][kPanel], [panel][head_dim_v][kPanel]
         T *row_max, *row_sum, *factor;               // [kQueryTile] twice, [kPanel]
         T* slope;                                    // [kQueryTile]: of ALiBi
+        T* nan;                                      // [kQueryTile]: NaN once a score is, which row_max may lose; or 0
         IntLane<T>*position, *first_key, *last_key;  // [kQueryTile]: on the axis of keys; visible keys
         uint16_t* keep;                              // [key][kPanel]
         const E** rows;                              // [kQueryTile or kKeyTile]
@@ -43,6 +44,7 @@ template <class E, class Dot> class FwdTile {
             row_sum = arena.take<T>(kQueryTile);
             factor = arena.take<T>(kPanel);
             slope = arena.take<T>(kQueryTile);
+            nan = arena.take<T>(kQueryTile);
             position = arena.take<IntLane<T>>(kQueryTile);
             first_key = arena.take<IntLane<T>>(kQueryTile);
             last_key = arena.take<IntLane<T>>(kQueryTile);
@@ -92,7 +94,7 @@ private:
             b_.position[i] = mask_.position(query);
             b_.slope[i] = is_row ? T(alibi_slope(p_.score, task_.batch, rows_.head(i))) : T(0);
             b_.row_max[i] = -INFINITY;
-            b_.row_sum[i] = 0;
+            b_.row_sum[i] = b_.nan[i] = 0;
         }
         memset(b_.o_t, 0, sizeof(T) * num_panels_ * kPanel * p_.head_dim_v);
     }
@@ -121,6 +123,7 @@ private:
         const bool is_full = mask_.is_full_block(queries, {tile_.begin + part.begin, tile_.begin + part.end});
         if (variant_.modified) modify_scores(rows.begin, part, vectors);
         if (!is_full) mask_scores(rows.begin, part, vectors);
+        if (params_.max_logits) find_nan(rows.begin, part, vectors);
         softmax(panel, part, vectors);
         if (dropout_.threshold) drop(rows.begin, part, vectors);
         accumulate(panel, part, vectors, is_full);
@@ -144,6 +147,17 @@ private:
                 const IntVec<T> keep = seen.keep(splat_int<T>(tile_.begin + key));
                 store(s, select<T>(keep, load(s), splat<T>(-INFINITY)));
             }
+        }
+    }
+
+    void find_nan(int row0, Range part, int vectors) {
+        for (int g = 0; g < vectors; ++g) {
+            Vec<T> found = load(b_.nan + row0 + g * L);
+            for (int key = part.begin; key < part.end; ++key) {
+                const Vec<T> s = load(b_.s + key * kPanel + g * L);
+                found = select<T>(s == s, found, s);
+            }
+            store(b_.nan + row0 + g * L, found);
         }
     }
 
@@ -246,17 +260,16 @@ private:
         }
     }
 
-    // out = O / sum and softmax_lse = max + log(sum); 0 and -infinity for a query without visible keys.
+    T top(int row) const { return b_.row_max[row] + b_.nan[row]; }
+
+    // out = O / sum and softmax_lse = max + log(sum). For a query without visible keys 0 and the sink, or -infinity.
     void write_out(int panel) {
         const Range rows = panel_rows(panel);
-        const T *row_max = b_.row_max + rows.begin, *row_sum = b_.row_sum + rows.begin;
-        const T rescale = variant_.score.dropout_rescale;
-        for (int i = 0; i < rows.end - rows.begin; ++i) {
-            const int64_t query = seq_.first_row_q + rows_.query(rows.begin + i);
-            *row_ptr<T>(params_.softmax_lse, task_.batch, query, rows_.head(rows.begin + i)) =
-                lse_of(row_max[i] * variant_.scale, row_sum[i]);
-        }
-        for (int i = 0; i < kPanel; ++i) b_.factor[i] = row_sum[i] == 0 ? T(0) : rescale / row_sum[i];
+        memset(b_.factor, 0, sizeof(T) * kPanel);
+        for (int row = rows.begin; row < rows.end; ++row)
+            b_.factor[row - rows.begin] =
+                finish_row(params_, task_.batch, seq_.first_row_q + rows_.query(row), rows_.head(row),
+                           top(row) * variant_.scale, b_.row_sum[row], variant_.score.dropout_rescale);
         p_.float_results ? write_out_rows<T>(panel) : write_out_rows<E>(panel);
     }
     template <class Result> void write_out_rows(int panel) {
@@ -270,7 +283,7 @@ private:
         const Partial<T> partial(task_.partial, rows_.count, p_.head_dim_v);
         const Range rows = panel_rows(panel);
         for (int row = rows.begin; row < rows.end; ++row) {
-            partial.row_max[row] = b_.row_max[row];
+            partial.row_max[row] = top(row);
             partial.row_sum[row] = b_.row_sum[row];
         }
         for (int i = 0; i < kPanel; ++i) b_.factor[i] = 1;
@@ -303,7 +316,7 @@ private:
     const Buffers b_;
     const Sequence seq_;
     const HeadVariant<T> variant_;
-    const WindowMask& mask_;
+    const RangeMask& mask_;
     const DropoutMask& dropout_;
     const int head_k_, num_panels_;
     Range tile_{0, 0};  // the key tile in b_.k and b_.v

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 #include "cpu/kernel_table.h"
-#include "policy/mask.h"
+#include "policy/range_mask.h"
 #include "policy/split.h"
 
 namespace flash_attn::cpu {
@@ -23,7 +23,7 @@ public:
         : params_(params), p_(params.problem), k_(kernels) {
         for (int batch = 0; batch < p_.batch_size; ++batch) {
             const Sequence seq = sequence_at(p_, batch);
-            const WindowMask mask = WindowMask::of(p_, seq, batch, 0);
+            const RangeMask mask = RangeMask::of(p_, seq, batch, 0);
             const int queries = queries_of_group(seq);
             for (int query = 0; queries > 0 && query < seq.seqlen_q; query += queries)
                 add_group(batch, seq, mask, query, min(queries, seq.seqlen_q - query));
@@ -75,7 +75,7 @@ private:
         return p_.dropout.threshold || !is_short ? 0 : kQueryTile / group_size();
     }
 
-    void add_query_tiles(int batch, const Sequence& seq, const WindowMask& mask) {
+    void add_query_tiles(int batch, const Sequence& seq, const RangeMask& mask) {
         for (int query = 0; query < seq.seqlen_q; query += kQueryTile) {
             const int count = min(kQueryTile, seq.seqlen_q - query);
             const Range keys = mask.kv_range({query, query + count});
@@ -86,7 +86,7 @@ private:
         }
     }
 
-    void add_group(int batch, const Sequence& seq, const WindowMask& mask, int query, int count) {
+    void add_group(int batch, const Sequence& seq, const RangeMask& mask, int query, int count) {
         const int heads = group_size(), rows = count * heads;
         // The last tile of many may have few rows, too.
         const bool decodes = has_few_rows(p_, seq) || (params_.inference && rows <= kDecodeRows);

@@ -1,15 +1,11 @@
 // Merges the partial results of chunks of keys, in the order of the chunks: each is the online softmax of its chunk.
 #pragma once
+#include "cpu/row_result.h"
 #include "cpu/tile.h"
 
 namespace flash_attn::cpu::FA_ISA {
 
-// max of the scaled scores + log(sum of the weights); -infinity if there was no key.
-template <class T> FA_INLINE T lse_of(T scaled_max, T sum) {
-    return sum == 0 ? T(-INFINITY) : scaled_max + std::log(sum);
-}
-
-// Unnormalised output, row max and row sum of the rows of a tile over one chunk of keys.
+// Unnormalised output, row max (NaN if a score is) and row sum of the rows of a tile over one chunk of keys.
 template <class T> struct Partial {
     T *row_max, *row_sum;  // [num_rows]
     T* out;                // [num_rows][stride]
@@ -58,9 +54,8 @@ template <class E> void merge(const FwdParams& params, const MergeTask& task) {
             row_sum += partial(chunk).row_sum[row] * factor[chunk];
         }
         const int64_t query = seq.first_row_q + rows.query(row);
-        *row_ptr<T>(params.softmax_lse, task.tile.batch, query, rows.head(row)) =
-            lse_of(row_max * variant.scale, row_sum);
-        const T inverse = row_sum == 0 ? T(0) : 1 / row_sum;
+        const T inverse =
+            finish_row(params, task.tile.batch, query, rows.head(row), row_max * variant.scale, row_sum, T(1));
         with_result_row<E>(p, params.out, task.tile.batch, query, rows.head(row), [&](auto* out) {
             for_each_vector<T>(p.head_dim_v, [&](int d, int count) {
                 Vec<T> sum{};

@@ -60,14 +60,15 @@ struct VectorMath {
     }
 };
 
-// The variant of one head. The CPU has one instance for all: the window may be unbounded. Plain scores remain products,
+// The variant of one head. The CPU has one instance for all: the window may be unbounded, and
+// there may be no key ranges. Plain scores remain products,
 // and softmax multiplies them by `scale`; modified scores come scaled from transform(), with scale = 1.
-template <class T> struct HeadVariant : AttentionVariant<WindowMask, ModifiedScore<T>> {
+template <class T> struct HeadVariant : AttentionVariant<RangeMask, ModifiedScore<T>> {
     bool modified, biased;  // scores are modified; ALiBi is among it
     T scale, scale_log2;    // scale_log2 = scale * log2(e)
 
     HeadVariant(const Problem& p, const Sequence& seq, int batch, int head)
-        : AttentionVariant<WindowMask, ModifiedScore<T>>(p, seq, batch, head), modified(modifies_scores(p.score)),
+        : AttentionVariant<RangeMask, ModifiedScore<T>>(p, seq, batch, head), modified(modifies_scores(p.score)),
           biased(p.score.alibi_slopes), scale(modified ? T(1) : scalars_of<T>(p).scale),
           scale_log2(modified ? T(kLog2e) : scalars_of<T>(p).scale_log2) {}
 

@@ -23,7 +23,9 @@ struct AttentionArgs {
     std::optional<double> softmax_scale = {};
     bool causal = false;
     int64_t window_size_left = -1, window_size_right = -1, attention_chunk = 0;
-    double softcap = 0, dropout_p = 0;
+    double softcap = 0;
+    OptionalTensor s_aux = {};  // gets a gradient
+    double dropout_p = 0;
     OptionalTensor rng_state = {};
     // Positions in a longer sequence: of every sequence or, as tensors, of each. Heads: of the dropout mask.
     std::optional<int64_t> q_start = {}, k_start = {};
@@ -31,19 +33,22 @@ struct AttentionArgs {
     int64_t head_start = 0;
     std::optional<int64_t> total_heads = {};
     bool float_results = false;  // out, dq, dk and dv are not rounded to the dtype of q
+    OptionalTensor key_ranges = {};
+    bool return_max_logits = false;
 
     // References to all fields, in the order of declaration, which is the order of the schema.
     template <class Self> static auto fields(Self& a) {
         return std::tie(a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.seqused_k, a.leftpad_k,
                         a.block_table, a.alibi_slopes, a.softmax_scale, a.causal, a.window_size_left,
-                        a.window_size_right, a.attention_chunk, a.softcap, a.dropout_p, a.rng_state, a.q_start,
-                        a.k_start, a.q_starts, a.k_starts, a.head_start, a.total_heads, a.float_results);
+                        a.window_size_right, a.attention_chunk, a.softcap, a.s_aux, a.dropout_p, a.rng_state, a.q_start,
+                        a.k_start, a.q_starts, a.k_starts, a.head_start, a.total_heads, a.float_results, a.key_ranges,
+                        a.return_max_logits);
     }
     bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
     // Whether the forward ops of flash_attn 2.8.3 accept these arguments.
     bool fits_original() const {
         return !rng_state && softmax_scale && !attention_chunk && (packed() || !seqused_k) && !has_positions() &&
-               !head_start && !total_heads && !float_results;
+               !head_start && !total_heads && !float_results && !s_aux && !key_ranges && !return_max_logits;
     }
     bool has_positions() const { return q_start || k_start || q_starts || k_starts; }
 };
@@ -79,9 +84,10 @@ struct ProbsArgs {
     const Tensor& softmax_lse;
 };
 
-using FwdResult = std::tuple<Tensor, Tensor>;                  // out, softmax_lse
-using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dsoftmax_sum
-using AttentionResult = std::tuple<Tensor, Tensor, Tensor>;    // out, softmax_lse, rng_state
+using FwdResult = std::tuple<Tensor, Tensor, Tensor>;  // out, softmax_lse, max_logits: undefined if not asked for
+using CacheResult = std::tuple<Tensor, Tensor>;        // out, softmax_lse
+using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;        // dq, dk, dv, dsoftmax_sum
+using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // out, softmax_lse, max_logits, rng_state
 
 // Uninitialised memory for the gradient of a tensor. is_float: not of its dtype, but float32 (float64 for float64).
 inline Tensor gradient_buffer(const Tensor& of, bool is_float = false) {
@@ -101,7 +107,10 @@ using ExplainImplementation = Names (*)(const FwdArgs&);
 template <class... Tail> struct OpsWithTail {
     template <FwdImplementation fwd>
     static FwdResult run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
-        return fwd({{{tail...}, Pass::kForward, q, k, &v}});
+        FwdResult result = fwd({{{tail...}, Pass::kForward, q, k, &v}});
+        Tensor& max_logits = std::get<2>(result);
+        if (!max_logits.defined()) max_logits = at::empty({0}, std::get<1>(result).options());
+        return result;
     }
     template <BwdImplementation bwd>
     static BwdResult run_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,

@@ -1,6 +1,7 @@
 // The Autograd kernels of the attention ops: they attach the backward node of backward_node.h.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #include "ops/attention.h"
@@ -14,6 +15,7 @@ namespace {
 
 void check_inputs(const char* op, at::TensorList inputs, const AttentionArgs& args) {
     for (const Tensor& t : inputs) refuse_tangent(op, t);
+    if (args.s_aux) refuse_tangent(op, *args.s_aux);
     if (!args.alibi_slopes) return;
     refuse_tangent(op, *args.alibi_slopes);
     if (!at::GradMode::is_enabled() || !args.alibi_slopes->requires_grad()) return;
@@ -24,25 +26,27 @@ void check_inputs(const char* op, at::TensorList inputs, const AttentionArgs& ar
     reasons.raise_if_any();
 }
 
-bool requires_grad(at::TensorList tensors) {
+bool requires_grad(at::TensorList inputs, const AttentionArgs& args) {
     if (!at::GradMode::is_enabled()) return false;
-    for (const Tensor& t : tensors) {
+    if (args.s_aux && args.s_aux->requires_grad()) return true;
+    for (const Tensor& t : inputs) {
         if (t.requires_grad()) return true;
     }
     return false;
 }
 
 // Attaches a node that raises in backward: paged keys have no gradients.
-void record_refusal(const char* op, at::TensorList inputs, const Tensor& result) {
+void record_refusal(const char* op, at::TensorList inputs, const AttentionArgs& args, const Tensor& result) {
     torch::autograd::edge_list edges;
     for (const Tensor& t : inputs) append_edge(edges, t);
+    if (args.s_aux) append_edge(edges, *args.s_aux);
     torch::autograd::impl::set_gradient_edge(result, raising_edge(op, kUseFunctions, std::move(edges), result));
 }
 
 // The dropout state that an op drew, if it returns one.
 const Tensor* drawn_state(const FwdResult&) { return nullptr; }
-const Tensor* drawn_state(const AttentionResult& result) { return &std::get<2>(result); }
-const Tensor* drawn_state(const OriginalFwdResult& result) { return &std::get<3>(result); }
+static_assert(std::is_same_v<AttentionResult, OriginalFwdResult>);
+const Tensor* drawn_state(const AttentionResult& result) { return &std::get<3>(result); }
 
 // Calls an op below the Autograd key and attaches a backward node to its results.
 template <class Call> auto differentiate(const char* op, at::TensorList inputs, AttentionArgs args, BackwardOps ops,
@@ -52,11 +56,11 @@ template <class Call> auto differentiate(const char* op, at::TensorList inputs, 
         at::AutoDispatchBelowAutograd guard;
         return call();
     }();
-    if (!requires_grad(inputs)) return result;
+    if (!requires_grad(inputs, args)) return result;
     const Tensor &out = std::get<0>(result), &softmax_lse = std::get<1>(result);
     if (args.block_table) {
-        record_refusal(op, inputs, out);
-        record_refusal(op, inputs, softmax_lse);
+        record_refusal(op, inputs, args, out);
+        record_refusal(op, inputs, args, softmax_lse);
         return result;
     }
     const Tensor* drawn = drawn_state(result);
@@ -87,12 +91,12 @@ AttentionResult run_attention(at::TensorList inputs, AttentionArgs args) {
     const auto [q, k, v] = split_inputs(inputs);
     if (!args.fits_original()) {
         if (args.dropout_p > 0 && !args.rng_state) args.rng_state = draw_rng_state(q);
-        auto [out, softmax_lse] =
+        auto [out, softmax_lse, max_logits] =
             std::apply([&, &q = q, &k = k, &v = v](const auto&... tail) { return fwd.call(q, k, v, tail...); },
                        AttentionArgs::fields(args));
         // Not no_rng_state(), which writes to memory: the tensors may be fake here.
         Tensor rng_state = args.rng_state ? *args.rng_state : at::zeros({2}, q.options().dtype(at::kLong));
-        return {std::move(out), std::move(softmax_lse), std::move(rng_state)};
+        return {std::move(out), std::move(softmax_lse), std::move(max_logits), std::move(rng_state)};
     }
     auto [out, softmax_lse, s_dmask, rng_state] =
         args.packed()
@@ -102,7 +106,8 @@ AttentionResult run_attention(at::TensorList inputs, AttentionArgs args) {
                           args.block_table, args.leftpad_k, args.seqused_k, /*zero_tensors=*/false)
             : dense.call(q, k, v, args.dropout_p, *args.softmax_scale, args.causal, args.window_size_left,
                          args.window_size_right, args.softcap, args.alibi_slopes, /*return_softmax=*/false);
-    return {std::move(out), std::move(softmax_lse), std::move(rng_state)};
+    Tensor no_max_logits = at::empty({0}, softmax_lse.options());
+    return {std::move(out), std::move(softmax_lse), std::move(no_max_logits), std::move(rng_state)};
 }
 
 template <class... Tail> struct AttentionSignature { using type = AttentionResult(at::TensorList, Tail..., bool); };
@@ -129,7 +134,7 @@ using Differentiable = WithTail<DifferentiableOps>;
 
 AttentionResult attention(at::TensorList inputs, const AttentionArgs& args, bool deterministic) {
     static const auto op = find_op<WithTail<AttentionSignature>::type>("flash_attn::_attention");
-    if (!requires_grad(inputs) || (inputs.size() == 3 && !deterministic && args.fits_original())) {
+    if (!requires_grad(inputs, args) || (inputs.size() == 3 && !deterministic && args.fits_original())) {
         return run_attention(inputs, args);
     }
     return std::apply([&](const auto&... tail) { return op.call(inputs, tail..., deterministic); },

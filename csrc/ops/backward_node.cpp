@@ -1,12 +1,14 @@
 #include "ops/backward_node.h"
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include "ops/calls.h"
 #include "ops/derivatives.h"
+#include "ops/results.h"
 
 namespace flash_attn {
 
@@ -43,6 +45,14 @@ Qkv split_inputs(at::TensorList inputs) {
 
 namespace {
 
+// Sums of the rows of a matrix, in blocks: the order in which torch adds up a single long row depends on the number of
+// threads.
+Tensor sum_rows(const Tensor& x) {
+    const c10::SymInt block = 1024, blocks = (x.sym_size(1) + block - 1) / block;
+    const Tensor padded = at::constant_pad_nd_symint(x, {0, blocks * block - x.sym_size(1)});
+    return padded.view_symint({x.sym_size(0), blocks, block}).sum(-1).sum(-1);
+}
+
 // One recorded forward call, and the gradients that autograd asks for.
 struct Call {
     variable_list inputs;
@@ -51,12 +61,14 @@ struct Call {
     OptionalTensor dlse;
     AttentionArgs args;
     BackwardOps ops;
-    bool deterministic;
+    bool deterministic, needs_sinks;
 
     // tensors: those that the node saved.
-    Call(const variable_list& tensors, size_t num_inputs, AttentionArgs args, BackwardOps ops, bool deterministic)
+    Call(const variable_list& tensors, size_t num_inputs, AttentionArgs args, BackwardOps ops, bool deterministic,
+         bool needs_sinks)
         : inputs(tensors.begin(), tensors.begin() + num_inputs), qkv(split_inputs(inputs)), out(tensors[num_inputs]),
-          softmax_lse(tensors[num_inputs + 1]), args(std::move(args)), ops(ops), deterministic(deterministic) {
+          softmax_lse(tensors[num_inputs + 1]), args(std::move(args)), ops(ops), deterministic(deterministic),
+          needs_sinks(needs_sinks) {
         auto next = tensors.begin() + num_inputs + 2;
         for_each_tensor(this->args, [&](OptionalTensor& tensor) {
             if (next->defined()) tensor = *next;
@@ -64,13 +76,16 @@ struct Call {
         });
     }
 
-    // Gradients of the inputs from grads = those of out and softmax_lse, each possibly undefined.
+    // Gradients of the inputs and, if given, of s_aux, from grads = those of out and softmax_lse, each possibly
+    // undefined.
     variable_list differentiate(const variable_list& grads) {
         dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
         if (grads[1].defined()) dlse = grads[1];
         if (dlse || args.seqused_k || args.leftpad_k) ops = BackwardOps::kOurs;
         if (args.float_results) round_to_inputs();
-        return gradients();
+        variable_list all = gradients();
+        if (args.s_aux) all.push_back(needs_sinks ? sinks_gradient() : Tensor());
+        return all;
     }
 
 private:
@@ -80,7 +95,7 @@ private:
         out = out.to(qkv[0].scalar_type());
         dout = dout.to(qkv[0].scalar_type());
     }
-    variable_list gradients() const {
+    variable_list gradients() {
         // The gradient of a packed input (kv or qkv) is allocated once and written through views. Not under
         // create_graph, where autograd forbids writes to views without history.
         if (inputs.size() < 3 && !at::GradMode::is_enabled()) {
@@ -94,27 +109,29 @@ private:
         write(parts);
         return join_inputs(parts, inputs.size());
     }
-    Qkv compute() const {
+    Qkv compute() {
         static const auto bwd = find_op<Signatures::Bwd>("flash_attn::bwd");
         const auto& [q, k, v] = qkv;
-        auto [dq, dk, dv, dsoftmax_sum] = std::apply(
-            [&](const auto&... tail) {
+        Qkv gradients;
+        auto& [dq, dk, dv] = gradients;
+        std::tie(dq, dk, dv, dsoftmax_sum) = std::apply(
+            [&, &q = q, &k = k, &v = v](const auto&... tail) {
                 return bwd.call(dout, q, k, v, out, softmax_lse, dlse, tail..., deterministic);
             },
             AttentionArgs::fields(args));
-        return {std::move(dq), std::move(dk), std::move(dv)};
+        return gradients;
     }
-    void write(const Qkv& gradients) const {
+    void write(const Qkv& gradients) {
         if (ops == BackwardOps::kOurs) return write_by_our_op(gradients);
         args.packed() ? write_by_original_varlen_op(gradients) : write_by_original_op(gradients);
     }
-    void write_by_our_op(const Qkv& gradients) const {
+    void write_by_our_op(const Qkv& gradients) {
         static const auto bwd = find_op<Signatures::BwdOut>("flash_attn::bwd", "out");
         const auto& [q, k, v] = qkv;
         const auto& [dq, dk, dv] = gradients;
-        std::apply(
+        dsoftmax_sum = std::apply(
             [&](const auto&... tail) {
-                bwd.call(dout, q, k, v, out, softmax_lse, dlse, tail..., deterministic, dq, dk, dv);
+                return bwd.call(dout, q, k, v, out, softmax_lse, dlse, tail..., deterministic, dq, dk, dv);
             },
             AttentionArgs::fields(args));
     }
@@ -135,6 +152,16 @@ private:
                  args.window_size_right, args.softcap, args.alibi_slopes, deterministic, args.rng_state,
                  /*zero_tensors=*/false);
     }
+    // A sink is a key without value, of weight exp(sink - lse): the derivative of its score is -weight * dsoftmax_sum,
+    // summed over all rows of the head. Rows outside sequences have no weights.
+    Tensor sinks_gradient() const {
+        const Tensor weight = args.s_aux->to(softmax_lse.scalar_type()).unsqueeze(1).sub(softmax_lse).exp();
+        const Tensor each = weight.mul(dsoftmax_sum).masked_fill(softmax_lse.eq(-kInfinity), 0);
+        const Tensor rows = args.packed() ? each : each.transpose(0, 1).flatten(1);  // [num_heads, rows]
+        return sum_rows(rows).neg().to(args.s_aux->scalar_type());
+    }
+
+    Tensor dsoftmax_sum;
 };
 
 void keep_needed(variable_list& gradients, const std::vector<bool>& needed) {
@@ -150,6 +177,7 @@ void FlashAttentionBackward::record(at::TensorList inputs, const AttentionArgs& 
     auto* const node = new FlashAttentionBackward(inputs.size(), args, ops, deterministic);
     const auto pointer = node_pointer(node);
     node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+    if (args.s_aux) node->add_next_edge(torch::autograd::impl::gradient_edge(*args.s_aux));
     torch::autograd::set_history(out, pointer);
     torch::autograd::set_history(softmax_lse, pointer);
     node->saved_.reserve(inputs.size() + 2 + std::tuple_size_v<decltype(AttentionArgs::fields(node->args_))>);
@@ -175,14 +203,16 @@ bool FlashAttentionBackward::is_deterministic() const {
 
 std::vector<bool> FlashAttentionBackward::needed() const {
     std::vector<bool> needed;
-    for (size_t i = 0; i < num_inputs_; ++i) needed.push_back(task_should_compute_output(i));
+    for (size_t i = 0; i < num_outputs(); ++i) needed.push_back(task_should_compute_output(i));
     return needed;
 }
 
 variable_list FlashAttentionBackward::apply(variable_list&& grads) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list gradients = Call(unpack(), num_inputs_, args_, ops_, is_deterministic()).differentiate(grads);
-    keep_needed(gradients, needed());
+    const std::vector<bool> is_needed = needed();
+    Call call(unpack(), num_inputs_, args_, ops_, is_deterministic(), is_needed.back());
+    variable_list gradients = call.differentiate(grads);
+    keep_needed(gradients, is_needed);
     return gradients;
 }
 
@@ -222,7 +252,8 @@ variable_list FlashAttentionBackward::apply_with_saved(const variable_list& grad
         variable_list tensors;
         auto next = given.begin();
         for (const bool is : is_given) tensors.push_back(is ? *next++ : Tensor());
-        variable_list gradients = Call(tensors, num_inputs, own, ops, deterministic).differentiate(grads);
+        variable_list gradients =
+            Call(tensors, num_inputs, own, ops, deterministic, needed.back()).differentiate(grads);
         keep_needed(gradients, needed);
         return gradients;
     };

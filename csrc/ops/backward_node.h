@@ -19,7 +19,7 @@ enum class BackwardOps { kOriginal, kOurs };
 
 class FlashAttentionBackward final : public torch::autograd::Node {
 public:
-    // Makes out and softmax_lse outputs of a new node with edges to the inputs.
+    // Makes out and softmax_lse outputs of a new node with edges to the inputs and args.s_aux.
     static void record(at::TensorList inputs, const AttentionArgs& args, const Tensor& out, const Tensor& softmax_lse,
                        BackwardOps ops, bool deterministic);
 
@@ -37,7 +37,7 @@ private:
     void save(const Tensor& tensor, bool is_output) { saved_.emplace_back(tensor, is_output); }
     torch::autograd::variable_list unpack();
     bool is_deterministic() const;
-    std::vector<bool> needed() const;  // per input: whether its gradient is needed
+    std::vector<bool> needed() const;  // of each input, and of s_aux if given: whether its gradient is needed
 
     size_t num_inputs_;
     AttentionArgs args_;                                 // without tensors

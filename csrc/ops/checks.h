@@ -118,6 +118,14 @@ protected:
                          shape_text(slopes));
         }
     }
+    void check_sinks(const OptionalTensor& s_aux, const Size& num_heads) {
+        if (!s_aux) return;
+        check_device("s_aux", *s_aux);
+        if (!is_supported(s_aux->scalar_type())) {
+            reasons_.add("s_aux", "dtype float32, float64, bfloat16 or float16", dtype_name(s_aux->scalar_type()));
+        }
+        check_shape("s_aux", *s_aux, {{"num_heads", num_heads}});
+    }
     // softmax_scale, softcap and attention_chunk of a record of arguments, for elements of a type.
     template <class Args> void check_scores(const Args& args, at::ScalarType type) {
         type == at::kDouble ? check_scores_in<double>(args) : check_scores_in<float>(args);

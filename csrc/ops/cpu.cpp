@@ -27,20 +27,23 @@ FwdResult fwd_cpu(const FwdArgs& args) {
 
     Tensor out = empty(out_sizes(args.problem), args.problem.q, result_type(args.problem));
     Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, lse_type(args.problem));
+    Tensor max_logits = initial_max_logits(args.problem);
     if (!has_pairs(problem)) {
         out.zero_();
-        softmax_lse.fill_(-kInfinity);
-        return {std::move(out), std::move(softmax_lse)};
+        fill_lse_without_keys(args.problem, softmax_lse);
+        return {std::move(out), std::move(softmax_lse), std::move(max_logits)};
     }
     const bool packed = args.problem.packed();
     fill_tail(out, 0, problem.seqlens.cu_seqlens_q, problem.batch_size, 0);
     fill_tail(softmax_lse, 1, problem.seqlens.cu_seqlens_q, problem.batch_size, -kInfinity);
     TorchHost host;
-    cpu::run_fwd({problem, view_of(out, packed), row_view_of(softmax_lse, packed)}, host);
-    return {std::move(out), std::move(softmax_lse)};
+    FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+    params.max_logits = data_or_null(max_logits);
+    cpu::run_fwd(params, host);
+    return {std::move(out), std::move(softmax_lse), std::move(max_logits)};
 }
 
-FwdResult fwd_kvcache_cpu(const KvCacheArgs& args) {
+CacheResult fwd_kvcache_cpu(const KvCacheArgs& args) {
     validate(args);
     PreparedKvCache prepared(args);
     validate_values(args, prepared.append_params());
@@ -62,7 +65,7 @@ FwdResult fwd_kvcache_cpu(const KvCacheArgs& args) {
                      host);
     } else {
         out.zero_();
-        softmax_lse.fill_(-kInfinity);
+        fill_lse_without_keys(attention, softmax_lse);
     }
     return {std::move(out), std::move(softmax_lse)};
 }

@@ -171,19 +171,21 @@ Tensor make_workspace(const ProblemArgs& args, int64_t bytes) {
 }
 
 FwdResult empty_result(const ProblemArgs& args) {
-    return {empty(out_sizes(args), args.q, result_type(args)), empty(lse_sizes(args), args.q, at::kFloat)};
+    return {empty(out_sizes(args), args.q, result_type(args)), empty(lse_sizes(args), args.q, at::kFloat),
+            initial_max_logits(args)};
 }
 
 void run_fwd(const ProblemArgs& args, const Problem& problem, const FwdResult& result, const DeviceScope& device) {
-    const auto& [out, softmax_lse] = result;
+    const auto& [out, softmax_lse, max_logits] = result;
     const bool packed = args.packed();
     if (packed || !has_pairs(problem)) {
         // The end of the last sequence is known only on the device.
         out.zero_();
-        softmax_lse.fill_(-kInfinity);
+        has_pairs(problem) ? void(softmax_lse.fill_(-kInfinity)) : fill_lse_without_keys(args, softmax_lse);
     }
     if (!has_pairs(problem)) return;
-    const FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+    FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+    params.max_logits = data_or_null(max_logits);
     const Tensor workspace = make_workspace(args, cuda::fwd_workspace_bytes(params, *device));
     check_launch(cuda::run_fwd(params, workspace.mutable_data_ptr(), *device));
 }
@@ -201,7 +203,7 @@ FwdResult fwd_cuda(const FwdArgs& args) {
 
 // Appends by torch operations, then attends by the kernels of the forward pass: keys are not split, so that num_splits
 // changes nothing. Caches whose rows are not aligned are copied after each append.
-FwdResult fwd_kvcache_cuda(const KvCacheArgs& args) {
+CacheResult fwd_kvcache_cuda(const KvCacheArgs& args) {
     validate(args);
     const ProblemArgs attention = args.attention();
     require_supported(attention);
@@ -212,7 +214,7 @@ FwdResult fwd_kvcache_cuda(const KvCacheArgs& args) {
     const Tensor q = append_with_torch(args);
     const PreparedKvCache prepared({args, q, args.k_cache, args.v_cache}, aligned_rows);
     run_fwd(attention, *prepared, result, device);
-    return result;
+    return {std::get<0>(std::move(result)), std::get<1>(std::move(result))};
 }
 
 // Zeroes all rows that run_bwd may leave unwritten.

@@ -73,7 +73,7 @@ PyObject* eager_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     EagerCall call;
     if (!call.read({arguments, count}) || !call.is_plain()) Py_RETURN_NONE;
-    const auto [out, softmax_lse, rng_state] = call.run();
+    const auto [out, softmax_lse, max_logits, rng_state] = call.run();
     if (!call.return_attn_probs) return as_python(out).release().ptr();
     const Tensor no_probs = at::empty({0}, out.options());
     return pybind11::make_tuple(as_python(out), as_python(softmax_lse), as_python(no_probs)).release().ptr();

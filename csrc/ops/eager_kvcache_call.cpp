@@ -8,7 +8,7 @@ namespace flash_attn {
 namespace {
 
 template <class... Options> struct SignatureWithOptions {
-    using Fwd = FwdResult(const Tensor&, const Tensor&, const Tensor&, Options...);
+    using Fwd = CacheResult(const Tensor&, const Tensor&, const Tensor&, Options...);
 };
 using Fwd = WithKvCacheOptions<SignatureWithOptions>::Fwd;
 
@@ -26,9 +26,10 @@ struct EagerKvCacheCall {
                reader.tensor(o.block_table) && reader.real(o.softmax_scale) && reader.boolean(o.causal) &&
                reader.window(o.window_size_left, o.window_size_right) && reader.real(o.softcap) &&
                reader.boolean(o.rotary_interleaved) && reader.tensor(o.alibi_slopes) && reader.integer(o.num_splits) &&
-               reader.boolean(return_softmax_lse) && reader.integer(o.attention_chunk) && reader.is_at_end();
+               reader.boolean(return_softmax_lse) && reader.integer(o.attention_chunk) && reader.tensor(o.s_aux) &&
+               reader.is_at_end();
     }
-    FwdResult run() const {
+    CacheResult run() const {
         static const auto op = find_op<Fwd>("flash_attn::fwd_kvcache");
         const pybind11::gil_scoped_release no_gil;
         return std::apply([&](const auto&... option) { return op.call(q, k_cache, v_cache, option...); },

@@ -16,13 +16,14 @@ struct KvCacheOptions {
     bool causal = false;
     int64_t window_size_left = -1, window_size_right = -1, attention_chunk = 0;
     double softcap = 0;
+    OptionalTensor s_aux = {};
     int64_t num_splits = 0;
 
     // References to all fields, in the order of declaration, which is the order of the schema.
     template <class Self> static auto fields(Self& a) {
         return std::tie(a.k, a.v, a.rotary_cos, a.rotary_sin, a.rotary_interleaved, a.cache_seqlen, a.cache_seqlens,
                         a.cache_batch_idx, a.cache_leftpad, a.block_table, a.alibi_slopes, a.softmax_scale, a.causal,
-                        a.window_size_left, a.window_size_right, a.attention_chunk, a.softcap, a.num_splits);
+                        a.window_size_left, a.window_size_right, a.attention_chunk, a.softcap, a.s_aux, a.num_splits);
     }
 };
 

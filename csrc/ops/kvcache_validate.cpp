@@ -37,6 +37,7 @@ public:
         check_lengths();
         check_numbers();
         check_alibi_slopes(args_.alibi_slopes, batch_size_, num_heads_);
+        check_sinks(args_.s_aux, num_heads_);
     }
 
 private:

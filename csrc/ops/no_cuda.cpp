@@ -20,7 +20,7 @@ template <class Result, class Args> Result no_cuda(const Args& args) {
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
     implement_ops<no_cuda<FwdResult, FwdArgs>, no_cuda<Tensor, BwdArgs>, no_cuda<Tensor, ProbsArgs>>(m);
-    m.impl("fwd_kvcache", KvCacheOps::run<no_cuda<FwdResult, KvCacheArgs>>);
+    m.impl("fwd_kvcache", KvCacheOps::run<no_cuda<CacheResult, KvCacheArgs>>);
     m.impl("_explain", Ops::run_explain<no_cuda<Names, FwdArgs>>);
 }
 

@@ -132,7 +132,7 @@ OriginalFwdResult run_original_fwd(OriginalFwdArgs args) {
     const bool drops = problem.dropout_p > 0;
     Tensor rng_state = drops ? draw_rng_state(problem.q) : no_rng_state(problem.q);
     if (drops) problem.rng_state = rng_state;
-    auto [out, softmax_lse] = fwd({problem});
+    auto [out, softmax_lse, max_logits] = fwd({problem});
     Tensor s_dmask;
     if (drops && args.return_softmax) {
         problem.pass = Pass::kProbs;

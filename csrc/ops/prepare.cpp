@@ -66,6 +66,13 @@ DropoutParams PreparedProblem::dropout_of(const ProblemArgs& args) {
     return {threshold, uint64_t(state[0]), uint64_t(state[1]), nullptr, 0, 0};
 }
 
+KeyRanges PreparedProblem::key_ranges_of(const ProblemArgs& args) {
+    if (!args.key_ranges) return {};
+    key_ranges_ = args.key_ranges->expect_contiguous();
+    const bool shared = args.packed() || key_ranges_->size(0) == 1;
+    return {key_ranges_->const_data_ptr<int32_t>(), shared ? 0 : key_ranges_->size(1), nullptr, nullptr};
+}
+
 PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const Tensor&)) {
     check_asked_backend(args.q.device());
     const bool packed = args.packed(), paged = args.block_table.has_value();
@@ -104,6 +111,7 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
     p.float_results = args.float_results;
     p.window = window_of(args);
     p.chunks = make_chunks(int(min<int64_t>(args.attention_chunk, kMaxSeqlen - 1)));
+    p.key_ranges = key_ranges_of(args);
     // The same floating-point result as Python's head_dim ** -0.5.
     p.score.softmax_scale = args.softmax_scale.value_or(std::pow(double(p.head_dim), -0.5));
     p.score.softcap = max(args.softcap, 0.0);
@@ -111,6 +119,10 @@ PreparedProblem::PreparedProblem(const ProblemArgs& args, Held (*readable)(const
         alibi_slopes_ = last_dim_contiguous(*args.alibi_slopes);
         p.score.alibi_slopes = alibi_slopes_->const_data_ptr<float>();
         p.score.alibi_batch_stride = alibi_slopes_->dim() == 2 ? alibi_slopes_->stride(0) : 0;
+    }
+    if (args.s_aux) {
+        sinks_ = Held::owned(args.s_aux->to(lse_type(args)).contiguous());
+        p.score.sinks = sinks_->const_data_ptr();
     }
     p.dropout = dropout_of(args);
     p.dropout.head_start = int32_t(args.head_start);
@@ -136,6 +148,10 @@ c10::SymDimVector probs_sizes(const ProblemArgs& args) {
         return {args.cu_seqlens_q->sym_size(0) - 1, q.sym_size(1), args.max_seqlen_q, args.max_seqlen_k};
     }
     return {q.sym_size(0), q.sym_size(2), q.sym_size(1), k.sym_size(1)};
+}
+
+c10::SymDimVector max_logits_sizes(const ProblemArgs& args) {
+    return {args.packed() ? args.cu_seqlens_q->sym_size(0) - 1 : args.q.sym_size(0), args.q.sym_size(-2)};
 }
 
 at::ScalarType lse_type(const ProblemArgs& args) {

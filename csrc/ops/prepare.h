@@ -20,6 +20,7 @@ void validate(const ProbsArgs& args);
 c10::SymDimVector out_sizes(const ProblemArgs& args);
 c10::SymDimVector lse_sizes(const ProblemArgs& args);
 c10::SymDimVector probs_sizes(const ProblemArgs& args);
+c10::SymDimVector max_logits_sizes(const ProblemArgs& args);
 // float32, or float64 for float64 elements.
 at::ScalarType lse_type(const ProblemArgs& args);
 // Of out, dq, dk and dv: the dtype of q or, for partial results, lse_type().
@@ -47,9 +48,10 @@ protected:
 private:
     const int32_t* metadata(const OptionalTensor& tensor, Held& held);
     DropoutParams dropout_of(const ProblemArgs& args);
+    KeyRanges key_ranges_of(const ProblemArgs& args);
 
     Held q_, k_, v_, cu_seqlens_q_, cu_seqlens_k_, seqused_k_, leftpad_k_, block_table_, alibi_slopes_, rng_state_,
-        q_starts_, k_starts_;
+        q_starts_, k_starts_, key_ranges_, sinks_;
 };
 
 // Views of tensors with a contiguous last dimension; packed: no batch dimension.

@@ -13,7 +13,8 @@ FwdResult fwd_meta(const FwdArgs& args) {
     validate(args);
     const ProblemArgs& p = args.problem;
     return {at::empty_symint(out_sizes(p), p.q.options().dtype(result_type(p))),
-            at::empty_symint(lse_sizes(p), p.q.options().dtype(lse_type(p)))};
+            at::empty_symint(lse_sizes(p), p.q.options().dtype(lse_type(p))),
+            p.return_max_logits ? at::empty_symint(max_logits_sizes(p), p.q.options().dtype(lse_type(p))) : Tensor()};
 }
 
 Tensor bwd_meta(const BwdArgs& args) {
@@ -28,7 +29,7 @@ Tensor attn_probs_meta(const ProbsArgs& args) {
     return at::empty_symint(probs_sizes(p), p.q.options());
 }
 
-FwdResult fwd_kvcache_meta(const KvCacheArgs& args) {
+CacheResult fwd_kvcache_meta(const KvCacheArgs& args) {
     validate(args);
     const ProblemArgs p = args.attention();
     return {at::empty_symint(out_sizes(p), p.q.options()),
@@ -38,14 +39,15 @@ FwdResult fwd_kvcache_meta(const KvCacheArgs& args) {
 // What both tails below say of masks and scores.
 const std::string kScores =
     "Tensor? block_table=None, Tensor? alibi_slopes=None, float? softmax_scale=None, bool causal=False, "
-    "int window_size_left=-1, int window_size_right=-1, int attention_chunk=0, float softcap=0.0";
+    "int window_size_left=-1, int window_size_right=-1, int attention_chunk=0, float softcap=0.0, Tensor? s_aux=None";
 // The schema of AttentionArgs.
 const std::string kTail =
     "*, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
     "Tensor? seqused_k=None, Tensor? leftpad_k=None, " +
     kScores +
     ", float dropout_p=0.0, Tensor? rng_state=None, int? q_start=None, int? k_start=None, Tensor? q_starts=None, "
-    "Tensor? k_starts=None, int head_start=0, int? total_heads=None, bool float_results=False";
+    "Tensor? k_starts=None, int head_start=0, int? total_heads=None, bool float_results=False, "
+    "Tensor? key_ranges=None, bool return_max_logits=False";
 // The schema of KvCacheOptions.
 const std::string kKvCache =
     "*, Tensor? k=None, Tensor? v=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
@@ -91,7 +93,7 @@ void define_original_ops(torch::Library& m) {
 
 TORCH_LIBRARY(flash_attn, m) {
     const auto define = [&](const std::string& schema) { m.def(schema.c_str(), {at::Tag::pt2_compliant_tag}); };
-    define("fwd(Tensor q, Tensor k, Tensor v, " + kTail + ") -> (Tensor out, Tensor softmax_lse)");
+    define("fwd(Tensor q, Tensor k, Tensor v, " + kTail + ") -> (Tensor out, Tensor softmax_lse, Tensor max_logits)");
     const std::string bwd = kBackward + kTail + ", bool deterministic=False";
     define("bwd(" + bwd + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsoftmax_sum)");
     define("bwd.out(" + bwd + ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor dsoftmax_sum");
@@ -104,7 +106,9 @@ TORCH_LIBRARY(flash_attn, m) {
     define("attn_probs(Tensor q, Tensor k, Tensor softmax_lse, " + kTail + ") -> Tensor");
     // For what the ops of 2.8.3 cannot do: packed inputs (q, kv) or (qkv), whose gradient is one tensor, deterministic
     // gradients, and further arguments.
-    define("_attention(Tensor[] inputs, " + kTail + ", bool deterministic=False) -> (Tensor, Tensor, Tensor)");
+    define("_attention(Tensor[] inputs, " + kTail +
+           ", bool deterministic=False) -> "
+           "(Tensor out, Tensor softmax_lse, Tensor max_logits, Tensor rng_state)");
     define_original_ops(m);
 }
 

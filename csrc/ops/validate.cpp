@@ -39,6 +39,7 @@ private:
     void check_numbers();
     void check_metadata();
     void check_block_table();
+    void check_key_ranges();
     void check_rng_state();
     void check_positions(bool is_q);
     void check_heads_elsewhere();
@@ -183,6 +184,8 @@ void Validator::check_metadata() {
     check_per_sequence("leftpad_k", args_.leftpad_k, batch_size_);
     check_block_table();
     check_alibi_slopes(args_.alibi_slopes, batch_size_, num_heads_);
+    check_sinks(args_.s_aux, num_heads_);
+    check_key_ranges();
     check_rng_state();
 }
 
@@ -195,6 +198,26 @@ void Validator::check_block_table() {
     if (check_shape("block_table", table, {{"batch_size", batch_size_}, {"max_pages"}})) {
         check_count("block_table", "max_pages", table.sym_size(1));
     }
+}
+
+void Validator::check_key_ranges() {
+    if (!args_.key_ranges) return;
+    const Tensor& ranges = *args_.key_ranges;
+    check_device("key_ranges", ranges);
+    check_dtype("key_ranges", ranges, at::kInt);
+    const Dim rows{packed_ ? "total_q" : "seqlen_q", rows_q_}, bounds{"", 2};
+    if (packed_) {
+        check_shape("key_ranges", ranges, {rows, bounds});
+        return;
+    }
+    const auto fits = [&](int64_t dim, const Size& size) { return !size || !differ(ranges.sym_size(dim), *size); };
+    const bool shared = ranges.dim() == 3 && fits(0, SymInt(1)),
+               good = ranges.dim() == 3 && fits(1, rows_q_) && fits(2, SymInt(2));
+    if (good && (shared || fits(0, batch_size_))) return;
+    reasons_.add("key_ranges",
+                 "shape " + shape_text({{"batch_size", batch_size_}, rows, bounds}) + " or " +
+                     shape_text({{"", 1}, rows, bounds}),
+                 shape_text(ranges));
 }
 
 void Validator::check_rng_state() {

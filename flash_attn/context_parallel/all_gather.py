@@ -59,7 +59,9 @@ class AllGather:
         outs, lses = [], []
         for slot in self.cut.slots:
             queries, block = slot_of(q, self.cut, self.rank, slot), self._block(slot)
-            out, softmax_lse = self.blocks.forward(queries, whole_k, whole_v, block, float_results=False)
+            out, softmax_lse = self.blocks.forward(
+                *(queries, whole_k, whole_v, block), with_sinks=True, float_results=False
+            )
             outs.append(out)
             lses.append(softmax_lse)
         joined, joined_lse = torch.cat(outs, -3), torch.cat(lses, -1)

@@ -12,7 +12,7 @@ from flash_attn import _checks, _library
 from flash_attn.autograd import cast_for_autocast, default_scale
 from flash_attn.context_parallel import agreement
 from flash_attn.context_parallel.all_gather import AllGather
-from flash_attn.context_parallel.blocks import Blocks
+from flash_attn.context_parallel.blocks import Blocks, sink_gradient
 from flash_attn.context_parallel.layout import Cut, local_length, make_cut
 from flash_attn.context_parallel.ranks import Ranks, resolve
 from flash_attn.context_parallel.ring import Ring
@@ -35,23 +35,28 @@ _fwd = _library.op("fwd")
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, method: Any, alibi_slopes: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+        ctx: Any, method: Any, alibi_slopes: Tensor | None, s_aux: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         out, softmax_lse, saved = method.forward(q, k, v)
         ctx.method = method
         ctx.dtype = q.dtype
-        ctx.save_for_backward(alibi_slopes, *saved)  # the method has the slopes: autograd sees to it that they stay
+        ctx.sinks_need_grad = ctx.needs_input_grad[2]
+        results = (out, softmax_lse) if ctx.sinks_need_grad else (None, None)
+        # The method has slopes and sinks: autograd sees to it that they stay as they are.
+        ctx.save_for_backward(alibi_slopes, s_aux, *results, *saved)
         ctx.mark_non_differentiable(softmax_lse)
         return out, softmax_lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        dout, (_, *saved) = grads[0], ctx.saved_tensors
+        dout, (_, s_aux, out, softmax_lse, *saved) = grads[0], ctx.saved_tensors
         with torch.no_grad():
             results = [grad.to(ctx.dtype) for grad in ctx.method.backward(dout, *saved)]
+            if ctx.sinks_need_grad:
+                results.insert(0, sink_gradient(s_aux, dout, out, softmax_lse))
         if torch.is_grad_enabled():  # create_graph: torch would take the results for constants
             results = list(_NoSecondDerivatives.apply(len(results), *results, dout, *saved))
-        return None, None, *results
+        return None, None, *(results if ctx.sinks_need_grad else (None, *results))
 
 
 class _NoSecondDerivatives(torch.autograd.Function):
@@ -74,7 +79,7 @@ class _NoSecondDerivatives(torch.autograd.Function):
 def _whole_call(inputs: tuple[Any, ...], options: dict[str, Any], batch_size: int | None) -> list[str]:
     """The reasons of the op to reject a call like this one; nothing is computed. batch_size: of documents."""
     q, k, v = (torch.empty_like(x, device="meta") for x in inputs[:3])
-    alibi_slopes = None if inputs[3] is None else torch.empty_like(inputs[3], device="meta")
+    alibi_slopes, s_aux = (None if x is None else torch.empty_like(x, device="meta") for x in inputs[3:])
     q = q[..., :0, :, :] if q.dim() > 2 else q  # FlopCounterMode counts this call too
     where: dict[str, Any] = {}
     if batch_size is not None:
@@ -82,7 +87,7 @@ def _whole_call(inputs: tuple[Any, ...], options: dict[str, Any], batch_size: in
         where = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     rng_state = torch.empty(2, dtype=torch.int64, device="meta") if options["dropout_p"] > 0 else None
     try:
-        _fwd(q, k, v, **where, **options, alibi_slopes=alibi_slopes, rng_state=rng_state)
+        _fwd(q, k, v, **where, **options, alibi_slopes=alibi_slopes, s_aux=s_aux, rng_state=rng_state)
     except ValueError as error:
         first, *reasons = str(error).split("\n  - ")
         return reasons or [first.partition(": ")[2]]
@@ -93,14 +98,14 @@ def _local_reasons(
     ranks: Ranks, method: Any, inputs: tuple[Any, ...], options: dict[str, Any], batch_size: int | None
 ) -> list[str]:
     """The reasons to reject the call that one rank alone can see."""
-    q, k, _, alibi_slopes = inputs
+    q, k, _, alibi_slopes, _ = inputs
     reasons = _whole_call(inputs, options, batch_size)
     if not reasons and q.shape[-3] != k.shape[-3]:
         expected = f"the {q.shape[-3]} rows of q, as queries and keys are cut alike"
         reasons.append(f"k: expected {expected}, got shape {tuple(k.shape)}")
     devices = {str(x.device) for x in inputs if x is not None}
     if len(devices) > 1:
-        reasons.append(f"q, k, v, alibi_slopes: expected one device, got {', '.join(sorted(devices))}")
+        reasons.append(f"q, k, v, alibi_slopes, s_aux: expected one device, got {', '.join(sorted(devices))}")
     num_heads, size = q.shape[-2] if q.dim() > 1 else 0, ranks.sizes[0]
     if method in ("ulysses", _PAIR) and num_heads % size != 0:
         reasons.append(f"q: expected num_heads divisible by the {size} ranks of the ulysses group, got {num_heads}")
@@ -114,7 +119,7 @@ def _facts(
     inputs: tuple[Any, ...], options: dict[str, Any], others: dict[str, Any], lengths: tuple[int, ...] | None
 ) -> dict[str, Any]:
     """What all ranks must agree on, by the names of arguments."""
-    q, k, v, alibi_slopes = inputs
+    q, k, v, alibi_slopes, s_aux = inputs
     facts = {**options, **others, "cu_seqlens": None if lengths is None else f"of lengths {lengths}"}
     facts["window_size"] = facts.pop("window_size_left"), facts.pop("window_size_right")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -122,6 +127,7 @@ def _facts(
         shape[-3:-2] = ["local_seqlen"]
         facts[name] = f"({', '.join(shape)}) {x.dtype}{' that requires grad' * x.requires_grad}"
     facts["alibi_slopes"] = None if alibi_slopes is None else tuple(alibi_slopes.shape)
+    facts["s_aux"] = None if s_aux is None else f"{tuple(s_aux.shape)} {s_aux.dtype}"
     facts["torch.is_grad_enabled()"] = torch.is_grad_enabled()
     return facts
 
@@ -172,11 +178,11 @@ def _make_method(method: Any, ranks: Ranks, cut: Cut, blocks: Any, heads: tuple[
     return Ulysses(inner, cut, ranks.index, ranks.groups[0], heads)
 
 
-def _convert(tensors: dict[str, Any], alibi_slopes: Any, numbers: tuple[Any, ...], attention_chunk: Any) -> dict:
+def _convert(
+    tensors: dict[str, Any], optional_tensors: dict[str, Any], numbers: tuple[Any, ...], attention_chunk: Any
+) -> dict:
     """The options of the ops, as plain Python types; raises TypeError. numbers: dropout_p to softcap, in this order."""
-    scalars = _checks.convert_arguments(
-        _FUNCTION, tensors, {"alibi_slopes": alibi_slopes}, _checks.Scalars(0, 0, *numbers), ()
-    )
+    scalars = _checks.convert_arguments(_FUNCTION, tensors, optional_tensors, _checks.Scalars(0, 0, *numbers), ())
     (attention_chunk,) = _checks.integers(_FUNCTION, attention_chunk=attention_chunk)
     scale = default_scale(tensors["q"]) if scalars.softmax_scale is None else scalars.softmax_scale
     return {
@@ -223,6 +229,7 @@ def context_parallel_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
     deterministic: bool = False,
     seqlen: int | None = None,
     return_lse: bool = False,
@@ -258,6 +265,8 @@ def context_parallel_attention(
         dropout_p: as in flash_attn_func. The generators of all ranks advance; the state of the first rank counts.
         softmax_scale, causal, window_size, softcap, attention_chunk: as in flash_attn_func.
         alibi_slopes: (num_heads,) or (batch_size or documents, num_heads), float32, of all heads on every rank.
+        s_aux: (num_heads,), sinks of all heads on every rank, as in flash_attn_func. Each rank has the gradient of its
+            part, to be summed over the group like those of weights.
         deterministic: bitwise reproducible gradients. What other ranks contribute is always added in a fixed order.
         seqlen: the length of the whole sequence, without cu_seqlens. None: the sum over ranks, which they exchange.
         return_lse: also return softmax_lse of the local rows, which gets no gradient.
@@ -279,7 +288,7 @@ def context_parallel_attention(
     method, reasons = _method_reasons(method)
     tensors = {"q": q, "k": k, "v": v}
     numbers = dropout_p, softmax_scale, causal, window_size, softcap
-    options = _convert(tensors, alibi_slopes, numbers, attention_chunk)
+    options = _convert(tensors, {"alibi_slopes": alibi_slopes, "s_aux": s_aux}, numbers, attention_chunk)
     if wrong := data_reasons("q", q):
         _checks.reject(ValueError, _FUNCTION, wrong)
     counts = (1, 2) if reasons else (2,) if method == _PAIR else (1,)
@@ -293,7 +302,7 @@ def context_parallel_attention(
     inputs: tuple[Tensor, ...] = (q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         inputs = cast_for_autocast(inputs, q.device.type)
-    everything = (*inputs, alibi_slopes)
+    everything = (*inputs, alibi_slopes, s_aux)
     reasons += _local_reasons(ranks, method, everything, options, None if lengths is None else len(lengths))
     others = {"method": method, "layout": str(layout), "deterministic": bool(deterministic), "seqlen": seqlen}
     others["check"] = agreement.is_wanted(check)
@@ -305,11 +314,12 @@ def context_parallel_attention(
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
 
     def blocks(cut: Cut, rank: int, head_start: int, local_heads: int) -> Blocks:
-        slopes = None if alibi_slopes is None else alibi_slopes[..., head_start : head_start + local_heads]
+        mine = slice(head_start, head_start + local_heads)
+        slopes, sinks = (None if x is None else x.detach()[..., mine] for x in (alibi_slopes, s_aux))
         heads = {"alibi_slopes": slopes, "head_start": head_start, "total_heads": num_heads, "rng_state": rng_state}
         is_deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-        return Blocks(cut, rank, cu_seqlens is not None, {**options, **heads}, is_deterministic)
+        return Blocks(cut, rank, cu_seqlens is not None, {**options, **heads}, is_deterministic, sinks)
 
     chosen = _make_method(method, ranks, cut, blocks, (num_heads, num_heads_k))
-    out, softmax_lse = _ContextParallelAttention.apply(chosen, alibi_slopes, *inputs)
+    out, softmax_lse = _ContextParallelAttention.apply(chosen, alibi_slopes, s_aux, *inputs)
     return (out, softmax_lse) if return_lse else out

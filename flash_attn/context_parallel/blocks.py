@@ -24,6 +24,20 @@ def float_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def sink_gradient(s_aux: Tensor, dout: Tensor, out: Tensor, softmax_lse: Tensor) -> Tensor:
+    """What rows contribute to the gradient of the sinks: -sum(exp(s_aux - softmax_lse) * rowsum(dout * out)).
+
+    Args:
+        s_aux: (num_heads,).
+        dout, out: (..., rows, num_heads, head_dim_v).
+        softmax_lse: (..., num_heads, rows), with the sinks.
+    """
+    dsoftmax_sum = torch.linalg.vecdot(dout.to(softmax_lse.dtype), out.to(softmax_lse.dtype)).transpose(-1, -2)
+    sinks = s_aux.to(softmax_lse.dtype)[:, None]
+    weights = torch.where(sinks == -torch.inf, 0, torch.exp(sinks - softmax_lse))
+    return -(weights * dsoftmax_sum).movedim(-2, 0).flatten(1).sum(1).to(s_aux.dtype)
+
+
 def _int32(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cpu")
 
@@ -60,6 +74,7 @@ class Blocks:
         is_packed: q is (rows, num_heads, head_dim), not (batch_size, rows, num_heads, head_dim).
         options: arguments of the ops: softmax_scale, causal, window_size_left, window_size_right, softcap,
             attention_chunk, dropout_p, rng_state, alibi_slopes, head_start, total_heads.
+        s_aux: the sinks of these heads, or None.
     """
 
     cut: Cut
@@ -67,6 +82,7 @@ class Blocks:
     is_packed: bool
     options: dict[str, Any]
     deterministic: bool
+    s_aux: Tensor | None = None
 
     @property
     def mask(self) -> Mask:
@@ -91,10 +107,15 @@ class Blocks:
         }
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, block: Block, float_results: bool = True
+        self, q: Tensor, k: Tensor, v: Tensor, block: Block, *, with_sinks: bool, float_results: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """out and softmax_lse of the queries of a slot, as if there were only the keys of the block."""
-        return _fwd(q, k, v, **self._where(block, q), **self.options, float_results=float_results)
+        """out and softmax_lse of the queries of a slot, as if there were only the keys of the block.
+
+        with_sinks: whether the sinks count here. Of the blocks that are joined, they must count in one.
+        """
+        s_aux = self.s_aux if with_sinks else None
+        results = _fwd(q, k, v, **self._where(block, q), **self.options, s_aux=s_aux, float_results=float_results)
+        return results[:2]
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, block: Block

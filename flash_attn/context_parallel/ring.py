@@ -129,8 +129,9 @@ class Ring:
         for step, keys, values in self._visits(k, v):
             for pair in step.pairs:
                 block = self._block(step, pair)
-                state = self.blocks.forward(queries[pair.q_slot], keys[pair.k_slot], values[pair.k_slot], block)
                 before = states.get(pair.q_slot)
+                inputs = queries[pair.q_slot], keys[pair.k_slot], values[pair.k_slot]
+                state = self.blocks.forward(*inputs, block, with_sinks=before is None)
                 states[pair.q_slot] = state if before is None else merge_attention_states(*before, *state)
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])

@@ -42,6 +42,7 @@ def attend_cached(
     layer_idx: int | None,
     key_padding_mask: Tensor | None,
     causal: bool,
+    s_aux: Tensor | None,
 ) -> Tensor:
     """Append keys and values to a layer's cache, which is allocated if need be, and attend to it.
 
@@ -54,6 +55,7 @@ def attend_cached(
         layer_idx: key of the cache in params.key_value_memory_dict.
         key_padding_mask: as in MHA with inference_params.
         causal: as in flash_attn_func, in place of the module's option.
+        s_aux: as in flash_attn_func.
 
     Returns:
         out, in the shape of q; 0 at padding.
@@ -62,7 +64,7 @@ def attend_cached(
         TypeError, ValueError: as in MHA with inference_params. Nothing is written then.
     """
     cache = find_cache(params, layer_idx, kv)
-    refuse_gradients(q, kv, cache)
+    refuse_gradients(q, kv, cache, s_aux)
     step = read_step(params, cache, kv)
     keep, leftpad = read_mask(key_padding_mask, step, looks_back=causal or attention.window_size[1] == 0)
     is_flash = isinstance(attention, FlashCrossAttention)
@@ -76,9 +78,9 @@ def attend_cached(
     if cache.dtype != kv.dtype:  # in an autocast region
         q, kv = q.to(cache.dtype), kv.to(cache.dtype)
     if is_in_place:
-        out = _attend_in_place(attention, rotary, q, kv, cache, step, leftpad, causal)
+        out = _attend_in_place(attention, rotary, q, kv, cache, step, leftpad, causal, s_aux)
     else:
-        out = _attend_to_rows(attention, rotary, q, kv, cache, step, keep, causal)
+        out = _attend_to_rows(attention, rotary, q, kv, cache, step, keep, causal, s_aux)
     return out if keep is None else out.masked_fill(~of_new_rows(keep, step)[..., None, None], 0)
 
 
@@ -114,6 +116,7 @@ def _attend_in_place(
     step: Step,
     leftpad: Tensor | None,
     causal: bool,
+    s_aux: Tensor | None,
 ) -> Tensor:
     """Append and attend by flash_attn_with_kvcache.
 
@@ -125,8 +128,8 @@ def _attend_in_place(
     k, v = kv.unbind(2)
     if rotary is not None and not tables:
         q, k = _rotate(rotary, q, k, step)
-    options = attention._options(causal, q.device)
-    names = ("softmax_scale", "causal", "window_size", "alibi_slopes")
+    options = attention._options(causal, q.device, s_aux)
+    names = ("softmax_scale", "causal", "window_size", "alibi_slopes", "s_aux")
     out = flash_attn_with_kvcache(
         q,
         k_cache,
@@ -150,6 +153,7 @@ def _attend_to_rows(
     step: Step,
     keep: Tensor | None,
     causal: bool,
+    s_aux: Tensor | None,
 ) -> Tensor:
     """Append, take the rows that are in use out of the cache, and attend to them."""
     if rotary is not None:
@@ -157,7 +161,7 @@ def _attend_to_rows(
         q, k = _rotate(rotary, q, k, step)
         kv = torch.stack([k, v], dim=2)
     rows, keep_rows = _append(kv, cache, step, keep)
-    attend = partial(attention, causal=causal)
+    attend = partial(attention, causal=causal, s_aux=s_aux)
     if keep_rows is not None and isinstance(attention, FlashCrossAttention):
         return attend_masked(attend, q, rows, keep_rows)
     out: Tensor = attend(q, rows, key_padding_mask=keep_rows)

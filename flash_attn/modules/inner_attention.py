@@ -20,7 +20,10 @@ from flash_attn.flash_attn_interface import (
 
 
 class _InnerAttention(nn.Module):
-    """The options shared by the four modules below."""
+    """The options shared by the four modules below.
+
+    s_aux of their forward: (num_heads,), the attention sinks, as in flash_attn_func.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class _InnerAttention(nn.Module):
     def alibi_slopes(self, value: Tensor | Sequence[float] | None) -> None:
         self._slopes = None if value is None else Slopes(type(self).__name__, value)
 
-    def _options(self, causal: bool | None, device: torch.device) -> dict[str, Any]:
+    def _options(self, causal: bool | None, device: torch.device, s_aux: Tensor | None = None) -> dict[str, Any]:
         return {
             "dropout_p": self.drop.p if self.training else 0.0,
             "softmax_scale": self.softmax_scale,
@@ -58,6 +61,7 @@ class _InnerAttention(nn.Module):
             "window_size": self.window_size,
             "alibi_slopes": None if self._slopes is None else self._slopes.on(device),
             "deterministic": self.deterministic,
+            "s_aux": s_aux,
         }
 
 
@@ -84,6 +88,8 @@ class FlashSelfAttention(_InnerAttention):
         causal: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: Any = None,
+        *,
+        s_aux: Tensor | None = None,
     ) -> Tensor:
         """Compute attention.
 
@@ -95,7 +101,7 @@ class FlashSelfAttention(_InnerAttention):
         Returns:
             out, (batch_size, seqlen, num_heads, head_dim) or (total, num_heads, head_dim).
         """
-        options = self._options(causal, qkv.device)
+        options = self._options(causal, qkv.device, s_aux)
         if cu_seqlens is None:
             return flash_attn_qkvpacked_func(qkv, **options)
         return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
@@ -127,6 +133,8 @@ class FlashCrossAttention(_InnerAttention):
         max_seqlen: Any = None,
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: Any = None,
+        *,
+        s_aux: Tensor | None = None,
     ) -> Tensor:
         """Compute attention.
 
@@ -140,7 +148,7 @@ class FlashCrossAttention(_InnerAttention):
         Returns:
             out, in the shape of q.
         """
-        options = self._options(causal, q.device)
+        options = self._options(causal, q.device, s_aux)
         if cu_seqlens is None:
             return flash_attn_kvpacked_func(q, kv, **options)
         if cu_seqlens_k is None:
@@ -165,7 +173,13 @@ class CrossAttention(_InnerAttention):
         super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes, deterministic=False)
 
     def forward(
-        self, q: Tensor, kv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        kv: Tensor,
+        causal: bool | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        s_aux: Tensor | None = None,
     ) -> Tensor:
         """Compute attention.
 
@@ -200,7 +214,12 @@ class CrossAttention(_InnerAttention):
             v = v.masked_fill(~mask[:, :, None, None], 0)
         # Fully masked rows keep their scores here: the softmax of all -inf would be NaN.
         hidden = ~keep & keep.any(dim=-1, keepdim=True)
-        weights = scores.to(exact).masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(~keep, 0)
+        scores = scores.to(exact).masked_fill(hidden, -torch.inf)
+        if s_aux is not None:
+            sinks = s_aux.to(exact)[:, None, None].expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].masked_fill(~keep, 0)
+        else:
+            weights = scores.softmax(dim=-1).masked_fill(~keep, 0)
         return torch.einsum("b h i j, b j h d -> b i h d", self.drop(weights.to(v.dtype)), v)
 
 
@@ -208,7 +227,12 @@ class SelfAttention(CrossAttention):
     """FlashSelfAttention in plain torch operations, in memory quadratic in the sequence length."""
 
     def forward(  # type: ignore[override]
-        self, qkv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
+        self,
+        qkv: Tensor,
+        causal: bool | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        s_aux: Tensor | None = None,
     ) -> Tensor:
         """Compute attention.
 
@@ -220,4 +244,4 @@ class SelfAttention(CrossAttention):
         Returns:
             out, (batch_size, seqlen, num_heads, head_dim).
         """
-        return super().forward(qkv[:, :, 0], qkv[:, :, 1:], causal, key_padding_mask)
+        return super().forward(qkv[:, :, 0], qkv[:, :, 1:], causal, key_padding_mask, s_aux=s_aux)

@@ -50,7 +50,7 @@ class _Packing(NamedTuple):
 
 
 class MHA(nn.Module):
-    """Multi-head attention. Parameters: Wqkv (cross-attention: Wq and Wkv) and out_proj.
+    """Multi-head attention. Parameters: Wqkv (cross-attention: Wq and Wkv), out_proj and, with sinks, s_aux.
 
     Args:
         embed_dim: width of input and output, a multiple of num_heads.
@@ -72,10 +72,13 @@ class MHA(nn.Module):
         return_residual: forward returns (out, x).
         checkpointing: recompute attention in the backward pass.
         device, dtype: of the parameters.
+        sinks: learn attention sinks, s_aux of flash_attn_func: a parameter s_aux, (num_heads,), 0 at first.
 
     Raises:
         ValueError: head counts that do not divide; dropout outside [0, 1); fused_bias_fc=True.
     """
+
+    s_aux: nn.Parameter | None
 
     def __init__(
         self,
@@ -102,6 +105,8 @@ class MHA(nn.Module):
         checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
@@ -115,6 +120,8 @@ class MHA(nn.Module):
         self.use_alibi, self.window_size, self.rotary_emb_dim = use_alibi, tuple(window_size), rotary_emb_dim
         self.use_flash_attn, self.return_residual, self.checkpointing = use_flash_attn, return_residual, checkpointing
         self._make_projections(qkv_proj_bias, out_proj_bias, {"device": device, "dtype": dtype})
+        s_aux = nn.Parameter(torch.zeros(self.num_heads, device=device, dtype=dtype)) if sinks else None
+        self.register_parameter("s_aux", s_aux)
         if rotary_emb_dim > 0:
             self.rotary_emb = RotaryEmbedding(
                 rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved, rotary_emb_scale_base, device
@@ -302,6 +309,7 @@ class MHA(nn.Module):
         )
 
     def _run(self, module: nn.Module, *tensors: Tensor, **options: Any) -> Tensor:
+        options["s_aux"] = self.s_aux
         if self.checkpointing:
             return checkpoint(module, *tensors, use_reentrant=False, **options)
         return module(*tensors, **options)
@@ -343,7 +351,8 @@ class MHA(nn.Module):
         q = rearrange(q, "b s (h d) -> b s h d", d=self.head_dim)
         kv = rearrange(kv, "b s (two h d) -> b s two h d", two=2, d=self.head_dim)
         rotary = self.rotary_emb if self.rotary_emb_dim > 0 else None
-        return attend_cached(self.inner_cross_attn, rotary, q, kv, params, self.layer_idx, key_padding_mask, causal)
+        module, layer_idx = self.inner_cross_attn, self.layer_idx
+        return attend_cached(module, rotary, q, kv, params, layer_idx, key_padding_mask, causal, self.s_aux)
 
     def _attend_itself(self, x: Tensor, keep: Tensor | None, packing: _Packing, causal: bool) -> Tensor:
         """Self-attention with as many key heads as query heads."""

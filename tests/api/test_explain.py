@@ -27,6 +27,7 @@ CALLS = {
             "dropout_p": 0.1, "softmax_scale": 0.3, "causal": True, "window_size": [3, 1], "softcap": 2.0,
             "alibi_slopes": torch.ones(2), "deterministic": True, "return_attn_probs": True, "attention_chunk": 4,
             "q_start": 32, "k_start": torch.tensor([64], dtype=torch.int32), "out_dtype": torch.float32,
+            "s_aux": torch.ones(2), "key_ranges": torch.zeros(1, 5, 2, dtype=torch.int32), "return_max_logits": True,
         },
     ),
     "packed": (tensors(7, 2, 8), packed()),
@@ -72,6 +73,7 @@ def test_under_autocast_it_is_the_call_with_cast_inputs():
 BAD = {
     "type": (TypeError, {"causal": "yes"}, "explain: causal: expected bool"),
     "type of a later argument": (TypeError, {"attention_chunk": 1.5}, "explain: attention_chunk: expected int"),
+    "sinks": (ValueError, {"s_aux": torch.ones(3)}, r"s_aux: expected .*num_heads=2"),
     "dtype": (ValueError, {"out_dtype": torch.bfloat16}, "explain: out_dtype: expected torch.float32 for inputs of"),
     "start": (ValueError, {"q_start": -1}, "q_start: expected a position of at least 0"),
     "shape": (ValueError, {"k": torch.zeros(1, 5, 2, 9)}, "k: expected shape"),

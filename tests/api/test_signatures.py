@@ -26,21 +26,26 @@ VARLEN_BACKWARD = (
     "zero_tensors=False"
 )
 
-OURS = "attention_chunk=0, q_start=None, k_start=None, out_dtype=None"  # not in flash_attn 2.8.3
+# Not in flash_attn 2.8.3.
+OURS = (
+    "attention_chunk=0, q_start=None, k_start=None, out_dtype=None, s_aux=None, key_ranges=None, "
+    "return_max_logits=False"
+)
+OUR_NAMES = {"attention_chunk", "q_start", "k_start", "out_dtype", "s_aux", "key_ranges", "return_max_logits", "sinks"}
 
 FUNCTIONS = {
     "flash_attn.flash_attn_interface": {
         "flash_attn_func": f"q, k, v, {TAIL}, {OURS}",
-        "flash_attn_kvpacked_func": f"q, kv, {TAIL}",
-        "flash_attn_qkvpacked_func": f"qkv, {TAIL}",
+        "flash_attn_kvpacked_func": f"q, kv, {TAIL}, s_aux=None",
+        "flash_attn_qkvpacked_func": f"qkv, {TAIL}, s_aux=None",
         "flash_attn_varlen_func": f"q, k, v, {CU_SEQLENS}, {TAIL}, block_table=None, {OURS}",
-        "flash_attn_varlen_kvpacked_func": f"q, kv, {CU_SEQLENS}, {TAIL}",
-        "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
+        "flash_attn_varlen_kvpacked_func": f"q, kv, {CU_SEQLENS}, {TAIL}, s_aux=None",
+        "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}, s_aux=None",
         "flash_attn_with_kvcache": (
             "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
             "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
             "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-            "return_softmax_lse=False, attention_chunk=0"
+            "return_softmax_lse=False, attention_chunk=0, s_aux=None"
         ),
         "_flash_attn_forward": FORWARD,
         "_wrapped_flash_attn_forward": FORWARD,
@@ -84,11 +89,11 @@ METHODS = {
         "self, softmax_scale=None, attention_dropout=0.0, device=None, dtype=None"
     ),
     "flash_attn.flash_attention:FlashAttention.forward": (
-        "self, qkv, key_padding_mask=None, causal=False, cu_seqlens=None, max_s=None, need_weights=False"
+        "self, qkv, key_padding_mask=None, causal=False, cu_seqlens=None, max_s=None, need_weights=False, s_aux=None"
     ),
     "flash_attn.flash_attention:FlashMHA.__init__": (
         "self, embed_dim, num_heads, bias=True, batch_first=True, attention_dropout=0.0, causal=False, device=None, "
-        "dtype=None, **kwargs"
+        "dtype=None, sinks=False, **kwargs"
     ),
     "flash_attn.flash_attention:FlashMHA.forward": "self, x, key_padding_mask=None, need_weights=False",
     "flash_attn.modules.mha:FlashSelfAttention.__init__": (
@@ -99,16 +104,18 @@ METHODS = {
         "self, causal=False, softmax_scale=None, attention_dropout=0.0, alibi_slopes=None, window_size=(-1, -1), "
         "deterministic=False"
     ),
-    "flash_attn.modules.mha:FlashSelfAttention.forward": "self, qkv, causal=None, cu_seqlens=None, max_seqlen=None",
+    "flash_attn.modules.mha:FlashSelfAttention.forward": (
+        "self, qkv, causal=None, cu_seqlens=None, max_seqlen=None, s_aux=None"
+    ),
     "flash_attn.modules.mha:FlashCrossAttention.forward": (
-        "self, q, kv, causal=None, cu_seqlens=None, max_seqlen=None, cu_seqlens_k=None, max_seqlen_k=None"
+        "self, q, kv, causal=None, cu_seqlens=None, max_seqlen=None, cu_seqlens_k=None, max_seqlen_k=None, s_aux=None"
     ),
     "flash_attn.modules.mha:MHA.__init__": (
         "self, embed_dim, num_heads, num_heads_kv=None, cross_attn=False, qkv_proj_bias=True, out_proj_bias=True, "
         "dropout=0.0, softmax_scale=None, causal=False, layer_idx=None, dwconv=False, rotary_emb_dim=0, "
         "rotary_emb_base=10000.0, rotary_emb_scale_base=None, rotary_emb_interleaved=False, use_alibi=False, "
         "window_size=(-1, -1), fused_bias_fc=False, use_flash_attn=False, return_residual=False, checkpointing=False, "
-        "device=None, dtype=None"
+        "device=None, dtype=None, sinks=False"
     ),
     "flash_attn.modules.mha:MHA.forward": (
         "self, x, x_kv=None, key_padding_mask=None, cu_seqlens=None, max_seqlen=None, mixer_subset=None, "
@@ -144,6 +151,14 @@ def parameters_of(function) -> str:
     return ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
 
 
+def check_kinds(function) -> None:
+    """Arguments that flash_attn 2.8.3 does not have are keyword-only."""
+    spec, names = inspect.getfullargspec(function), list(inspect.signature(function).parameters)
+    names = [name for name in names if name != spec.varkw]
+    assert spec.args == [name for name in names if name not in OUR_NAMES]
+    assert spec.kwonlyargs == [name for name in names if name in OUR_NAMES]
+
+
 @pytest.mark.parametrize(
     ("module", "name"), [(module, name) for module, functions in FUNCTIONS.items() for name in functions]
 )
@@ -151,10 +166,7 @@ def test_function_signature(module, name):
     function = getattr(importlib.import_module(module), name)
     assert parameters_of(function).replace(" = ", "=") == FUNCTIONS[module][name]
     assert inspect.isfunction(function), "getfullargspec-based callers need a plain Python function"
-    # Arguments that flash_attn 2.8.3 does not have are keyword-only.
-    spec, ours = inspect.getfullargspec(function), {"attention_chunk", "q_start", "k_start", "out_dtype"}
-    names = list(inspect.signature(function).parameters)
-    assert (spec.args, spec.kwonlyargs) == ([n for n in names if n not in ours], [n for n in names if n in ours])
+    check_kinds(function)
     assert function.__doc__ or name.startswith("_wrapped"), "a public function explains itself"
 
 
@@ -164,6 +176,7 @@ def test_method_signature(path):
     cls, method = qualified.split(".")
     function = getattr(getattr(importlib.import_module(module), cls), method)
     assert parameters_of(function).replace(" = ", "=") == METHODS[path]
+    check_kinds(function)
 
 
 @pytest.mark.parametrize("statement", IMPORTS)

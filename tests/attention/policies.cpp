@@ -1,28 +1,55 @@
-// The policies of csrc/policy/ as C functions, for test_mask.py.
+// The policies of csrc/policy/ as C functions, for test_mask.py and test_lengths.py.
 #include <cstdint>
+#include <vector>
 
+#include "cpu/range_blocks.h"
 #include "policy/dropout.h"
 #include "policy/mask.h"
 #include "policy/paged_kv.h"
+#include "policy/range_mask.h"
 #include "policy/seqlen.h"
 
 using namespace flash_attn;
 
 namespace {
 
-WindowMask make_mask(const int32_t* m) {
-    Sequence s{};
-    s.seqlen_q = m[0], s.seqlen_k = m[1];
-    s = placed(s, {m[5] != 0, nullptr, nullptr, m[6], m[7]}, 0);
+Problem make_problem(const int32_t* m) {
     Problem p{};
+    p.seqlens.seqlen_q = m[0], p.seqlens.seqlen_k = m[1];
     p.window = {m[2], m[3]};
     p.chunks = make_chunks(m[4]);
-    return WindowMask::of(p, s, 0, 0);
+    p.positions = {m[5] != 0, nullptr, nullptr, m[6], m[7]};
+    return p;
 }
 
+WindowMask make_mask(const int32_t* m) {
+    const Problem p = make_problem(m);
+    return WindowMask::of(p, sequence_at(p, 0), 0, 0);
+}
+
+// Key blocks are made for no more keys than this: without them, q_range() must not be asked.
+constexpr int kMostKeys = 1 << 20;
+
+// A mask with the range of every query, and the summaries of its ranges.
+struct RangeMaskOf {
+    std::vector<QueryBlock> query_blocks;
+    std::vector<KeyBlock> key_blocks;
+    RangeMask mask;
+
+    RangeMaskOf(const int32_t* m, const int32_t* ranges) {
+        Problem p = make_problem(m);
+        query_blocks.resize(RangeMask::num_query_blocks(p));
+        if (p.seqlens.seqlen_k <= kMostKeys) key_blocks.resize(RangeMask::num_key_blocks(p));
+        p.key_ranges = {ranges, 0, query_blocks.data(), key_blocks.data()};
+        mask = RangeMask::of(p, sequence_at(p, 0), 0, 0);
+        for (int i = 0; i < RangeMask::num_query_blocks(p); ++i) query_blocks[i] = cpu::query_block(mask, i);
+        for (int i = 0; i < int(key_blocks.size()); ++i) key_blocks[i] = cpu::key_block(mask, i);
+    }
+};
+
 // The same, computed with the bounds of the key (kByKey).
-bool keep_by_key(const WindowMask& mask, int row, int key) {
-    return !mask.hides<Edge::kAfter, true>(row, key) && !mask.hides<Edge::kBefore, true>(row, key);
+template <class Mask> bool keep_by_key(const Mask& mask, int row, int key) {
+    return !mask.template hides<Edge::kAfter, true>(row, key) && !mask.template hides<Edge::kBefore, true>(row, key);
 }
 
 // 0 or 1; 2 if two ways to compute it disagree.
@@ -70,6 +97,39 @@ void mask_tables(const int32_t* m, uint8_t* keep, int32_t* kv_range, int32_t* q_
                 for (int d = c + 1; d <= mask.seqlen_k; ++d)
                     *is_full_block++ =
                         agreed(mask.is_full_block({a, b}, {c, d}), mask.is_full_block<true>({a, b}, {c, d}));
+}
+
+// With the range of each query. keep: of all rows and the given keys; visible: first and last key of each row.
+void ranges_keep(const int32_t* m, const int32_t* ranges, const int32_t* keys, int num_keys, uint8_t* keep,
+                 int32_t* visible) {
+    const RangeMaskOf with(m, ranges);
+    for (int row = 0; row < m[0]; ++row, visible += 2) {
+        const VisibleKeys<int> seen = with.mask.visible(row);
+        visible[0] = seen.first, visible[1] = seen.last;
+        for (int i = 0; i < num_keys; ++i)
+            *keep++ =
+                agreed(agreed(with.mask.keep(row, keys[i]), with.mask.keep<true>(row, keys[i])), seen.keep(keys[i]));
+    }
+}
+
+// Of spans (begin, end) of rows and of keys. is_full_block: of each span of rows with each of keys.
+void ranges_of_spans(const int32_t* m, const int32_t* ranges, const int32_t* rows, int num_rows, const int32_t* keys,
+                     int num_keys, int32_t* kv_range, int32_t* q_range, uint8_t* is_full_block) {
+    const RangeMaskOf with(m, ranges);
+    for (int i = 0; i < num_rows; ++i, kv_range += 2) {
+        const Range seen = with.mask.kv_range({rows[2 * i], rows[2 * i + 1]});
+        kv_range[0] = seen.begin, kv_range[1] = seen.end;
+    }
+    for (int i = 0; i < num_keys && !with.key_blocks.empty(); ++i, q_range += 2) {
+        const Range seen = with.mask.q_range({keys[2 * i], keys[2 * i + 1]});
+        q_range[0] = seen.begin, q_range[1] = seen.end;
+    }
+    for (int i = 0; i < num_rows; ++i)
+        for (int j = 0; j < num_keys; ++j) {
+            const Range block_rows{rows[2 * i], rows[2 * i + 1]}, block_keys{keys[2 * j], keys[2 * j + 1]};
+            *is_full_block++ = agreed(with.mask.is_full_block(block_rows, block_keys),
+                                      with.mask.is_full_block<true>(block_rows, block_keys));
+        }
 }
 
 // sizes: total_q, total_k, seqlen_q, seqlen_k, max_pages, num_pages, page_size, seqlen_new. block_table only says

@@ -11,8 +11,10 @@ from check import check_backward, check_forward, op_bwd, op_fwd
 from compare import assert_bitwise
 from device import for_device, needs_gpu, on_device
 from inputs import make_inputs
+from variant_cases import variant_cases
 
 CASES = [*table(), *edge_cases(), *key_range_cases(), *shard_cases()]
+CASES += [case for case in variant_cases() if not case.page_size]
 of_every_case = pytest.mark.parametrize("case", for_device(CASES), ids=lambda case: case.name)
 
 

@@ -5,7 +5,7 @@ import pytest
 from cases import sampled
 from device import on_device
 from kvcache import check_kvcache, kv_for_device
-from kvcache_cases import SELECTED, table, upstream_table
+from kvcache_cases import SELECTED, sink_cases, table, upstream_table
 
 SAMPLE = 80  # cases of each long table, without --whole
 
@@ -24,6 +24,6 @@ def test_tables(sampled_case):
 
 
 @on_device
-@pytest.mark.parametrize("case", kv_for_device(SELECTED), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", kv_for_device([*SELECTED, *sink_cases()]), ids=lambda case: case.name)
 def test_selected(case):
     check_kvcache(case)

@@ -51,6 +51,9 @@ def differing(rank):
                 *(x[0] for x in first), cu_seqlens=torch.tensor([0, 128] if rank else [0, 64, 128], dtype=torch.int32)
             )
         ),
+        "s_aux: expected the same on every rank, got (4,) torch.float32 on rank 0; None on rank 1": message(
+            *first, s_aux=None if rank else torch.zeros(4)
+        ),
         "torch.is_grad_enabled(): expected the same on every rank, got True on rank 0; False on": without_grad(
             first, rank
         ),
@@ -108,6 +111,8 @@ def check_same_errors():
         "alibi_slopes: expected a tensor that does not require grad": {
             "alibi_slopes": torch.zeros(4, requires_grad=True)
         },
+        "s_aux: expected torch.Tensor or None, got int 3": {"s_aux": 3},
+        "s_aux: expected shape": {"s_aux": torch.zeros(5)},
         "seqlen: expected int, got float 1.5": {"seqlen": 1.5},
         "seqlen: expected a length of at least 0, got -1": {"seqlen": -1},
         "seqlen: expected None, as cu_seqlens is given, got 64": {"seqlen": 64, "cu_seqlens": torch.tensor([0, 64])},

@@ -42,6 +42,10 @@ FEATURES = (
     Case("packed_dropout", (100, 260, 64), alibi="batch", options={**CAUSAL, "dropout_p": 0.25}),
     Case("packed_chunks", (100, 260, 64), options={**CAUSAL, "attention_chunk": 50, "softcap": 3.0}),
     Case("no_documents", ()),
+    Case("sinks", (300,), batch_size=2, num_heads_k=4, sinks=True, options=CAUSAL),
+    Case("sinks_window", (500,), batch_size=1, sinks=True, options={"window_size": (9, 3)}),
+    Case("sinks_dropout", (310,), batch_size=2, sinks=True, alibi="heads", options={"dropout_p": 0.3}),
+    Case("packed_sinks", (100, 0, 37, 400, 1), num_heads_k=4, sinks=True, options={**CAUSAL, "softcap": 3.0}),
 )
 METHODS = [
     (method, layout, ranks)
@@ -77,7 +81,7 @@ ROUNDED = [
     for method in ("ring", "all_gather", "ulysses", PAIR)
     for case in FEATURES
     for dtype in ("bfloat16", "float16", "float32")
-    if case.name in ("causal", "packed_window") or (case.name == "dropout_causal" and dtype == "bfloat16")
+    if case.name in ("causal", "packed_window", "sinks") or (case.name == "dropout_causal" and dtype == "bfloat16")
 ]
 
 

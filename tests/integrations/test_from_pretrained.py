@@ -22,6 +22,7 @@ OPTIONS = {
     "rotary": {"rotary_emb_dim": 8},
     "xpos": {"rotary_emb_dim": 8, "rotary_emb_scale_base": 16.0},
     "alibi": {"use_alibi": True},
+    "sinks": {"sinks": True, "num_heads_kv": 2},
     "grouped": {"rotary_emb_dim": 4, "rotary_emb_interleaved": True, "num_heads_kv": 2, "use_alibi": True},
 }
 SETTINGS = [

@@ -96,7 +96,7 @@ def test_keys_of_which_none_are_left():
     """Negative seqused_k, or leftpad_k beyond the last key: out is 0, softmax_lse -inf."""
     q, k = torch.randn(2, 3, 2, 8), torch.randn(2, 4, 2, 8)
     for seqused, leftpad in (((4, -1), (0, 0)), ((4, 2), (0, 3)), ((4, 4), (0, 4))):
-        out, lse = torch.ops.flash_attn.fwd(
+        out, lse, _ = torch.ops.flash_attn.fwd(
             q, k, k, seqused_k=torch.tensor(seqused, dtype=torch.int32),
             leftpad_k=torch.tensor(leftpad, dtype=torch.int32),
         )  # fmt: skip

@@ -10,7 +10,7 @@ NO_MASK = {"causal": False, "window_size_left": -1, "window_size_right": -1, "at
 POLICY = {
     "alibi_slopes": None, "softmax_scale": None, **NO_MASK, "softcap": 0.0, "dropout_p": 0.0,
     "rng_state": torch.tensor([3, 4]), "q_start": None, "k_start": None, "q_starts": None, "k_starts": None,
-    "head_start": 0, "total_heads": None, "float_results": False,
+    "head_start": 0, "total_heads": None, "float_results": False, "s_aux": None, "key_ranges": None,
 }  # fmt: skip
 DENSE_LENGTHS = {
     "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": 0, "max_seqlen_k": 0, "seqused_k": None,
@@ -146,6 +146,16 @@ SHAPES = [
     ("dense", {"alibi_slopes": rows(3, 4)}, [("alibi_slopes", "(batch_size=2, num_heads=4)", "(3, 4)")]),
     ("dense", {"alibi_slopes": rows(2, 4, 1)}, [("alibi_slopes", "(num_heads=4,)", "(2, 4, 1)")]),
     ("dense", {"alibi_slopes": rows(4, dtype=torch.float64)}, [("alibi_slopes", "float32", "float64")]),
+    ("dense", {"s_aux": rows(3)}, [("s_aux", "(num_heads=4,)", "(3,)")]),
+    ("dense", {"s_aux": rows(4, 1)}, [("s_aux", "(num_heads=4,)", "(4, 1)")]),
+    ("varlen", {"s_aux": ints(1, 2, 3, 4)}, [("s_aux", "float32, float64, bfloat16 or float16", "int32")]),
+    ("dense", {"key_ranges": ints(1, 2)}, [("key_ranges", "(batch_size=2, seqlen_q=5, 2)", "(2,)")]),
+    ("dense", {"key_ranges": rows(3, 5, 2, dtype=torch.int32)},
+     [("key_ranges", "(batch_size=2, seqlen_q=5, 2) or (1, seqlen_q=5, 2)", "(3, 5, 2)")]),
+    ("dense", {"key_ranges": rows(1, 5, 3, dtype=torch.int32)}, [("key_ranges", "(1, seqlen_q=5, 2)", "(1, 5, 3)")]),
+    ("dense", {"key_ranges": rows(2, 5, 2, dtype=torch.int64)}, [("key_ranges", "int32", "int64")]),
+    ("varlen", {"key_ranges": rows(5, 2, dtype=torch.int32)}, [("key_ranges", "(total_q=6, 2)", "(5, 2)")]),
+    ("backward", {"s_aux": rows(5)}, [("s_aux", "(num_heads=4,)", "(5,)")]),
     ("dense", {"dropout_p": 0.1, "rng_state": None}, [("rng_state", "int64", "None")]),
     ("dense", {"dropout_p": 0.1, "rng_state": ints(1, 2)}, [("rng_state", "int64", "int32")]),
     ("dense", {"dropout_p": 0.1, "rng_state": ints(1, dtype=torch.int64)}, [("rng_state", "2", "(1,)")]),

@@ -137,6 +137,8 @@ SHAPES = [
     ("plain", {"attention_chunk": -1}, [("attention_chunk", "a number of keys, or 0", "-1")]),
     ("plain", {"alibi_slopes": rows(3)}, [("alibi_slopes", "(num_heads=4,) or (batch_size=2, num_heads=4)", "(3,)")]),
     ("plain", {"alibi_slopes": rows(4, dtype=F64)}, [("alibi_slopes", "float32", "float64")]),
+    ("plain", {"s_aux": rows(3)}, [("s_aux", "(num_heads=4,)", "(3,)")]),
+    ("plain", {"s_aux": rows(4).int()}, [("s_aux", "float32, float64, bfloat16 or float16", "int32")]),
     *[("plain", {"num_splits": n}, [("num_splits", "from 0 to 128", str(n))]) for n in (-1, 129, 10**9)],
     # Several at once.
     ("rotary", {"k": rows(2, 2, 2, 7), "rotary_sin": rows(3, 3), "num_splits": 200, "softmax_scale": -1.0},

@@ -30,6 +30,9 @@ class Case:
     softmax_scale: float | None = None
     alibi: str = ""  # "heads": (num_heads,), "batch": (batch_size, num_heads)
     dropout_p: float = 0.0
+    s_aux: str = ""  # sinks: "all" heads have one, or "some", all but the first
+    key_ranges: str = ""  # one of key_ranges.PATTERNS
+    max_logits: bool = False
     seqused_k: tuple[int, ...] | None = None
     leftpad_k: tuple[int, ...] | None = None
     page_size: int = 0  # 0: keys and values are not paged

@@ -12,7 +12,8 @@ import flash_attn
 from cases import Case, edge_cases, key_range_cases, paged_cases, shard_cases, small_table, table
 from compare import assert_bitwise, assert_finite, compare
 from inputs import Inputs, eps_of, lse_dtype, make_inputs, sequences
-from reference import ORDERS, Result, attention, attn_probs, visible
+from reference import ORDERS, Result, attention, attn_probs, mask_of
+from variant_cases import variant_cases
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -56,6 +57,8 @@ def scores_of(case: Case, x: Inputs) -> dict:
         "softcap": case.softcap,
         "dropout_p": case.dropout_p,
         "rng_state": x.rng_state,
+        "s_aux": x.s_aux,
+        "key_ranges": x.key_ranges,
         **{key: value for side in "qk" for key, value in start_of(case, x, side, f"{side}_starts").items()},
         "head_start": case.head_start,
         "total_heads": case.total_heads or None,
@@ -80,8 +83,13 @@ def result_dtype(case: Case, x: Inputs) -> torch.dtype:
 
 def op_fwd(case: Case, x: Inputs) -> Tensors:
     """(out, softmax_lse) from the op."""
-    paged = {"block_table": x.block_table}
-    return torch.ops.flash_attn.fwd(x.q, x.k, x.v, **lengths_of(case, x), **paged, **scores_of(case, x))
+    return op_results(case, x)[:2]
+
+
+def op_results(case: Case, x: Inputs) -> Tensors:
+    """(out, softmax_lse, max_logits) from the op."""
+    options = {"block_table": x.block_table, "return_max_logits": case.max_logits}
+    return torch.ops.flash_attn.fwd(x.q, x.k, x.v, **lengths_of(case, x), **options, **scores_of(case, x))
 
 
 def op_bwd(
@@ -109,7 +117,10 @@ def op_probs(case: Case, x: Inputs, lse: torch.Tensor) -> torch.Tensor:
 
 
 def public(case: Case, x: Inputs) -> Tensors:
-    """(out, softmax_lse, S_dmask) from the public function. Dropout draws from torch's generator."""
+    """(out, softmax_lse, S_dmask) and, if asked for, max_logits, of the public function.
+
+    Dropout draws from torch's generator.
+    """
     shared = {
         "dropout_p": case.dropout_p,
         "softmax_scale": case.softmax_scale,
@@ -118,7 +129,10 @@ def public(case: Case, x: Inputs) -> Tensors:
         "attention_chunk": case.attention_chunk,
         "softcap": case.softcap,
         "alibi_slopes": x.alibi_slopes,
+        "s_aux": x.s_aux,
+        "key_ranges": x.key_ranges,
         "return_attn_probs": True,
+        "return_max_logits": case.max_logits,
         **start_of(case, x, "q", "q_start"),
         **start_of(case, x, "k", "k_start"),
         "out_dtype": result_dtype(case, x) if case.float_results else None,
@@ -138,50 +152,55 @@ class Run:
     softmax_lse: torch.Tensor
     probs: torch.Tensor
     keep: torch.Tensor | None
+    max_logits: torch.Tensor | None
 
 
 def run_forward(case: Case, x: Inputs, by_op: bool = False) -> Run:
     """Run the public function; the op if by_op is set or only it has arguments for the case."""
-    out, lse, probs = (*op_fwd(case, x), None) if by_op or case.only_in_op else public(case, x)
+    if by_op or case.only_in_op:
+        (out, lse, max_logits), probs = op_results(case, x), None
+    else:
+        out, lse, probs, max_logits = (*public(case, x), None)[:4]
     if probs is None or case.dropout_p == 0:
         probs = op_probs(case, x, lse)
-    return Run(out, lse, probs, ~torch.signbit(probs) if case.dropout_p > 0 else None)
+    keep = ~torch.signbit(probs) if case.dropout_p > 0 else None
+    return Run(out, lse, probs, keep, max_logits if case.max_logits else None)
 
 
 def plain_attention(case: Case, x: Inputs, keep, grads: bool = False) -> list[Result]:
     """Plain attention in the dtype of the inputs, in several summation orders: a single one may be exact by chance.
 
-    softmax_lse is in float32 for narrower dtypes.
+    softmax_lse and max_logits are in float32 for narrower dtypes.
     """
     dtype = x.q.dtype
     results = [attention(case, x, keep, dtype, grads, order) for order in ORDERS]
     if dtype in (torch.bfloat16, torch.float16) and not grads:
         for result, order in zip(results, ORDERS, strict=True):
-            result.softmax_lse = attention(case, x, keep, torch.float32, order=order).softmax_lse
+            precise = attention(case, x, keep, torch.float32, order=order)
+            result.softmax_lse, result.max_logits = precise.softmax_lse, precise.max_logits
     return results
 
 
 def cancelling_size(case: Case, x: Inputs, ref: Result, other: torch.Tensor) -> float:
     """Magnitude of the cancelling terms in the score gradients, times `other` (k for dq, q for dk).
 
-    A query with a single visible key has zero gradients. Plain attention subtracts equal numbers. The kernels subtract
-    rowsum(dout * out) from dP, which has the same terms in the same order, unless dropout has rescaled out.
+    A query with a single visible key has zero gradients, or small ones if a sink has little weight. Plain attention
+    subtracts equal numbers. The kernels subtract rowsum(dout * out) from dP, which has the same terms in the same
+    order, unless dropout has rescaled out, or a sink has a share of it.
     """
-    if case.dropout_p == 0:
+    if case.dropout_p == 0 and x.s_aux is None:
         return 0.0
     products = (x.dout.double() * ref.out).nan_to_num(0)
     sizes = products.norm(dim=-1) if x.q.dtype in (torch.bfloat16, torch.float16) else products.abs().sum(-1)
     single = torch.zeros(sizes.shape[:-1], dtype=torch.bool, device=sizes.device)
     for s in sequences(case):
-        shape = (s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start)
-        seen = visible(*shape, case.window, sizes.device, case.attention_chunk, case.places(s.index))
-        s.take(single, s.rows_q)[:] = seen.sum(1) == 1
+        s.take(single, s.rows_q)[:] = mask_of(case, x, s).sum(1) == 1
     largest = max(other.abs().double().nan_to_num(0).flatten().tolist(), default=0.0)
     return case.scale * sizes[single].norm().item() * largest
 
 
 def check_forward(case: Case) -> None:
-    """Check out, softmax_lse and the attention weights."""
+    """Check out, softmax_lse, max_logits and the attention weights."""
     x = make_inputs(case)
     with poisoned_memory():
         run = run_forward(case, x)
@@ -191,6 +210,11 @@ def check_forward(case: Case) -> None:
     # A relative error eps of a sum is an absolute error eps of its logarithm, even near 0: so size is at least 1.
     lse = [p.softmax_lse for p in plain]
     compare("softmax_lse", run.softmax_lse, ref.softmax_lse, lse, size=1.0, context=case.name)
+    if case.max_logits:
+        largest = [p.max_logits for p in plain]
+        compare("max_logits", run.max_logits, ref.max_logits, largest, size=1.0, context=case.name)
+        assert run.max_logits.dtype == lse_dtype(x.q.dtype)
+        assert not run.max_logits.requires_grad
     assert run.out.dtype == result_dtype(case, x)
     assert run.softmax_lse.dtype == lse_dtype(x.q.dtype)
     ref_probs = attn_probs(case, x)
@@ -208,8 +232,9 @@ def check_backward(case: Case, deterministic: bool = True) -> None:
         if case.only_in_op or not deterministic:
             run = run_forward(case, x, by_op=True)  # also returns the dropout state that op_bwd needs
             *grads, dsoftmax_sum = op_bwd(case, x, run.out, run.softmax_lse, deterministic=deterministic)
+            ds_aux = None if x.s_aux is None else sinks_gradient(case, x.s_aux, run.softmax_lse, dsoftmax_sum)
         else:
-            run, grads = _public_backward(case, x)
+            run, grads, ds_aux = _public_backward(case, x)
             *op_grads, dsoftmax_sum = op_bwd(case, x, run.out, run.softmax_lse)
             if case.dropout_p == 0:
                 for name, got, expected in zip(("dq", "dk", "dv"), grads, op_grads, strict=True):
@@ -220,23 +245,48 @@ def check_backward(case: Case, deterministic: bool = True) -> None:
     for name, got, size in zip(("dq", "dk", "dv"), grads, sizes, strict=True):
         assert_finite(name, getattr(ref, name), case.name)
         compare(name, got, getattr(ref, name), [getattr(p, name) for p in plain], 3.0, size, case.name)
+    if ds_aux is not None:
+        assert_finite("ds_aux", ref.ds_aux, case.name)
+        # out is rounded to the type of q before dsoftmax_sum is computed, and so is the sum of plain attention.
+        rows = sinks_gradient(case, x.s_aux, ref.softmax_lse, row_sizes(case, x, ref) ** 2, power=2)
+        rounding = eps_of(x.q.dtype) * rows.abs().sqrt()
+        plain_sums = [*(p.ds_aux for p in plain), ref.ds_aux + rounding]
+        compare("ds_aux", ds_aux, ref.ds_aux, plain_sums, 3.0, context=case.name)
+        assert ds_aux.dtype == x.s_aux.dtype
     _check_dsoftmax_sum(case, x, run, dsoftmax_sum)
 
 
-def _public_backward(case: Case, x: Inputs) -> tuple[Run, Tensors]:
-    leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
-    own = Inputs(**{**x.__dict__, "q": leaves[0], "k": leaves[1], "v": leaves[2]})
+def sinks_gradient(case: Case, s_aux, softmax_lse, dsoftmax_sum, power: int = 1) -> torch.Tensor:
+    """-sum of the weights of a sink, to a power, times dsoftmax_sum: over all rows, for each head."""
+    lse = softmax_lse if case.packed else softmax_lse.transpose(0, 1).flatten(1)
+    rows = dsoftmax_sum if case.packed else dsoftmax_sum.transpose(0, 1).flatten(1)
+    weights = torch.where(torch.isneginf(lse), 0.0, (s_aux.to(lse.dtype)[:, None] - lse).exp() ** power)
+    return -torch.where(weights > 0, weights * rows, 0.0).sum(1).to(s_aux.dtype)
+
+
+def row_sizes(case: Case, x: Inputs, result: Result) -> torch.Tensor:
+    """Magnitude of the terms of dsoftmax_sum, of each row."""
+    products = (x.dout.double() * result.out.double()).abs().sum(-1).transpose(-1, -2)
+    return (products + x.dlse.abs() * case.lse_grad).nan_to_num(0)
+
+
+def _public_backward(case: Case, x: Inputs) -> tuple[Run, Tensors, torch.Tensor | None]:
+    """The results, the gradients of q, k and v, and that of the sinks."""
+    names = ("q", "k", "v") if x.s_aux is None else ("q", "k", "v", "s_aux")
+    leaves = [getattr(x, name).detach().clone().requires_grad_() for name in names]
+    own = Inputs(**{**x.__dict__, **dict(zip(names, leaves, strict=True))})
     run = run_forward(case, own)
     outputs, gradients = [run.out], [x.dout]
     if case.lse_grad:
         outputs, gradients = [run.out, run.softmax_lse], [x.dout, x.dlse]
     gradients = [gradient.to(output.dtype) for gradient, output in zip(gradients, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, leaves, gradients)
-    return Run(run.out.detach(), run.softmax_lse.detach(), run.probs, run.keep), grads
+    *grads, ds_aux = (*torch.autograd.grad(outputs, leaves, gradients), None)[:4]
+    detached = Run(run.out.detach(), run.softmax_lse.detach(), run.probs, run.keep, run.max_logits)
+    return detached, grads, ds_aux
 
 
 def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Tensor) -> None:
-    """dsoftmax_sum is 0 for rows without visible keys, whatever dlse: softmax_lse has no derivative there."""
+    """dsoftmax_sum is 0 where softmax_lse is -inf, whatever dlse: softmax_lse has no derivative there."""
     assert dsoftmax_sum.dtype == run.softmax_lse.dtype
     assert dsoftmax_sum.shape == run.softmax_lse.shape
     dlse = x.dlse if case.lse_grad else torch.zeros_like(x.dlse)
@@ -247,7 +297,7 @@ def _check_dsoftmax_sum(case: Case, x: Inputs, run: Run, dsoftmax_sum: torch.Ten
         products = (out.to(dtype) * x.dout.to(dtype)).sum(-1).transpose(-1, -2)
         return torch.where(sees_any, products - dlse.to(dtype), 0.0)
 
-    size = (out.double() * x.dout.double()).abs().sum(-1).transpose(-1, -2) + dlse.abs()
+    size = row_sizes(case, x, Result(out, run.softmax_lse))
     slack = torch.where(sees_any, 2 * eps_of(dsoftmax_sum.dtype) * size, 0.0)
     compare("dsoftmax_sum", dsoftmax_sum, expected(torch.float64), [expected(torch.float64) + slack], context=case.name)
 
@@ -258,7 +308,7 @@ def main() -> None:
     check.py whole: all of them; check.py 60 7: the small table and 60 cases of the others, chosen by the seed 7.
     """
     torch.set_num_threads(1)
-    cases = [*table(), *edge_cases(), *key_range_cases(), *shard_cases(), *paged_cases()]
+    cases = [*table(), *edge_cases(), *key_range_cases(), *shard_cases(), *paged_cases(), *variant_cases()]
     if sys.argv[1:] != ["whole"]:
         size, seed = map(int, sys.argv[1:])
         cases = random.Random(seed).sample(cases, size)

@@ -25,6 +25,7 @@ class Case:
     head_dim: int = 8
     head_dim_v: int = 8
     alibi: str = ""  # "heads": (num_heads,), "batch": (batch_size, num_heads)
+    sinks: bool = False
     dtype: str = "float64"
     options: dict[str, Any] = field(default_factory=dict)
     method: Any = "ring"
@@ -34,6 +35,11 @@ class Case:
     def __str__(self) -> str:
         method = self.method if isinstance(self.method, str) else "usp"
         return f"{self.name}-{method}-{self.layout}-{self.ranks}"
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what the functions below return."""
+        return ("out", "softmax_lse", "dq", "dk", "dv", *(("ds_aux",) if self.sinks else ()))
 
     @property
     def dim(self) -> int:
@@ -54,6 +60,12 @@ class Inputs:
     v: torch.Tensor
     dout: torch.Tensor
     alibi_slopes: torch.Tensor | None
+    s_aux: torch.Tensor | None
+
+    def leaves(self) -> list[torch.Tensor]:
+        """Copies of q, k, v and, if there are sinks, s_aux, which require grad."""
+        given = [x for x in (self.q, self.k, self.v, self.s_aux) if x is not None]
+        return [x.detach().clone().requires_grad_() for x in given]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -71,19 +83,20 @@ def make_inputs(case: Case) -> Inputs:
     documents = case.batch_size or len(case.lengths)
     shape = {"": None, "heads": [case.num_heads], "batch": [documents, case.num_heads]}[case.alibi]
     slopes = None if shape is None else torch.rand(shape, generator=generator)
-    return Inputs(q, k, v, dout, slopes)
+    s_aux = torch.linspace(-3, 6, case.num_heads, dtype=torch.float64) if case.sinks else None
+    return Inputs(q, k, v, dout, slopes, s_aux)
 
 
 def on_one_device(case: Case, inputs: Inputs) -> list[torch.Tensor]:
-    """out, softmax_lse, dq, dk and dv of the whole."""
-    leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    options = {**case.options, "alibi_slopes": inputs.alibi_slopes}
+    """The results of the whole."""
+    leaves = inputs.leaves()
+    options = {**case.options, "alibi_slopes": inputs.alibi_slopes, "s_aux": leaves[3] if case.sinks else None}
     torch.manual_seed(3)
     if case.batch_size:
-        out, lse, _ = flash_attn.flash_attn_func(*leaves, **options, return_attn_probs=True)
+        out, lse, _ = flash_attn.flash_attn_func(*leaves[:3], **options, return_attn_probs=True)
     else:
         where = [case.cu_seqlens()] * 2 + [max(case.lengths, default=0)] * 2
-        out, lse, _ = flash_attn.flash_attn_varlen_func(*leaves, *where, **options, return_attn_probs=True)
+        out, lse, _ = flash_attn.flash_attn_varlen_func(*leaves[:3], *where, **options, return_attn_probs=True)
     out.backward(inputs.dout)
     return [out.detach(), lse.detach(), *(x.grad for x in leaves)]
 
@@ -102,16 +115,19 @@ def pair_of_groups() -> torch.distributed.DeviceMesh:
 
 
 def on_many(case: Case, inputs: Inputs) -> list[torch.Tensor]:
-    """The local out and softmax_lse, and dq, dk and dv of the whole."""
-    leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    """The local out and softmax_lse, and the gradients of the whole; those of the sinks are summed here."""
+    leaves = inputs.leaves()
     where = places(case)
-    locals_ = [shard(x, case.dim, **where) for x in leaves]
+    locals_ = [shard(x, case.dim, **where) for x in leaves[:3]]
+    scores = {"alibi_slopes": inputs.alibi_slopes, "s_aux": leaves[3] if case.sinks else None}
     torch.manual_seed(3)
     out, lse = context_parallel_attention(
-        *locals_, method=case.method, **where, **case.options, alibi_slopes=inputs.alibi_slopes, return_lse=True
+        *locals_, method=case.method, **where, **case.options, **scores, return_lse=True
     )
     assert out.dtype == inputs.q.dtype
     out.backward(shard(inputs.dout, case.dim, **where))
+    if case.sinks:
+        torch.distributed.all_reduce(leaves[3].grad, group=group_of(case.ranks))
     return [out.detach(), lse.detach(), *(x.grad for x in leaves)]
 
 
@@ -127,7 +143,7 @@ def check_exactly(case: Case) -> None:
     inputs = make_inputs(case)
     expected = of_this_rank(case, on_one_device(case, inputs))
     found = on_many(case, inputs)
-    for name, one, many in zip(("out", "softmax_lse", "dq", "dk", "dv"), expected, found, strict=True):
+    for name, one, many in zip(case.results, expected, found, strict=True):
         assert one.shape == many.shape, f"{case}: {name} has shape {tuple(many.shape)}, not {tuple(one.shape)}"
         assert torch.isfinite(many).logical_or(one == -torch.inf).all(), f"{case}: {name} is not finite"
         hidden = (one == -torch.inf) & (many == -torch.inf)
@@ -144,7 +160,7 @@ def check_rounding(case: Case) -> None:
     results = [on_one_device(case, x) for x in (exact_inputs, inputs)]
     exact, one = (of_this_rank(case, result) for result in results)
     many = on_many(case, inputs)
-    for i, name in enumerate(("out", "softmax_lse", "dq", "dk", "dv")):
+    for i, name in enumerate(case.results):
         theirs, ours = ((x[i].double() - exact[i]).norm().item() for x in (one, many))
         limit = 1.1 * theirs + 1e-6 * exact[i].norm().item()
         assert ours <= limit, f"{case}: {name}: error {ours:.3e}, that of one device is {theirs:.3e}"

@@ -8,6 +8,7 @@ import torch
 
 from cases import Case
 from device import DEVICE, narrow
+from key_ranges import INT32, PATTERNS
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Inputs:
     leftpad_k: torch.Tensor | None
     block_table: torch.Tensor | None
     rng_state: torch.Tensor | None
+    s_aux: torch.Tensor | None
+    key_ranges: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,14 @@ def _make_inputs(case: Case, padding: float, device: str) -> Inputs:
         tensor[~used] = padding
     dlse = dlse.transpose(-1, -2).contiguous().to(device, lse_dtype(dtype))
     q, k, v, dout = (t.to(device, dtype) for t in (q, k, v, dout))
+    sinks = make_sinks(case, generator)
     k_pages, v_pages, block_table = (k, v, None) if not case.page_size else _to_pages(case, k, v, padding, generator)
     return Inputs(
         q, k_pages, v_pages, k, v, dout, dlse, _alibi_slopes(case, generator, device),
         _cu_seqlens(case, case.seqlens_q, device), _cu_seqlens(case, case.seqlens_k, device),
         _int32(case.seqused_k, device), _int32(case.leftpad_k, device), block_table,
         torch.tensor([12345 + case.seed, 64], device=device) if case.dropout_p > 0 else None,
+        sinks if sinks is None else sinks.to(device), _key_ranges(case, generator, device),
     )  # fmt: skip
 
 
@@ -120,6 +125,30 @@ def _alibi_slopes(case: Case, generator: torch.Generator, device: str) -> torch.
         return None
     shape = (case.num_heads,) if case.alibi == "heads" else (case.batch_size, case.num_heads)
     return (torch.rand(shape, generator=generator) * 0.3).to(device)
+
+
+def make_sinks(case, generator: torch.Generator) -> torch.Tensor | None:
+    """Numbers that every dtype can express, so that plain attention has the same; -inf: no sink."""
+    if not case.s_aux:
+        return None
+    sinks = torch.randn(case.num_heads, generator=generator).mul(16).round() / 8
+    if case.s_aux == "some":
+        sinks[0] = -math.inf
+    return sinks
+
+
+def _key_ranges(case: Case, generator: torch.Generator, device: str) -> torch.Tensor | None:
+    """Rows outside of sequences have ranges, too, which must not matter."""
+    if not case.key_ranges:
+        return None
+    rows = sum(case.seqlens_q) + case.unused_rows
+    shared = case.key_ranges == "shared"
+    shape = (rows,) if case.packed else (1 if shared else case.batch_size, case.seqlen_q)
+    ranges = torch.randint(INT32.min, INT32.max, (*shape, 2), generator=generator)
+    for s in sequences(case)[: 1 if shared else None]:
+        own = PATTERNS[case.key_ranges](s.rows_q.stop - s.rows_q.start, s.rows_k.stop - s.rows_k.start, generator)
+        s.take(ranges, s.rows_q)[:] = own
+    return ranges.to(device, torch.int32)
 
 
 def _to_pages(case: Case, k: torch.Tensor, v: torch.Tensor, padding: float, generator: torch.Generator):

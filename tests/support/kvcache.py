@@ -10,9 +10,9 @@ import flash_attn
 from check import poisoned_memory
 from compare import assert_finite, compare
 from device import DEVICE, IS_GPU, narrow
-from inputs import lse_dtype
+from inputs import lse_dtype, make_sinks
 from layouts import WRITABLE
-from reference import ORDERS, USUAL, Order, one_sequence
+from reference import ORDERS, USUAL, Order, Scoring, one_sequence, visible
 
 ONE_BUFFER = "one buffer"  # k_cache and v_cache are slices of one tensor
 LATENT = "latent"  # v_cache is the leading columns of k_cache
@@ -44,6 +44,7 @@ class KvCase:
     softcap: float = 0.0
     softmax_scale: float | None = None
     alibi: str = ""  # "heads": (num_heads,), "batch": (batch_size, num_heads)
+    s_aux: str = ""  # sinks: "all" heads have one, or "some", all but the first
     num_splits: int = 0
     layout: str = ""  # of the caches: one of layouts.WRITABLE, ONE_BUFFER or LATENT; "": contiguous
     seed: int = 0
@@ -105,6 +106,7 @@ class KvInputs:
     cache_leftpad: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
+    s_aux: torch.Tensor | None = None
 
     def place(self, b: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         """The indices in the first two dimensions of the caches of some rows of sequence b."""
@@ -189,6 +191,7 @@ def _add_small_tensors(case: KvCase, x: KvInputs, padding: float, generator: tor
     if case.alibi:
         shape = (case.num_heads,) if case.alibi == "heads" else (case.batch_size, case.num_heads)
         x.alibi_slopes = torch.rand(shape, generator=generator) * 0.3
+    x.s_aux = make_sinks(case, generator)
     if case.rotary_dim:
         starts = [n for n in case.cache_seqlens if n >= 0] or [0]
         end = max(starts) + max(case.seqlen_new or 0, case.seqlen_q, 1)
@@ -278,11 +281,16 @@ def kv_attention(
     """out and softmax_lse of the whole batch, computed in dtype, for the caches as they are before the call."""
     out = torch.zeros(*x.q.shape[:3], x.v_cache.shape[3], dtype=dtype, device=x.q.device)
     lse = out.new_full((x.q.shape[0], x.q.shape[2], x.q.shape[1]), -math.inf, dtype=lse_dtype(dtype))
+    sinks = None if x.s_aux is None else x.s_aux.to(dtype)
+    if sinks is not None:
+        lse[:] = sinks[:, None]  # of skipped sequences, as of all that have no keys
     for b, length in enumerate(case.cache_seqlens):
         if length >= 0:
             slopes = x.alibi_slopes if x.alibi_slopes is None or x.alibi_slopes.dim() == 1 else x.alibi_slopes[b]
-            qkv = (t.to(dtype) for t in attended(case, x, b, rotary_dtype or dtype))
-            out[b], lse[b], _ = one_sequence(case, *qkv, slopes, order=order)
+            q, k, v = (t.to(dtype) for t in attended(case, x, b, rotary_dtype or dtype))
+            scoring = Scoring(visible(len(q), len(k), case.window, q.device, case.attention_chunk), slopes, sinks)
+            result = one_sequence(case, q, k, v, scoring, order)
+            out[b], lse[b] = result.out, result.softmax_lse
     return out, lse
 
 

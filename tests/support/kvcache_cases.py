@@ -210,13 +210,23 @@ SELECTED = [
 ]  # fmt: skip
 
 
+def sink_cases() -> list[KvCase]:
+    """Sinks with all that a cache may have: they are merged once, into what chunks of keys have in common."""
+    few = [
+        KvCase((1300, 0, 64, -1), q, 1, num_heads=4, s_aux="all", num_splits=splits, causal=True, dtype=dtype)
+        for q, splits, dtype in [(1, 0, "bfloat16"), (4, 7, "float32"), (17, 128, "float16"), (70, 1, "float64")]
+    ]
+    chosen = [*SELECTED[::3], *table()[::5]]
+    return [*few, *(dataclasses.replace(case, s_aux=("all", "some")[i % 2]) for i, case in enumerate(chosen))]
+
+
 def main() -> None:
     """Run tables of cases in a process of its own; prints the number of passed cases.
 
     kvcache_cases.py whole: all of them; kvcache_cases.py 60 7: 60 of them, chosen by the seed 7.
     """
     torch.set_num_threads(1)
-    cases = [*SELECTED, *table(), *upstream_table()]
+    cases = [*SELECTED, *table(), *upstream_table(), *sink_cases()]
     if sys.argv[1:] != ["whole"]:
         size, seed = map(int, sys.argv[1:])
         cases = random.Random(seed).sample(cases, size)

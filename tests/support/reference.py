@@ -21,6 +21,8 @@ class Result:
     dq: torch.Tensor | None = None
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
+    max_logits: torch.Tensor | None = None
+    ds_aux: torch.Tensor | None = None
 
 
 Places = tuple[int, int] | None  # positions of the first query and the first key, if they are parts of longer ones
@@ -53,6 +55,19 @@ def visible(
     return mask
 
 
+def mask_of(case: Case, x: Inputs, s: Sequence) -> torch.Tensor:
+    """Visible keys of each query of a sequence: bool (seqlen_q, seqlen_k)."""
+    seqlen_k = s.rows_k.stop - s.rows_k.start
+    shape = (s.rows_q.stop - s.rows_q.start, seqlen_k)
+    mask = visible(*shape, case.window, x.q.device, case.attention_chunk, case.places(s.index))
+    if x.key_ranges is None:
+        return mask
+    whole = x.key_ranges.expand(case.batch_size, -1, -1) if s.batch is not None else x.key_ranges
+    ranges = s.take(whole, s.rows_q)
+    key = torch.arange(seqlen_k, device=x.q.device)
+    return mask & (key >= ranges[:, :1]) & (key < ranges[:, 1:])
+
+
 def distances(seqlen_q: int, seqlen_k: int, device="cpu", places: Places = None) -> torch.Tensor:
     """Distances between queries and keys, (seqlen_q, seqlen_k), for ALiBi."""
     row, key = positions(seqlen_q, seqlen_k, device, places)
@@ -83,16 +98,36 @@ ORDERS = [
 ]
 
 
-def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USUAL, places: Places = None):
+@dataclass
+class Scoring:
+    """What one sequence has beside q, k and v."""
+
+    mask: torch.Tensor  # (seqlen_q, seqlen_k): True where a query sees a key
+    slopes: torch.Tensor | None = None  # (num_heads,)
+    sinks: torch.Tensor | None = None  # (num_heads,)
+    keep: torch.Tensor | None = None  # (num_heads, seqlen_q, seqlen_k): False where a weight is dropped
+    places: Places = None
+
+
+@dataclass
+class SequenceResult:
+    """Of one sequence."""
+
+    out: torch.Tensor  # (seqlen_q, num_heads, head_dim_v)
+    softmax_lse: torch.Tensor  # (num_heads, seqlen_q)
+    probs: torch.Tensor  # (num_heads, seqlen_q, seqlen_k): before dropout
+    max_logits: torch.Tensor  # (num_heads,)
+
+
+def one_sequence(case: Case, q, k, v, scoring: Scoring, order: Order = USUAL) -> SequenceResult:
     """Attention of one sequence: q (seqlen_q, num_heads, head_dim), k and v accordingly.
 
-    Returns out (seqlen_q, num_heads, head_dim_v), softmax_lse and weights. keep (num_heads, seqlen_q, seqlen_k): False
-    where a weight is dropped.
+    A sink is the score of one more key, whose weight is then left out.
     """
+    mask, slopes, sinks, keep = scoring.mask, scoring.slopes, scoring.sinks, scoring.keep
     group = q.shape[1] // k.shape[1]
     q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    mask = visible(q.shape[1], k.shape[1], case.window, q.device, case.attention_chunk, places)
-    distance = distances(q.shape[1], k.shape[1], q.device, places)
+    distance = distances(q.shape[1], k.shape[1], q.device, scoring.places)
     if order.keys_reversed:
         k, v, mask, distance = k.flip(1), v.flip(1), mask.flip(1), distance.flip(1)
         keep = keep if keep is None else keep.flip(2)
@@ -107,38 +142,50 @@ def one_sequence(case: Case, q, k, v, slopes=None, keep=None, order: Order = USU
         scores = case.softcap * torch.tanh(scores / case.softcap)
     if slopes is not None:
         scores = scores - (slopes[:, None, None].to(torch.float64) * distance).to(scores.dtype)
-    sees_any = mask.any(1)
-    masked = scores.masked_fill(~mask & sees_any[:, None], -torch.inf)
-    probs = torch.softmax(masked, -1).masked_fill(~mask, 0.0)
-    lse = torch.logsumexp(masked.to(lse_dtype(q.dtype)), -1).masked_fill(~sees_any, -torch.inf)
+    sinks = scores.new_full((q.shape[0],), -torch.inf) if sinks is None else sinks
+    sees_any = mask.any(1) | ~torch.isneginf(sinks.detach())[:, None]  # a key or a sink
+    masked = scores.masked_fill(~mask & sees_any[:, :, None], -torch.inf)
+    scores_of_sinks = torch.where(sees_any, sinks[:, None], 0.0).to(masked.dtype)
+    with_sink = torch.cat([masked, scores_of_sinks[:, :, None]], -1)
+    probs = torch.softmax(with_sink, -1)[..., :-1].masked_fill(~mask, 0.0)
+    lse = torch.logsumexp(with_sink.to(lse_dtype(q.dtype)), -1).masked_fill(~sees_any, -torch.inf)
+    seen = torch.cat([scores.detach()[:, mask], scores.new_full((len(scores), 1), -torch.inf)], 1)
     weights = probs
     if keep is not None:
         rescale = 65536 / (65536 - dropout_threshold(case.dropout_p))
         weights = torch.where(keep, probs * rescale, 0.0)
-    return (weights @ v).transpose(0, 1), lse, probs.flip(2) if order.keys_reversed else probs
+    out = (weights @ v).transpose(0, 1)
+    return SequenceResult(out, lse, probs.flip(2) if order.keys_reversed else probs, seen.amax(1))
 
 
 def attention(
     case: Case, x: Inputs, keep=None, dtype: torch.dtype = torch.float64, grads: bool = False, order: Order = USUAL
 ) -> Result:
     """Attention of the whole batch in dtype. keep: dropout mask (batch_size, num_heads, seqlen_q, seqlen_k)."""
-    q, k, v = (t.detach().to(dtype).requires_grad_(grads) for t in (x.q, x.k_rows, x.v_rows))
-    outs, lses = [], []
+    inputs = [x.q, x.k_rows, x.v_rows] + ([] if x.s_aux is None else [x.s_aux])
+    q, k, v, *sinks = inputs = [t.detach().to(dtype).requires_grad_(grads) for t in inputs]
+    results = []
     for s in sequences(case):
-        own_keep = None if keep is None else _part(keep, s)
-        tensors = (s.take(q, s.rows_q), s.take(k, s.rows_k), s.take(v, s.rows_k))
-        out, lse, _ = one_sequence(case, *tensors, slopes_of(x, s), own_keep, order, case.places(s.index))
-        outs.append(out)
-        lses.append(lse)
-    out, lse = _join(case, x, outs, lses, dtype)
-    result = Result(out.detach(), lse.detach())
+        scoring = scoring_of(case, x, s, None if keep is None else _part(keep, s), *sinks)
+        results.append(
+            one_sequence(case, s.take(q, s.rows_q), s.take(k, s.rows_k), s.take(v, s.rows_k), scoring, order)
+        )
+    out, lse = _join(case, x, [r.out for r in results], [r.softmax_lse for r in results], dtype)
+    largest = [r.max_logits for r in results]
+    max_logits = torch.stack(largest) if results else q.new_zeros(0, case.num_heads)
+    result = Result(out.detach(), lse.detach(), max_logits=max_logits.to(lse_dtype(dtype)))
     if grads:
         loss = (out * x.dout.to(dtype)).nansum()
         if case.lse_grad:
             seen = torch.isfinite(lse.detach()) & torch.isfinite(x.dlse)
             loss = loss + torch.where(seen, lse * x.dlse.to(lse.dtype), 0.0).to(dtype).sum()
-        result.dq, result.dk, result.dv = torch.autograd.grad(loss, (q, k, v), materialize_grads=True)
+        gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        result.dq, result.dk, result.dv, result.ds_aux = (*gradients, None)[:4]
     return result
+
+
+def scoring_of(case: Case, x: Inputs, s: Sequence, keep=None, sinks=None) -> Scoring:
+    return Scoring(mask_of(case, x, s), slopes_of(x, s), sinks, keep, case.places(s.index))
 
 
 def slopes_of(x: Inputs, s: Sequence) -> torch.Tensor | None:
@@ -173,5 +220,6 @@ def attn_probs(case: Case, x: Inputs) -> torch.Tensor:
         tensors = [
             s.take(t.double(), rows) for t, rows in ((x.q, s.rows_q), (x.k_rows, s.rows_k), (x.v_rows, s.rows_k))
         ]
-        _part(probs, s)[:] = one_sequence(case, *tensors, slopes_of(x, s), places=case.places(s.index))[2]
+        sinks = None if x.s_aux is None else x.s_aux.double()
+        _part(probs, s)[:] = one_sequence(case, *tensors, scoring_of(case, x, s, sinks=sinks)).probs
     return probs

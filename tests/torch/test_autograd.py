@@ -36,7 +36,7 @@ def test_fwd_is_differentiable(name, through):
     case = CASES[name]
     x = make_inputs(case, padding=0.0)
     inputs = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v)]
-    out, lse = torch.ops.flash_attn.fwd(*inputs, **arguments_of(case, x))
+    out, lse, _ = torch.ops.flash_attn.fwd(*inputs, **arguments_of(case, x))
     results = {"out": [(out, x.dout)], "softmax_lse": [(lse, x.dlse)], "both": [(out, x.dout), (lse, x.dlse)]}[through]
     outputs, gradients = zip(*results, strict=True)
     got = torch.autograd.grad(outputs, inputs, gradients)

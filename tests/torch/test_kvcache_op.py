@@ -23,8 +23,8 @@ SCHEMA = (
     "Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool rotary_interleaved=True, SymInt? cache_seqlen=None, "
     "Tensor? cache_seqlens=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, Tensor? block_table=None, "
     "Tensor? alibi_slopes=None, float? softmax_scale=None, bool causal=False, int window_size_left=-1, "
-    "int window_size_right=-1, int attention_chunk=0, float softcap=0., int num_splits=0) "
-    "-> (Tensor out, Tensor softmax_lse)"
+    "int window_size_right=-1, int attention_chunk=0, float softcap=0., Tensor? s_aux=None, "
+    "int num_splits=0) -> (Tensor out, Tensor softmax_lse)"
 )
 SMALL = {"num_heads": 4, "head_dim": 16, "head_dim_v": 16, "dtype": "bfloat16", "causal": True}
 CASES = {

@@ -79,6 +79,7 @@ PYTHON_LAYERS = (
     "kv_cache",
     "_explain",
     "_kernel_interface",
+    "packed_functions",
     "flash_attn_interface",
     "bert_padding",
     "context_parallel",
