@@ -5,7 +5,7 @@
 
 namespace flash_attn::ptx {
 
-// 2^x, relative error 2^-22; exp2(-infinity) is 0.
+// 2^x, relative error 2^-22; exp2(-infinity) is 0. NaN has no sign bit.
 FA_DEVICE float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
