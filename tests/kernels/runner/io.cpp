@@ -65,7 +65,7 @@ bool seen(const Case& c, const Sequence& s, const TileShape& t, int row0, int ke
     return false;
 }
 
-// The tables that sum up key ranges: 16 bytes per 64 queries of the longest sequence and, for the backward pass, 8 bytes
+// The tables that sum up key ranges: 16 bytes per 64 queries of the longest sequence and, in the backward pass, 8 bytes
 // per 64 keys.
 int64_t range_table_bytes(const Case& c, bool of_keys) {
     if (c.key_ranges.empty()) return 0;
