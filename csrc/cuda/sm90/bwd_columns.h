@@ -61,7 +61,11 @@ private:
         const Numbers lse_log2 = numbers(smem_.lse_log2(at_q_.stage), row0);
         const Numbers dsoftmax_sum = numbers(smem_.dsoftmax_sum(at_dout_.stage), row0);
         transform(acc_s, score, at);
-        if (!is_full) apply_mask_by_edge(acc_s, tile_.fresh(params_).mask, at);
+        if (!is_full) {
+            const auto& mask = tile_.fresh(params_).mask;
+            apply_mask_by_edge(acc_s, window_of(mask), at);  // one after the other: registers
+            hide_outside_ranges(acc_s, mask, at);
+        }
         recompute_weights<Variant::kMasked>(acc_s, lse_log2, score.scale_log2);
         mark_dropped(acc_s, score, at);
         smem_.pipe_dout.wait(at_dout_);  // already complete: only ends the basic block, as in fwd.h
