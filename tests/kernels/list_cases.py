@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Sequence
 
 import shards
+import variants
 from build_tools import cuda_objects
 from cases import (
     BATCHES,
@@ -265,7 +266,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
         (Case((400,), (700,), "bfloat16", head_dim=dim, head_dim_v=dim, window_size=(300, -1)), Sim())
         for dim in (64, 128)
     ]
-    rows = [*main_table(axes), *others, *shards.few()]
+    rows = [*main_table(axes), *others, *shards.few(), *variants.few()]
     return [*rows, *on_hopper([*rows, *long, (wide_nonfinite(256), Sim("nonfinite"))])]
 
 
@@ -291,7 +292,8 @@ def on_hopper(rows: list[Row]) -> list[Row]:
 
 
 def hopper_table() -> list[Row]:
-    return on_hopper([*main_table(HOPPER_AXES), *shared_cases(), *other_checks(), *shards.table()])
+    others = [*shared_cases(), *other_checks(), *shards.table(), *variants.table()]
+    return on_hopper([*main_table(HOPPER_AXES), *others])
 
 
 def mutant_table() -> list[Row]:
@@ -324,6 +326,7 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
         (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("invalid_lengths")),
         *shards.few(),
+        *variants.few(),
     ]
     for dim, smem in ((96, LARGE_SMEM), (192, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
@@ -356,8 +359,10 @@ TABLES = {
     "sanitize": sanitizer_table,
     "mutants": mutant_table,
     "shards": lambda: [*shards.table(), *on_hopper(shards.table())],
+    "variants": lambda: [*variants.table(), *on_hopper(variants.table())],
     "hopper": hopper_table,
-    "all": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *shards.table(), *hopper_table()],
+    "generic": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *shards.table()],
+    "all": lambda: [*TABLES["generic"](), *variants.table(), *hopper_table()],
 }
 
 
@@ -372,7 +377,13 @@ def coverage(axes: dict[str, list]) -> str:
 
 
 def summary() -> str:
-    covered = {"main": AXES, "paged": PAGED_AXES, "hopper": HOPPER_AXES, "shards": shards.AXES}
+    covered = {
+        "main": AXES,
+        "paged": PAGED_AXES,
+        "hopper": HOPPER_AXES,
+        "shards": shards.AXES,
+        "variants": variants.AXES,
+    }
     lines = [f"{name}: {len(table())} cases" for name, table in TABLES.items()]
     return "\n".join([*lines, *(f"{name}: {coverage(axes)}" for name, axes in covered.items())])
 

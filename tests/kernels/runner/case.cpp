@@ -205,33 +205,31 @@ bool visible_in_window(const Case& c, const Sequence& s, int i, int j) {
 
 KeyRange key_range(const Case& c, const Sequence& s, int i) {
     constexpr int kLargest = std::numeric_limits<int>::max(), kSmallest = std::numeric_limits<int>::min();
-    // Those that sequences share must not depend on their lengths.
-    const int rows = c.shares_ranges() ? c.seqlen_q() : s.seqlen_q,
-              keys = c.shares_ranges() ? c.seqlen_k() : s.seqlen_k;
+    const std::string& pattern = c.key_ranges;
+    if (pattern.empty()) return {kSmallest, kLargest};
+    // What sequences share does not depend on their lengths.
+    const bool shared = c.shares_ranges();
+    const int rows = shared ? c.seqlen_q() : s.seqlen_q, keys = shared ? c.seqlen_k() : s.seqlen_k;
     const int position = i + keys - rows, size = c.seed % 2 ? 50 : 128;  // of documents: tiles straddle them, or do not
-    const std::string pattern = c.shares_ranges() ? c.key_ranges.substr(7) : c.key_ranges;
     if (pattern == "prefix") return {0, std::max(keys / 3, position + 1)};
     if (pattern == "documents") {
         const int first = position < 0 ? -size : position / size * size;
         return {first, first + size};
     }
-    // Neighbouring queries see keys far from each other, and one key is seen by queries far from each other.
+    // Neighbouring queries see keys far from each other, and queries far from each other see one key.
     if (pattern == "shuffled") {
         const int first = int(mix(uint64_t(c.seed + i / 40)) % uint64_t(keys / size + 1)) * size;
         return {first, first + size};
     }
-    if (pattern == "random") {
-        const uint64_t bits = mix(uint64_t(c.seed) << 32 | uint64_t(i));
-        const auto anywhere = [&](int from) { return int(bits >> from & 0xffff) % (keys + 40) - 20; };
-        if (i / 70 % 3 == 1) return {anywhere(0) + keys, anywhere(16)};  // whole tiles without keys
-        if (bits >> 60 == 0) return {kSmallest, kLargest};
-        if (bits >> 60 == 1) return {kLargest, kSmallest};
-        if (bits >> 60 < 6) return {kSmallest, anywhere(0)};
-        if (bits >> 60 < 10) return {anywhere(0), kLargest};
-        return {anywhere(0), anywhere(16)};
-    }
-    if (!pattern.empty()) reject(pattern);
-    return {kSmallest, kLargest};
+    const uint64_t bits = mix(uint64_t(c.seed) << 32 | uint64_t(i));
+    const auto anywhere = [&](int from) { return int(bits >> from & 0xffff) % (keys + 40) - 20; };
+    if (pattern == "random" || pattern == "shared") return {anywhere(0), anywhere(16)};
+    if (pattern != "hostile") reject(pattern);
+    if (i / 70 % 3 == 1) return {anywhere(0) + keys + 20, anywhere(16)};  // tiles without keys
+    const KeyRange ranges[] = {{kSmallest, kLargest},      {kLargest, kSmallest},      {kSmallest, anywhere(0)},
+                               {anywhere(0), kLargest},    {kLargest, kLargest},       {kSmallest, kSmallest},
+                               {anywhere(0), anywhere(0)}, {anywhere(0), anywhere(16)}};
+    return ranges[bits >> 61];
 }
 
 }  // namespace flash_attn::runner

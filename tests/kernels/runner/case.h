@@ -26,10 +26,10 @@ struct Case {
     int head_start = 0, total_heads = 0;  // of a shard of heads: the first one, and how many there are elsewhere too
     bool float_results = false;           // out, dq, dk and dv in fp32
     bool lse_grad = false;
-    bool s_aux = false, max_logits = false;
+    bool max_logits = false;
+    std::string s_aux;  // "all" heads have sinks, or "some", all but the first, or none
     std::string
-        key_ranges;  // a pattern: "prefix", "documents", "shuffled", "random" or none; with "shared-" before it,
-                     // one sequence has those of all
+        key_ranges;  // "prefix", "documents", "shuffled", "random", "hostile", "shared" by all sequences, or none
     int seqlen_q_if_empty = 0, seqlen_k_if_empty = 0;
     int seed = 0;
 
@@ -44,7 +44,7 @@ struct Case {
     double scale() const;
     uint32_t dropout_threshold() const;  // of 65536
     bool paged() const { return page_size > 0; }
-    bool shares_ranges() const { return key_ranges.starts_with("shared-"); }
+    bool shares_ranges() const { return key_ranges == "shared" && !packed; }
     bool placed() const { return !q_starts.empty() || !k_starts.empty(); }
     bool has_backward() const { return !paged() && seqlen_new == 0; }
 };

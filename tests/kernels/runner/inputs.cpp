@@ -85,12 +85,13 @@ Values make_values(const Case& c) {
             x.slopes[i] = repeated ? x.slopes[i - size_t(c.num_heads)] : float(fresh);
         }
     }
-    if (c.s_aux) {
-        // Some outweigh every score, some weigh nothing, and some are none.
-        const float centres[] = {0, 5, -INFINITY, -300, 80};
+    if (!c.s_aux.empty()) {
+        // Some outweigh every score, and some weigh nothing.
+        const float centres[] = {0, 5, -300, 80};
         Random random(c.seed, kSinks);
         for (int h = 0; h < c.num_heads; ++h)
             x.sinks.push_back(centres[size_t(c.seed + h) % std::size(centres)] + float(random.normal()));
+        if (c.s_aux == "some") x.sinks[0] = -INFINITY;
     }
     x.seed = (uint64_t(c.seed) << 32 | 12345) + uint64_t(c.seed);
     x.offset = uint64_t(1) << 33 | 64;
@@ -142,7 +143,7 @@ void Inputs::make_metadata() {
         slopes.resize(size_t(c.num_heads), 0);
         alibi_slopes = Numbers<float>(slopes);
     }
-    if (c.s_aux) sinks = Numbers<float>(values.sinks);
+    if (!c.s_aux.empty()) sinks = Numbers<float>(values.sinks);
     if (!c.key_ranges.empty()) make_key_ranges();
     rng_state = Numbers<int64_t>({int64_t(values.seed), int64_t(values.offset)});
 }
