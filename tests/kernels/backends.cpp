@@ -4,7 +4,7 @@
 #include <map>
 #include <sstream>
 #include <string>
-#include "cuda/api.h"
+#include "cuda/backend.h"
 #include "cuda/sm90/config.h"
 #include "policy/mask.h"
 
@@ -55,6 +55,8 @@ struct Call {
             p.positions.q_start = std::stoi(value);
         } else if (key == "float_results") {
             p.float_results = std::stoi(value) != 0;
+        } else if (key == "key_ranges") {
+            p.key_ranges.ranges = reinterpret_cast<const int32_t*>(1024);
         } else if (key == "softcap") {
             p.score.softcap = std::stod(value);
         } else if (numbers.count(key)) {
@@ -122,6 +124,13 @@ EXPORTED double estimated_time(const char* changes) {
 
 EXPORTED int64_t workspace_bytes(const char* pass, const char* changes) {
     const Call call = call_with(changes);
+    if (pass == std::string("probs"))
+        return cuda::attn_probs_workspace_bytes({call.params.problem, {}, nullptr}, call.device);
     return pass == std::string("fwd") ? cuda::fwd_workspace_bytes(call.fwd(), call.device)
                                       : cuda::bwd_workspace_bytes(call.params, call.device);
+}
+
+// There is no kernel in this library.
+const char* cuda::make_range_blocks(const Problem&, QueryBlock*, KeyBlock*, const Device&) {
+    return "there are no kernels for key ranges";
 }

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import caches
 import shards
 import variants
 from build_tools import cuda_objects
@@ -156,7 +157,7 @@ def invalid_length_checks() -> list[Row]:
         case = dataclasses.replace(UNEVEN, dtype=dtype, page_size=page_size, **dims, **keys)
         # Sequences that share tiles of dQ share their semaphores too.
         rows += [(case, Sim("invalid_lengths", deterministic=d)) for d in (False, not page_size)]
-    rows += [(dataclasses.replace(CACHE, page_size=n), Sim("invalid_lengths", seqlen_new=2)) for n in (0, 16)]
+    rows += [(dataclasses.replace(caches.CACHE, page_size=n), Sim("invalid_lengths", seqlen_new=2)) for n in (0, 16)]
     return list(dict.fromkeys(rows))
 
 
@@ -213,33 +214,16 @@ def long_rows() -> list[Row]:
     return [(Case((64,), (3000,), "bfloat16", 1, 1, dim, dim), Sim()) for dim in (64, 128)]
 
 
-CACHE = Case((5,) * 4, (150,) * 4, "bfloat16", 4, 2, seqused_k=(-1, 149, 64, 90), leftpad_k=(3, 10, 70, 91))
-
-
-def cache_cases() -> list[Row]:
-    """KV caches: dense queries, with pages and without, new rows, also past the capacity, sequences not in use."""
-    wide = {"head_dim": 128, "head_dim_v": 128}
-    variants = [
-        (0, 1, {}, "rows"),
-        (0, 5, {"causal": True, "softcap": 2.0}, "heads"),
-        (16, 1, {"causal": True}, "gaps"),
-        (37, 5, {"window_size": (40, 0), "alibi": "batch", "dtype": "float16", **wide}, "heads"),
-        (CACHE.seqlen_k, 0, {"causal": True, "leftpad_k": None}, "rows"),  # cache_batch_idx: one page per sequence
-        (CACHE.seqlen_k, 70, {"causal": True, "attention_chunk": 50, "seqlens_q": (70,) * 4}, "rows"),
-        (1, 2, {"seqlens_q": (1,) * 4, **wide}, "rows"),
-    ]
-    return [
-        (dataclasses.replace(CACHE, page_size=page_size, **changes), Sim(layout=layout, seqlen_new=seqlen_new))
-        for page_size, seqlen_new, changes, layout in variants
-    ]
-
-
 def other_checks() -> list[Row]:
     """What a comparison with the reference does not show; each check is explained in runner/check.h. And caches."""
     rows = [*batch_checks(), *invalid_length_checks(), *special_numbers(), *far_offsets(), *long_rows()]
-    rows += cache_cases()
+    rows += caches.table()
     hidden = [row for dtype in DTYPES for dim in cuda_objects.all_head_dims() for row in hidden_nonfinite(dim, dtype)]
     return [*rows, *hidden, (threshold_case(), Sim())]
+
+
+def other_tables() -> list[Row]:
+    return [*shared_cases(), *other_checks(), *shards.table(), *variants.table()]
 
 
 def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS[-5:])) -> list[Row]:
@@ -261,7 +245,7 @@ def race_table(dims: Sequence[tuple[int, int]] = ((13, 40), (64, 64), *HEAD_DIMS
     }
     nonfinite = [row for row in special_numbers() if row[1].check == "nonfinite"]
     others = [row for row in (*paged_table()[::4], *nonfinite[1:3]) if row[0].dtype == DTYPES[0]]
-    others += [*(row for dim in (64, 256) for row in hidden_nonfinite(dim)), *cache_cases()[1:3]]
+    others += [*(row for dim in (64, 256) for row in hidden_nonfinite(dim)), *caches.table()[1:3]]
     long = [
         (Case((400,), (700,), "bfloat16", head_dim=dim, head_dim_v=dim, window_size=(300, -1)), Sim())
         for dim in (64, 128)
@@ -292,8 +276,7 @@ def on_hopper(rows: list[Row]) -> list[Row]:
 
 
 def hopper_table() -> list[Row]:
-    others = [*shared_cases(), *other_checks(), *shards.table(), *variants.table()]
-    return on_hopper([*main_table(HOPPER_AXES), *others])
+    return on_hopper([*main_table(HOPPER_AXES), *other_tables()])
 
 
 def mutant_table() -> list[Row]:
@@ -325,8 +308,7 @@ def mutant_table() -> list[Row]:
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(200, 200)), Sim("marked")),
         (dataclasses.replace(SMALL, seqlens_q=(70, 70), seqlens_k=(40, 40), causal=True), Sim("marked")),
         (Case((20, 0, 31), (33, 9, 40), "bfloat16", 2, 1, packed=True, page_size=16), Sim("invalid_lengths")),
-        *shards.few(),
-        *variants.few(),
+        *(row for part in (shards, variants) for row in part.few()),
     ]
     for dim, smem in ((96, LARGE_SMEM), (192, LARGE_SMEM), (256, SMALL_SMEM), (256, LARGE_SMEM)):
         dims = {"head_dim": dim, "head_dim_v": dim, "seqlens_q": (64, 1, 70), "seqlens_k": (64, 64, 100)}
@@ -361,8 +343,7 @@ TABLES = {
     "shards": lambda: [*shards.table(), *on_hopper(shards.table())],
     "variants": lambda: [*variants.table(), *on_hopper(variants.table())],
     "hopper": hopper_table,
-    "generic": lambda: [*main_table(), *paged_table(), *shared_cases(), *other_checks(), *shards.table()],
-    "all": lambda: [*TABLES["generic"](), *variants.table(), *hopper_table()],
+    "all": lambda: [*main_table(), *paged_table(), *other_tables(), *hopper_table()],
 }
 
 

@@ -184,6 +184,18 @@ def test_workspaces(backends):
     assert backends.workspace_bytes("fwd") == 16
     assert backends.workspace_bytes("fwd", "window_right=0") == 16 + 8 * heads * tiles
     assert backends.workspace_bytes("fwd", "backend=sm80") == 0
+    assert backends.workspace_bytes("probs") == 0
+
+
+def test_workspaces_with_key_ranges(backends):
+    """First the tables of the ranges, 16 bytes per 64 queries and 8 per 64 keys, in steps of 256 bytes."""
+    for which in ("fwd", "probs", "bwd"):
+        own = backends.workspace_bytes(which, "backend=sm80 softcap=2")
+        assert backends.workspace_bytes(which, "backend=sm80 key_ranges=1") == own + 256
+        assert backends.workspace_bytes(which, "backend=sm80 key_ranges=1 seqlen_k=3000") >= own + 1024
+    masked = backends.workspace_bytes("fwd", "window_right=0")
+    assert backends.workspace_bytes("fwd", "key_ranges=1") == masked + 256
+    assert backends.text("run_fwd", "key_ranges=1") == "there are no kernels for key ranges"
 
 
 # FLASH_ATTN_BACKEND on the CPU.

@@ -13,6 +13,7 @@ import pytest
 import list_cases
 import sampling
 import shards
+import variants
 from mutation import mutants, mutations
 from mutation.equivalent import EQUIVALENT
 from paths import ROOT
@@ -115,7 +116,12 @@ def test_a_sample_has_every_kernel(table, size):
     assert len(sampled) == max(size, len(kernels[0]))
 
 
-TABLES_OF_AXES = {"main": list_cases.AXES, "paged": list_cases.PAGED_AXES, "shards": shards.AXES}
+TABLES_OF_AXES = {
+    "main": list_cases.AXES,
+    "paged": list_cases.PAGED_AXES,
+    "shards": shards.AXES,
+    "variants": variants.AXES,
+}
 
 
 @pytest.mark.parametrize("axes", TABLES_OF_AXES.values(), ids=TABLES_OF_AXES)

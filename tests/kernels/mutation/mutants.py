@@ -47,7 +47,9 @@ class Kernels:
     head_dim: int
 
     def object(self, source: str, folder: Path) -> Path:
-        return folder / f"{source}.bf16.{self.head_dim}.o"
+        """Of a source of the architecture, or of one for every problem."""
+        is_instance = source.startswith(f"{self.arch}/")
+        return folder / (f"{source}.bf16.{self.head_dim}.o" if is_instance else f"{source}.o")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Laboratory:
             folder.name: sorted(f"{folder.name}/{path.stem}" for path in folder.glob("*.cu"))
             for folder in sorted(self.csrc.glob("cuda/sm*"))
         }
+        self.common = sorted(f"attention/{path.stem}" for path in self.csrc.glob("cuda/attention/*.cu"))
         self.kernels = [
             Kernels(arch, head_dim)
             for arch in self.sources
@@ -103,7 +106,7 @@ class Laboratory:
     def sources_with(self, path: str, kernels: Kernels) -> list[str]:
         """The sources of these kernels that include a header, as the compiler has noted."""
         found = []
-        for source in self.sources[kernels.arch]:
+        for source in (*self.sources[kernels.arch], *self.common):
             noted = kernels.object(source, self.intact("plain")).with_suffix(".d").read_text().split()
             found += [source] if f"csrc/{path}" in noted else []
         return found
@@ -145,14 +148,17 @@ class Laboratory:
         if not objects or None in objects:
             return NOT_COMPILED if objects else SURVIVED
         intact = self.intact(flavour)
-        others = itertools.chain(*self.sources.values())
-        objects += [kernels.object(s, intact) for s in others if s not in broken]
+        for arch, sources in self.sources.items():
+            others = [source for source in (*sources, *self.common) if source not in broken]
+            objects += [Kernels(arch, kernels.head_dim).object(source, intact) for source in others]
+        objects = list(dict.fromkeys(objects))
         objects = [path for path in objects if path.exists()]  # not every architecture has every head_dim
         objects += [intact / "backends.o", *intact.glob("sm*/backend.o"), *(intact.parent / "models").glob("*.o")]
         objects += (self.build / "plain/runner").glob("*.o")
         program = folder / f"run_case.{flavour}"
         subprocess.run([*self.commands[f"link_{flavour}"], *objects, "-o", program], check=True)
-        passes = ["--pass", Path(broken[0]).name] if len(broken) == 1 else []
+        is_pass = len(broken) == 1 and broken[0] not in self.common
+        passes = ["--pass", Path(broken[0]).name] if is_pass else []
         command = [*self.commands[f"run_{flavour}"], str(program), "--stop", *passes, "--table"]
         command.append(str(self.table(flavour, kernels)))
         try:
