@@ -31,7 +31,11 @@ from tools import sass, wgmma
 REPORT = ROOT / "docs" / "kernel_report.md"
 # What share of a loop's exponentials is computed while a product of wgmma is under way.
 LEAST_OVERLAP = 0.7
-VARIANTS = ("", *(f"{mask}Mask {score}Score" for score in ("Plain", "Modified") for mask in ("Full", "Window")))
+VARIANTS = (
+    "",
+    *(f"{mask}Mask {score}Score" for score in ("Plain", "Modified") for mask in ("Full", "Window")),
+    "RangeMask ModifiedScore",
+)
 
 HEAD = "| kernel, head_dim: queries x keys | code | registers | products | EX2 | fp32 | all | beside products |"
 
@@ -53,9 +57,9 @@ What compiler and machine code say, written by `make report`, checked in continu
 ARGS=--check`. Commit it with a change to a kernel: its diff shows what the change does to the code.
 
 A row is a kernel with one shape of tiles, queries x keys, for one architecture. Where variants differ, their order is
-full mask, window; then, with softcap, ALiBi or dropout, full mask, window. After a stroke: float16, where it differs
-from bfloat16. Registers of fwd_sm90 and bwd_sm90 are those at launch, 168 with two consumers, 128 with three; then the
-warpgroup that loads gives some back, and consumers have 240 or 160.
+full mask, window; then, with softcap, ALiBi or dropout, full mask, window, key ranges. After a stroke: float16, where
+it differs from bfloat16. Registers of fwd_sm90 and bwd_sm90 are those at launch, 168 with two consumers, 128 with
+three; then the warpgroup that loads gives some back, and consumers have 240 or 160.
 
 The next columns count instructions of the main loop as they stand in the code, those for special cases among them:
 tensor products (HMMA, HGMMA), exponentials (MUFU.EX2), fp32 (FFMA, FMUL, FADD), all. The main loop is the smallest of

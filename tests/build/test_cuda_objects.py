@@ -25,6 +25,13 @@ def test_object_files():
     assert {each.source for each in cuda_objects.objects((Arch(8, 0),), SOURCES)} == {SOURCES[0], SOURCES[2]}
 
 
+def test_kernels_for_every_problem_are_compiled_once():
+    """Those of a folder without a list of head_dims."""
+    each = cuda_objects.objects(parse(cuda_archs.DEFAULT), [KERNELS / "attention" / "range_blocks.cu"])
+    assert [(one.name, one.element, one.head_dim) for one in each] == [("range_blocks", "", 0)]
+    assert each[0].flags() == cuda_archs.gencode_flags(["sm_80", "sm_90a", "compute_80"])
+
+
 def test_each_architecture_has_its_list_of_head_dims(tmp_path):
     folder = tmp_path / "sm89"
     folder.mkdir()
