@@ -22,14 +22,13 @@ struct Backend {
     Pass<FwdParams> fwd;
     Pass<BwdParams> bwd;
     Pass<ProbsParams> attn_probs;
+    // Fills the tables of key ranges (problem.h), in stream order; key_blocks null: not those of keys.
+    const char* (*make_range_blocks)(const Problem& p, QueryBlock* query_blocks, KeyBlock* key_blocks,
+                                     const Device& device);
 };
 
 // One backend per architecture folder: backend<80>() is defined in cuda/sm80/backend.cpp.
 template <int kArch> const Backend& backend();
-
-// Fills the tables of key ranges (problem.h), in stream order; key_blocks null: not those of keys. They lie where the
-// problem says. Defined in cuda/attention/range_blocks.cu.
-const char* make_range_blocks(const Problem& p, QueryBlock* query_blocks, KeyBlock* key_blocks, const Device& device);
 
 template <class Params> int64_t no_workspace(const Params&, const Device&) { return 0; }
 

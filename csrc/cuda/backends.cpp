@@ -80,7 +80,7 @@ const char* run_with_ranges(const Backend& backend, Params params, char* workspa
     params.problem.key_ranges.key_blocks = key_blocks;
     constexpr bool kIsBackward = std::is_same_v<Params, BwdParams>;
     const char* const error =
-        make_range_blocks(params.problem, query_blocks, kIsBackward ? key_blocks : nullptr, device);
+        backend.make_range_blocks(params.problem, query_blocks, kIsBackward ? key_blocks : nullptr, device);
     return error ? error : pass_of(backend, params).run(params, workspace + tables.end, device);
 }
 

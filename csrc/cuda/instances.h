@@ -24,6 +24,9 @@ const char* bwd_instance(const BwdParams& params, void* workspace, const Device&
 template <int kArch, class Element, int kHeadDim>
 const char* attn_probs_instance(const ProbsParams& params, void* workspace, const Device& device);
 
+// Defined in cuda/attention/range_blocks.cu, for all architectures.
+const char* make_range_blocks(const Problem& p, QueryBlock* query_blocks, KeyBlock* key_blocks, const Device& device);
+
 // The smallest head_dim of an ascending list that is large enough; 0 if none is.
 template <size_t kCount> constexpr int instance_head_dim(const Problem& p, const int (&head_dims)[kCount]) {
     for (const int head_dim : head_dims)
@@ -71,13 +74,22 @@ template <int kArch, const auto& kHeadDims, bool kIsBuilt> struct Instances {
             return attn_probs_instance<kArch, typename decltype(type)::type, head_dim.value>(params, workspace, device);
         });
     }
+    static const char* make_range_blocks(const Problem& p, QueryBlock* query_blocks, KeyBlock* key_blocks,
+                                         const Device& device) {
+        if constexpr (kIsBuilt)
+            return cuda::make_range_blocks(p, query_blocks, key_blocks, device);
+        else
+            return kNotBuilt;
+    }
 
 private:
+    static constexpr const char* kNotBuilt = "these kernels are not in this build";
+
     template <class F> static const char* run(const Problem& p, F f) {
         if constexpr (kIsBuilt)
             return with_instance<kHeadDims>(p, f);
         else
-            return "these kernels are not in this build";
+            return kNotBuilt;
     }
 };
 

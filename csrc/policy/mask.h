@@ -89,7 +89,7 @@ struct WindowMask {
         return Range{max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)}.or_none();
     }
     // For loops over the tiles of q_range(keys): whether a tile of rows sees some of the keys. The tiles of keys that
-    // one of rows sees so are those of kv_tiles().
+    // rows see in this way are those of kv_tiles().
     FA_HOST_DEVICE bool sees(Range, Range) const { return true; }
     FA_HOST_DEVICE Range kv_tiles(Range rows, int size) const { return tiles_of(kv_range(rows), size); }
 

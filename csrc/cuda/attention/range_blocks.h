@@ -42,8 +42,8 @@ FA_KERNEL(kRangeThreads, 1) make_query_blocks(FA_GRID_CONSTANT RangeBlockParams 
 }
 
 // From the query blocks. Queries are rounded outwards to multiples of kRangeTile: a tile of queries whose summary
-// reaches some of the keys is among them as a whole, whatever a window leaves of them. Hence q_range() has every tile
-// that sees() is true of, and thread blocks that add to dQ in turns agree on whose turn it is.
+// reaches some of the keys is among them as a whole, whatever a window leaves of them. Hence sees() is true of no tiles
+// but those of q_range(): thread blocks that add to dQ in turns agree on whose turn it is.
 FA_KERNEL(kRangeThreads, 1) make_key_blocks(FA_GRID_CONSTANT RangeBlockParams params) {
     const Problem& p = params.problem;
     const int num_blocks = RangeMask::num_key_blocks(p);

@@ -101,8 +101,8 @@ template <int kLaneRows> struct OnlineSoftmax {
             row_sum[r] += x;
         });
     }
-    // Divides by the row sums; a row without visible keys becomes 0. sink: a score that is added to every row, in
-    // natural logarithms; -infinity: none. lse: natural log-sum-exp of the scores and the sink.
+    // Divides by the row sums; a row without visible keys becomes 0. sink: a score added to every row, a natural
+    // logarithm; -infinity: none. lse: natural log-sum-exp of the scores and the sink.
     template <int kRows, int kCols>
     FA_DEVICE void finish(AccTile<kRows, kCols>& out, float weight_scale, float sink, float (&lse)[kLaneRows]) {
         float factor[kLaneRows];

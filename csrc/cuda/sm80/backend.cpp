@@ -35,6 +35,7 @@ template <> const Backend& backend<80>() {
         .fwd = {why_not<FwdParams>, no_workspace<FwdParams>, Kernels::fwd},
         .bwd = {why_not<BwdParams>, workspace_of_bwd, Kernels::bwd},
         .attn_probs = {why_not<ProbsParams>, no_workspace<ProbsParams>, Kernels::attn_probs},
+        .make_range_blocks = Kernels::make_range_blocks,
     };
     return kBackend;
 }

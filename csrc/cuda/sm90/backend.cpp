@@ -65,6 +65,7 @@ template <> const Backend& backend<90>() {
         .fwd = {why_not_fwd, workspace_of_fwd, Kernels::fwd},
         .bwd = {why_not_bwd, workspace_of_bwd, Kernels::bwd},
         .attn_probs = {},
+        .make_range_blocks = Kernels::make_range_blocks,
     };
     return kBackend;
 }

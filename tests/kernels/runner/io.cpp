@@ -65,8 +65,8 @@ bool seen(const Case& c, const Sequence& s, const TileShape& t, int row0, int ke
     return false;
 }
 
-// The tables that sum up key ranges: 16 bytes per 64 queries of the longest sequence and, for the backward pass, 8
-// bytes per 64 keys.
+// The tables that sum up key ranges: 16 bytes per 64 queries of the longest sequence and, in the backward pass, 8 bytes
+// per 64 keys.
 int64_t range_table_bytes(const Case& c, bool of_keys) {
     if (c.key_ranges.empty()) return 0;
     return c.batch_size() * int64_t(ceil_div(c.seqlen_q(), 64) * 16 + (of_keys ? ceil_div(c.seqlen_k(), 64) * 8 : 0));
