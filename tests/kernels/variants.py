@@ -61,7 +61,13 @@ def row_of(row: dict, seed: int) -> Row:
 
 def table() -> list[Row]:
     """Every pair of values of any two axes, and what they do not have."""
-    return [*(row_of(row, seed) for seed, row in enumerate(pairwise(AXES))), *turns(), *others(), *checks()]
+    return [
+        *(row_of(row, seed) for seed, row in enumerate(pairwise(AXES))),
+        *turns(),
+        *many_queries(),
+        *others(),
+        *checks(),
+    ]
 
 
 def turns(dims: tuple[int, ...] = (64, 128, 192, 256)) -> list[Row]:
@@ -73,6 +79,11 @@ def turns(dims: tuple[int, ...] = (64, 128, 192, 256)) -> list[Row]:
         case = Case((513,), (401,), "bfloat16", 2, 1, dim, dim, key_ranges=pattern, seed=i, **mask)
         rows.append((case, Sim(deterministic=True)))
     return rows
+
+
+def many_queries() -> list[Row]:
+    """More blocks of queries than a warp has lanes, in one pass over them and in two."""
+    return [(Case((n,), (64,), "bfloat16", 1, 1, key_ranges="prefix"), Sim()) for n in (3000, 4200)]
 
 
 def others() -> list[Row]:
@@ -121,6 +132,8 @@ def few() -> list[Row]:
         *((dataclasses.replace(tiles, key_ranges=p), Sim(deterministic=True)) for p in ("documents", "hostile")),
         (dataclasses.replace(tiles, key_ranges="prefix", causal=True, **modified), Sim(layout="gaps")),
         (Case((200, 200), (150, 150), "bfloat16", 2, 1, key_ranges="shared", max_logits=True), Sim()),
+        (Case((1,), (1,), "bfloat16", 8, 8, max_logits=True), Sim()),  # the largest of negative scores
+        *many_queries(),
         (dataclasses.replace(SMALL, key_ranges="documents", max_logits=True, seed=1), Sim("nonfinite")),
         (dataclasses.replace(SMALL, max_logits=True, s_aux="all"), Sim("nonfinite")),
     ]

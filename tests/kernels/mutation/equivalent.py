@@ -29,20 +29,39 @@ ANY_MEMORY = "uninitialised memory is no place, or leads to a tile that is repea
 REFUSED = "where the two differ, kPassRows does not divide kRows, and the static_assert below it fails"
 NO_SUCH_GRID = "TMA takes no tensor without rows, so no grid without tiles comes here"
 
+SAME_IN_LANES = "the number is the same in all lanes, and its maximum with itself too"
+PASSED_OVER = "more tiles of queries are asked: sees() is false of them, and they are passed over"
+BOTH_RIGHT = "both formulas are right there"
+LAST_ROW = "rows past the last one are as the last one, which is among them"
+
 EQUIVALENT: dict[str, dict[str, str]] = {
     "cuda/attention/bwd_preprocess.h": {
         "removed: `ptx::grid_launch_dependents()`": EARLIER,
+    },
+    "cuda/attention/max_logits.h": {
+        "`>` becomes `>=`: `a, float b) { return a > b || a != a ? a : b; }`": BOTH_RIGHT,
+        "true: `lane_id() == 0`": SAME_IN_LANES,
+        "`==` becomes `!=`: `head; if (lane_id() == 0) ptx::red_max(max_log`": SAME_IN_LANES,
+    },
+    "cuda/attention/range_blocks.h": {
+        "`first + kRangeBlock` instead of `min(first + kRangeBlock, seq.seqlen_q)`": LAST_ROW,
+        "false: `sum.any_begin >= key + kRangeBlock || sum.any_end <= key`": PASSED_OVER,
+        "`>=` becomes `>`: `if (sum.any_begin >= key + kRangeBlock || su`": PASSED_OVER,
+        "`<=` becomes `<`: `ngeBlock || sum.any_end <= key) continue;`": PASSED_OVER,
     },
     "cuda/attention/rows.h": {
         "false: `!p.paged_kv.block_table`": "kv_row_offset() finds rows without a table as well",
     },
     "cuda/attention/score_tile.h": {
-        "`<` becomes `<=`: `; return square < 0.04f ? x * series : la`": "both formulas are right there",
+        "`<` becomes `<=`: `; return square < 0.04f ? x * series : la`": BOTH_RIGHT,
         "false: `score.dropout.threshold == 0`": NOTHING_DROPPED,
         "false: `score.dropout.threshold == 0` [1]": NOTHING_DROPPED,
     },
     "cuda/attention/softmax.h": {
         "false: `rescale_factor[r] = rescale_factor[r] == row_max[r]`": NOT_FUSED,
+        "`>` becomes `>=`: `t float rescale = above > 0.f ? ptx::exp2(-above)`": BOTH_RIGHT,
+        "`>` becomes `>=`: `m[r] * rescale + (above > 0.f ? 1.f : ptx::exp2(a`": BOTH_RIGHT,
+        "`>` becomes `>=`: `m); lse = above > 0.f ? fmaf(log_sum, flo`": BOTH_RIGHT,
         "true: `mask.template crosses<Edge::kAfter, At::kByKey>(queries, ...`": MASKED,
         "true: `mask.template crosses<Edge::kBefore, At::kByKey>(queries,...`": MASKED,
     },
@@ -52,7 +71,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "true: `!is_full`": MASKED,
         "true: `Variant::kMasked && nonfinite`": SLOW_PATH,
         "true: `ptx::thread_idx() == 0`": EVERYONE_WAITS,
-        "`==` becomes `!=`: `if (ptx::thread_idx() == 0) ptx::wait_for_turn(t`": EVERYONE_WAITS,
+        "`==` becomes `!=`: `if (ptx::thread_idx() == 0) ptx:`": EVERYONE_WAITS,
+        "`<` becomes `<=`: `) { while (head < end_head && !fresh_mask`": "past the last head, no tile is asked for",
         "true: `pass.deterministic` [1]": "turns are passed that no block waits for",
     },
     "cuda/sm80/fwd.h": {

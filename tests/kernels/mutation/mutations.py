@@ -17,7 +17,8 @@ CSRC = ROOT / "csrc"
 FOLDERS = ("policy", "cuda/tile", "cuda/attention", "cuda/sm*")
 # tests/attention has exhaustive tests of masks and dropout on every backend, simulator/primitives of divisions.
 TESTED_ELSEWHERE = {
-    f"policy/{name}.h" for name in ("divisor", "dropout", "mask", "paged_kv", "scalars", "score", "seqlen", "variant")
+    f"policy/{name}.h"
+    for name in ("divisor", "dropout", "mask", "paged_kv", "range_mask", "scalars", "score", "seqlen", "variant")
 }
 # Computed on the host, before a launch: test_backends.py has tests of it.
 OF_THE_HOST = {"config.h", "with_smem.h", "launch_plan.h", "tma_strides.h", "tma_tensor.h", "encode_tensor_map.h"}
@@ -186,19 +187,19 @@ BY_HAND = {
     "cuda/sm80/fwd.h": """
         ptx::sync_threads_or( => bool(
         ptx::sync_threads_or( => (ptx::sync_threads(),
-        mask.is_full_block(rows, {n0, n0 + N}) => true
-        mask.is_full_block(rows, {n0, n0 + N}) => mask.is_full_block(rows, {n0 + 1, n0 + N - 1})
+        fresh_mask(mask, p, batch, head).is_full_block(rows, {n0, n0 + N}) => true
+        is_full_block(rows, {n0, n0 + N}) => is_full_block(rows, {n0 + 1, n0 + N - 1})
         int n = tiles.end - 1; => int n = tiles.end - 2;
         n >= tiles.begin; => n > tiles.begin;
     """,
     "cuda/sm80/bwd.h": """
         ptx::sync_threads_or( => bool(
         ptx::sync_threads_or( => (ptx::sync_threads(),
-        mask.template is_full_block<true>(rows, {n0, n0 + N}) => true
+        fresh_mask(mask, p, batch, head).template is_full_block<true>(rows, {n0, n0 + N}) => true
         is_full_block<true>(rows, {n0, n0 + N}) => is_full_block<true>(rows, {n0 + 1, n0 + N - 1})
-        n - tiles_of(mask.kv_range(rows), N).begin => n + 1 - tiles_of(mask.kv_range(rows), N).begin
-        n - tiles_of(mask.kv_range(rows), N).begin => n
-        n - tiles_of(mask.kv_range(rows), N).begin => 0
+        n - fresh_mask(mask, p, batch, head) => n + 1 - fresh_mask(mask, p, batch, head)
+        n - fresh_mask(mask, p, batch, head).kv_tiles(rows, N).begin => n
+        n - fresh_mask(mask, p, batch, head).kv_tiles(rows, N).begin => 0
         m = tiles.begin; => m = tiles.begin + 1;
     """,
     "cuda/sm90/fwd.h": """
@@ -209,6 +210,18 @@ BY_HAND = {
         (consumer + 1) % Config::kConsumers => consumer
         sees_keys ? Config::TileQ::kBytes : 0 => Config::TileQ::kBytes
         out_left_ ^= 1; =>
+    """,
+    "cuda/attention/max_logits.h": """
+        mask = 4; => mask = 8;
+        mask < kWarpThreads; => mask < kWarpThreads / 2;
+    """,
+    "cuda/attention/range_blocks.h": """
+        mask = 1; => mask = 2;
+        mask < kWarpThreads; => mask < kWarpThreads / 2;
+        row += kWarpThreads) => row += 2 * kWarpThreads)
+        row += kWarpThreads * kRangeTile) => row += 2 * kWarpThreads * kRangeTile)
+        end = row + kRangeTile; => end = row + kRangeBlock;
+        {row, row + kRangeTile} => {row, row + kRangeBlock}
     """,
     "cuda/sm90/tile_queue.h": """
         num_blocks + (taken => (taken
