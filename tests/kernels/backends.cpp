@@ -5,6 +5,7 @@
 #include <sstream>
 #include <string>
 #include "cuda/backend.h"
+#include "cuda/instances.h"
 #include "cuda/sm90/config.h"
 #include "policy/mask.h"
 
