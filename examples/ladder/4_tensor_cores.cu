@@ -44,7 +44,7 @@ FA_KERNEL(kThreads, 1) tensor_cores(Attention a) {
         ptx::sync_threads();  // everybody is done with K and V, which the next tiles overwrite
     }
     float lse[acc_o.kLaneRows];
-    softmax.finish(acc_o, 1.f, lse);
+    softmax.finish(acc_o, 1.f, -ptx::infinity(), lse);
     store_rows(acc_o, a.out + (m0 + warp_row0) * kHeadDim, kHeadDim, kWarpRows, kHeadDim);
 }
 

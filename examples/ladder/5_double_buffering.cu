@@ -49,7 +49,7 @@ FA_KERNEL(kThreads, 1) double_buffering(Attention a) {
         mma_ab<bf16>(acc_o, PackedTile<bf16, kWarpRows, kTile>(acc_s), sV(n), 0);  // O += P V
     }
     float lse[acc_o.kLaneRows];
-    softmax.finish(acc_o, 1.f, lse);
+    softmax.finish(acc_o, 1.f, -ptx::infinity(), lse);
     store_rows(acc_o, a.out + (m0 + warp_row0) * kHeadDim, kHeadDim, kWarpRows, kHeadDim);
 }
 
