@@ -23,9 +23,8 @@ protected:
 
     // Calls step(i, m) for every query tile m of the i-th head.
     template <class Step> FA_DEVICE void for_each_tile(Step step) {
-        const Range tiles = tile_.tiles();
         for (int i = 0; i < params_.heads_per_key_head; ++i)
-            for (int m = tiles.begin; m < tiles.end; ++m) {
+            for (int m = tile_.tiles().begin; m < tile_.tiles().end; ++m) {
                 if (!tile_.sees(m)) continue;
                 step(i, m);
                 at_q_.advance(), at_dout_.advance();
