@@ -14,10 +14,7 @@ inline QueryBlock query_block(const RangeMask& mask, int block) {
 // Needs the query blocks: those that cannot see the keys are skipped as a whole.
 inline KeyBlock key_block(const RangeMask& mask, int block) {
     const int seqlen_q = mask.window.seqlen_q, key = block * kRangeBlock;
-    const auto may_see = [&](int row) {
-        const QueryBlock& rows = mask.query_blocks[row / kRangeBlock];
-        return rows.any_begin < key + kRangeBlock && rows.any_end > key;
-    };
+    const auto may_see = [&](int row) { return mask.sees({row, row + 1}, {key, key + kRangeBlock}); };
     int first = 0, end = seqlen_q;
     while (first < end && !(may_see(first) && mask.sees_block(first, block)))
         first = may_see(first) ? first + 1 : round_down(first, kRangeBlock) + kRangeBlock;

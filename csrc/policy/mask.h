@@ -37,7 +37,8 @@ template <class Int> struct VisibleKeys {
 enum class Edge { kAfter, kBefore };  // hides the keys after, or those before, the visible keys
 
 struct WindowMask {
-    static constexpr bool kMasked = true;  // some pairs of a query and a key are hidden
+    static constexpr bool kMasked = true;      // some pairs of a query and a key are hidden
+    static constexpr bool kHasRanges = false;  // queries have ranges of their own (policy/range_mask.h)
     int seqlen_q, seqlen_k;
     int shift, k_start;  // those of the sequence
     int left, right;
@@ -114,7 +115,7 @@ struct WindowMask {
 
 // No mask: every query sees every key. Equal to a window without bounds, but costs nothing.
 struct FullMask {
-    static constexpr bool kMasked = false;
+    static constexpr bool kMasked = false, kHasRanges = false;
     int seqlen_q, seqlen_k;
 
     FA_HOST_DEVICE static FullMask of(const Problem&, const Sequence& seq, int /*batch*/, int /*head*/) {

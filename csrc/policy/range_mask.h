@@ -15,7 +15,7 @@ constexpr int kRangeBlock = 64;  // queries or keys
 constexpr int kRangeTile = 128;
 
 struct RangeMask {
-    static constexpr bool kMasked = true;
+    static constexpr bool kMasked = true, kHasRanges = true;
     WindowMask window;
     const int32_t* ranges;  // [seqlen_q, 2]: those of the sequence; null: no ranges
     const QueryBlock* query_blocks;
@@ -105,6 +105,9 @@ struct RangeMask {
         const Range range = range_of(row);
         return range.begin < (block + 1) * kRangeBlock && range.end > block * kRangeBlock;
     }
+
+private:
+    FA_HOST_DEVICE static int next_block(int i) { return round_down(i, kRangeBlock) + kRangeBlock; }
     // Of all blocks that have some of the rows.
     FA_HOST_DEVICE QueryBlock summary(Range rows) const {
         QueryBlock sum{kMaxSeqlen, 0, 0, kMaxSeqlen};
@@ -112,9 +115,6 @@ struct RangeMask {
             sum = join(sum, query_blocks[row / kRangeBlock]);
         return sum;
     }
-
-private:
-    FA_HOST_DEVICE static int next_block(int i) { return round_down(i, kRangeBlock) + kRangeBlock; }
     FA_HOST_DEVICE Range keys_of_any(Range rows) const {
         const QueryBlock sum = summary(rows);
         return {sum.any_begin, sum.any_end};

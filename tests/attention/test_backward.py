@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from cases import DTYPES, Case, edge_cases, key_range_cases, large_cases, shard_cases, table
+from cases import DTYPES, Case, edge_cases, large_cases, shard_cases, table, used_key_cases
 from check import check_backward, check_forward, op_bwd, op_fwd
 from compare import assert_bitwise
 from device import for_device, needs_gpu, on_device
 from inputs import make_inputs
 from variant_cases import variant_cases
 
-CASES = [*table(), *edge_cases(), *key_range_cases(), *shard_cases()]
+CASES = [*table(), *edge_cases(), *used_key_cases(), *shard_cases()]
 CASES += [case for case in variant_cases() if not case.page_size]
 of_every_case = pytest.mark.parametrize("case", for_device(CASES), ids=lambda case: case.name)
 

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
-from cases import Case, edge_cases, key_range_cases, paged_cases, shard_cases, table
+from cases import Case, edge_cases, paged_cases, shard_cases, table, used_key_cases
 from check import check_forward, op_fwd, op_probs
 from device import for_device, on_device
 from inputs import make_inputs
 from reference import visible
 from variant_cases import variant_cases
 
-CASES = [*table(), *edge_cases(), *key_range_cases(), *shard_cases(), *paged_cases(), *variant_cases()]
+CASES = [*table(), *edge_cases(), *used_key_cases(), *shard_cases(), *paged_cases(), *variant_cases()]
 
 
 @pytest.mark.parametrize("case", for_device(CASES), ids=lambda case: case.name)

@@ -26,10 +26,10 @@ from cases import (
     Case,
     batch_lengths,
     edge_cases,
-    key_range_cases,
     paged_cases,
     pairwise,
     shard_cases,
+    used_key_cases,
 )
 from cases import HEAD_DIMS as COMMON_DIMS
 from sampling import sample
@@ -125,7 +125,7 @@ def shared_cases() -> list[Row]:
     """What the tables of the other backends have and the axes above have not, in the types that kernels take."""
     cases = [
         *(dataclasses.replace(c, dtype=DTYPES[i // 2 % 2]) for i, c in enumerate(edge_cases())),
-        *(c for c in (*key_range_cases(), *paged_cases(), *shard_cases()) if c.dtype in DTYPES),
+        *(c for c in (*used_key_cases(), *paged_cases(), *shard_cases()) if c.dtype in DTYPES),
     ]
     fitting = [c for c in cases if max(c.head_dim, c.head_dim_v) <= MAX_HEAD_DIM]
     return [(c, Sim(deterministic=i % 2 == 0)) for i, c in enumerate(dict.fromkeys(fitting))]

@@ -258,7 +258,7 @@ def chunk_cases() -> list[Case]:
     return cases
 
 
-def key_range_cases() -> list[Case]:
+def used_key_cases() -> list[Case]:
     """seqused_k and leftpad_k, dense and packed, combined pairwise with all other features."""
     axes = {
         "dtype": list(DTYPES),

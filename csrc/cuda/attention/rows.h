@@ -1,9 +1,7 @@
 // Row pointers and tile loads for one head of one sequence in global memory.
 #pragma once
-#include <type_traits>
 #include "cuda/tile/copy_sm80.h"
 #include "policy/paged_kv.h"
-#include "policy/range_mask.h"
 #include "policy/seqlen.h"
 #include "policy/tile_order.h"
 
@@ -30,9 +28,9 @@ FA_DEVICE StridedRows<Element> rows_from(const TensorView& t, int batch, int hea
 
 // The mask of a head or, of a mask with ranges, the same one computed again: loops have no registers to keep it.
 template <class Mask> FA_DEVICE decltype(auto) fresh_mask(const Mask& mask, const Problem& p, int batch, int head) {
-    if constexpr (std::is_same_v<Mask, RangeMask>) {
+    if constexpr (Mask::kHasRanges) {
         const int same_batch = ptx::opaque(batch);
-        return RangeMask::of(p, sequence_at(p, same_batch), same_batch, head);
+        return Mask::of(p, sequence_at(p, same_batch), same_batch, head);
     } else {
         return (mask);
     }

@@ -1,12 +1,10 @@
 // Online softmax of the forward pass: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and
 // FlashAttention-2, section 3.1. Each thread keeps row max and row sum of its rows, in the log2 domain.
 #pragma once
-#include <type_traits>
 #include "cuda/attention/coordinates.h"
 #include "cuda/ptx/math.h"
 #include "cuda/ptx/sync.h"
 #include "cuda/tile/acc_tile.h"
-#include "policy/range_mask.h"
 #include "policy/score.h"
 
 namespace flash_attn {
@@ -21,15 +19,14 @@ FA_DEVICE void hide_if(AccTile<kRows, kCols>& s, const At& at, IsHidden is_hidde
 }
 // The window of a mask, and the rest of what it hides.
 template <class Mask> FA_DEVICE const auto& window_of(const Mask& mask) {
-    if constexpr (std::is_same_v<Mask, RangeMask>)
+    if constexpr (Mask::kHasRanges)
         return mask.window;
     else
         return mask;
 }
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void hide_outside_ranges(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    if constexpr (std::is_same_v<Mask, RangeMask>)
-        hide_if(s, at, [&](int row, int key) { return !mask.in_range(row, key); });
+    if constexpr (Mask::kHasRanges) hide_if(s, at, [&](int row, int key) { return !mask.in_range(row, key); });
 }
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
@@ -37,18 +34,18 @@ FA_DEVICE void apply_mask(AccTile<kRows, kCols>& s, const Mask& mask, const At& 
     hide_outside_ranges(s, mask, at);
 }
 // The same result with half of the comparisons for most tiles, which a single mask edge crosses. Needs a few registers.
+// With ranges, most tiles that need masking are crossed by a range.
 template <int kRows, int kCols, class Mask, class At>
 FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const Mask& mask, const At& at) {
-    const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
-    if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
-        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
-    if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
-        hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
-}
-// With ranges, most tiles that need masking are crossed by a range.
-template <int kRows, int kCols, class At>
-FA_DEVICE void apply_mask_by_edge(AccTile<kRows, kCols>& s, const RangeMask& mask, const At& at) {
-    hide_if(s, at, [&](int row, int key) { return !mask.template keep<At::kByKey>(row, key); });
+    if constexpr (Mask::kHasRanges) {
+        hide_if(s, at, [&](int row, int key) { return !mask.template keep<At::kByKey>(row, key); });
+    } else {
+        const Range queries = at.queries(kRows, kCols), keys = at.keys(kRows, kCols);
+        if (mask.template crosses<Edge::kAfter, At::kByKey>(queries, keys))
+            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kAfter, At::kByKey>(row, key); });
+        if (mask.template crosses<Edge::kBefore, At::kByKey>(queries, keys))
+            hide_if(s, at, [&](int row, int key) { return mask.template hides<Edge::kBefore, At::kByKey>(row, key); });
+    }
 }
 
 // Max over the four lanes that share a row.

@@ -1,6 +1,5 @@
 // Parameters and tile coordinates of the backward pass for compute capability 9.0.
 #pragma once
-#include <type_traits>
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/rows.h"
 #include "cuda/sm90/bwd_config.h"
@@ -36,7 +35,7 @@ template <class Config, class Variant> struct BwdTileSm90 {
     }
     // The same tile, computed again at every use if its mask leaves no registers to keep what is rarely used.
     FA_DEVICE decltype(auto) fresh(const BwdKernelParamsSm90& params) const {
-        if constexpr (std::is_same_v<typename Variant::Mask, RangeMask>)
+        if constexpr (Variant::Mask::kHasRanges)
             return BwdTileSm90(params);
         else
             return *this;

@@ -44,10 +44,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "`==` becomes `!=`: `head; if (lane_id() == 0) ptx::red_max(max_log`": SAME_IN_LANES,
     },
     "cuda/attention/range_blocks.h": {
-        "`first + kRangeBlock` instead of `min(first + kRangeBlock, seq.seqlen_q)`": LAST_ROW,
-        "false: `sum.any_begin >= key + kRangeBlock || sum.any_end <= key`": PASSED_OVER,
-        "`>=` becomes `>`: `if (sum.any_begin >= key + kRangeBlock || su`": PASSED_OVER,
-        "`<=` becomes `<`: `ngeBlock || sum.any_end <= key) continue;`": PASSED_OVER,
+        "`first + kRangeBlock` instead of `min(first + kRangeBlock, mask.window.seqlen_q)`": LAST_ROW,
+        "false: `!mask.sees({row, row + kRangeTile}, {key, key + kRangeBlo...`": PASSED_OVER,
     },
     "cuda/attention/rows.h": {
         "false: `!p.paged_kv.block_table`": "kv_row_offset() finds rows without a table as well",

@@ -216,8 +216,8 @@ BY_HAND = {
         mask < kWarpThreads; => mask < kWarpThreads / 2;
     """,
     "cuda/attention/range_blocks.h": """
-        mask = 1; => mask = 2;
-        mask < kWarpThreads; => mask < kWarpThreads / 2;
+        lane = 1; => lane = 2;
+        lane < kWarpThreads; => lane < kWarpThreads / 2;
         row += kWarpThreads) => row += 2 * kWarpThreads)
         row += kWarpThreads * kRangeTile) => row += 2 * kWarpThreads * kRangeTile)
         end = row + kRangeTile; => end = row + kRangeBlock;
