@@ -297,6 +297,8 @@ def mutant_table() -> list[Row]:
         (Case((64,), (500,), "bfloat16"), Sim(deterministic=True)),
         # Rows that are multiples of 16 bytes apart, and begin at none.
         (Case((70,), (40,), "bfloat16", 7, 7), Sim(layout="gaps")),
+        # The last head begins at a multiple of 16 bytes, and its second row does not.
+        (Case((20,), (16,), "bfloat16", 8, 8), Sim(layout="gaps")),
         (threshold_case(), Sim()),
         # Scores near zero, which a softcap must leave as exact as they are.
         (Case((32,), (32,), "bfloat16", 1, 1, 1, 1, window_size=(0, 0), softcap=20.0, softmax_scale=0.9), Sim()),
