@@ -141,13 +141,26 @@ def code_for_source(source: Path, archs: Sequence[Arch]) -> list[str]:
     A folder smXY holds kernels for compute capability X.Y and later, or, where its machine code has the suffix a, which
     stands for instructions of its own, for that one alone.
     """
-    folder = re.fullmatch(r"sm(\d+)(\d)", source.parent.name)
-    oldest = Arch(int(folder[1]), int(folder[2])) if folder else Arch(*OLDEST)
+    oldest = _oldest(source)
     if oldest.machine_code.endswith("a"):
         return [code for code in code_names(archs) if code == oldest.machine_code]
     return code_names([arch for arch in archs if arch.capability >= oldest.capability])
 
 
-def gencode_flags(codes: Iterable[str]) -> list[str]:
-    """nvcc's arguments for them."""
-    return [f"-gencode=arch={code.replace('sm_', 'compute_')},code={code}" for code in codes]
+def front_end_of(source: Path) -> str:
+    """The intermediate code that all machine code of a source file is made from.
+
+    That of the oldest GPU it is for: the source does not tell newer ones apart, and one pass of the front end, which is
+    half of the compiler's work, then serves them all.
+    """
+    return _oldest(source).machine_code.replace("sm_", "compute_")
+
+
+def _oldest(source: Path) -> Arch:
+    folder = re.fullmatch(r"sm(\d+)(\d)", source.parent.name)
+    return Arch(int(folder[1]), int(folder[2])) if folder else Arch(*OLDEST)
+
+
+def gencode_flags(codes: Iterable[str], front_end: str) -> list[str]:
+    """nvcc's arguments for them: machine code from the intermediate code of front_end."""
+    return [f"-gencode=arch={front_end if code.startswith('sm_') else code},code={code}" for code in codes]

@@ -66,8 +66,9 @@ class Object:
 
     def flags(self) -> list[str]:
         """The same, and for what code nvcc compiles it."""
-        has_kernels = self.source.suffix == ".cu"
-        return [*self.defines(), *(cuda_archs.gencode_flags(self.codes) if has_kernels else [])]
+        if self.source.suffix != ".cu":
+            return self.defines()
+        return [*self.defines(), *cuda_archs.gencode_flags(self.codes, cuda_archs.front_end_of(self.source))]
 
 
 def cuda_sources(folder: Path = SOURCES) -> list[Path]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from build_tools import cuda_archs, cuda_objects
-from build_tools.cuda_archs import ArchError, choose, code_for_source, code_names, gencode_flags, parse
+from build_tools.cuda_archs import ArchError, choose, code_for_source, code_names, front_end_of, gencode_flags, parse
 from paths import ROOT
 
 KNOWN = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
@@ -106,10 +106,23 @@ def test_targets_of_a_source():
     assert code_for_source(Path("sm90/fwd.cu"), archs) == ["sm_90a"]
     assert code_for_source(Path("sm90/fwd.cu"), parse("8.0+PTX")) == []
     assert code_for_source(Path("sm89/fwd.cu"), archs) == ["sm_90a", "compute_90"]
-    assert gencode_flags(["sm_90a", "compute_80"]) == [
-        "-gencode=arch=compute_90a,code=sm_90a",
+
+
+def test_the_front_end_runs_once_for_all_architectures():
+    codes = ["sm_80", "sm_90a", "compute_80", "compute_90"]
+    assert gencode_flags(codes, front_end_of(Path("sm80/fwd.cu"))) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_90a",
         "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90,code=compute_90",
     ]
+    assert front_end_of(Path("attention/range_blocks.cu")) == "compute_80"
+    assert gencode_flags(["sm_90a"], front_end_of(Path("sm90/fwd.cu"))) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_no_source_tells_gpus_apart():
+    """Otherwise one pass of the front end could not serve them all."""
+    assert not [path for path in sorted((ROOT / "csrc").rglob("*.*")) if "__CUDA_ARCH" in path.read_text()]
 
 
 # setup.py.

@@ -29,7 +29,7 @@ def test_kernels_for_every_problem_are_compiled_once():
     """Those of a folder without a list of head_dims."""
     each = cuda_objects.objects(parse(cuda_archs.DEFAULT), [KERNELS / "attention" / "range_blocks.cu"])
     assert [(one.name, one.element, one.head_dim) for one in each] == [("range_blocks", "", 0)]
-    assert each[0].flags() == cuda_archs.gencode_flags(["sm_80", "sm_90a", "compute_80"])
+    assert each[0].flags() == cuda_archs.gencode_flags(["sm_80", "sm_90a", "compute_80"], "compute_80")
 
 
 def test_each_architecture_has_its_list_of_head_dims(tmp_path):

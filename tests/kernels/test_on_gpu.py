@@ -106,9 +106,9 @@ def test_primitives(tmp_path, folder):
     if home is None:
         pytest.skip("there is no nvcc")
     major, minor = torch.cuda.get_device_capability()
-    flags = cuda_archs.gencode_flags([cuda_archs.Arch(major, minor).machine_code])
+    target = f"-arch={cuda_archs.Arch(major, minor).machine_code}"
     program = tmp_path / "primitives"
-    command = [cuda_objects.nvcc_of(home), "--threads", "0", "-x", "cu", "-std=c++20", "-O1", *flags]
+    command = [cuda_objects.nvcc_of(home), "--threads", "0", "-x", "cu", "-std=c++20", "-O1", target]
     command += [f"-I{ROOT / 'csrc'}"]
     sources = sorted(map(str, PRIMITIVES.glob("*.cpp")))
     subprocess.run([*command, *sources, "-o", str(program)], check=True)
