@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -121,10 +121,17 @@ class Function:
         With wgmma, of the innermost loops that have any: around it stand products before and after the loop.
         """
         tensor = {loop: self.count(loop, *TENSOR) for loop in self.loops}
-        found = [loop for loop in tensor if tensor[loop]]
-        if self.has_wgmma:
-            found = [loop for loop in found if not any(other < loop for other in found)]
+        found = self.innermost(TENSOR) if self.has_wgmma else [loop for loop in tensor if tensor[loop]]
         return max(found, key=lambda loop: (tensor[loop], -len(loop)), default=None)
+
+    def innermost(self, *kinds: Sequence[str]) -> list[Loop]:
+        """The innermost loops that have instructions of each kind, of which one has opcodes that begin so.
+
+        Not those that ask all warps whether values are nonfinite (BAR.RED): they compute rare tiles again.
+        """
+        found = [loop for loop in self.loops if all(self.count(loop, *kind) for kind in kinds)]
+        found = [loop for loop in found if not any(other < loop for other in found)]
+        return [loop for loop in found if not self.count(loop, "BAR.RED")]
 
     def in_double_precision(self) -> list[str]:
         """The opcodes that have anything to do with it, conversions among them, each once."""

@@ -140,8 +140,7 @@ def overlap(function: Function) -> float | None:
 
     Of the innermost loops that hold both, the one with the least share; None: there is no such loop.
     """
-    loops = [loop for loop in function.loops if function.count(loop, "HGMMA") and function.count(loop, EXPONENTIAL)]
-    loops = [loop for loop in loops if not any(other < loop for other in loops)]
+    loops = function.innermost(["HGMMA"], [EXPONENTIAL])
     places = follow(function, in_flight(function)) if loops else ()
     beside = [index for index, each, is_beside, _ in places if is_beside and each.opcode.startswith(EXPONENTIAL)]
     shares = [sum(i in loop for i in beside) / function.count(loop, EXPONENTIAL) for loop in loops]

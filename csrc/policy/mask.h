@@ -16,6 +16,7 @@ struct Range {
     int begin, end;
     FA_HOST_DEVICE bool empty() const { return begin >= end; }
     FA_HOST_DEVICE Range or_none() const { return empty() ? Range{0, 0} : *this; }
+    FA_HOST_DEVICE bool contains(Range part) const { return begin <= part.begin && part.end <= end; }
 };
 
 // Rows as tiles of `size` rows: tile i is [size * i, size * (i + 1)). An empty range of a mask has end <= 0, and so has
@@ -85,6 +86,8 @@ struct WindowMask {
         const int last = min(rows.end, seqlen_q) - 1;
         return Range{max(first_key(rows.begin), 0), last_key(last) + 1}.or_none();
     }
+    // Keys that all of the rows see: blocks of others need masking.
+    FA_HOST_DEVICE Range full_kv_range(Range rows) const { return {first_key(rows.end - 1), last_key(rows.begin) + 1}; }
     FA_HOST_DEVICE Range q_range(Range keys) const {
         const int last = min(keys.end, seqlen_k) - 1;
         return Range{max(first_query(keys.begin), 0), min(last_query(last) + 1, seqlen_q)}.or_none();
@@ -109,7 +112,10 @@ struct WindowMask {
     }
     // Whether every row sees every key of the block.
     template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
-        return !crosses<Edge::kAfter, kByKey>(rows, keys) && !crosses<Edge::kBefore, kByKey>(rows, keys);
+        if constexpr (kByKey)
+            return !crosses<Edge::kAfter, true>(rows, keys) && !crosses<Edge::kBefore, true>(rows, keys);
+        else
+            return full_kv_range(rows).contains(keys);
     }
 };
 
@@ -124,6 +130,7 @@ struct FullMask {
 
     template <bool kByKey = false> FA_HOST_DEVICE bool keep(int, int key) const { return key < seqlen_k; }
     FA_HOST_DEVICE Range kv_range(Range) const { return {0, seqlen_k}; }
+    FA_HOST_DEVICE Range full_kv_range(Range) const { return {0, seqlen_k}; }
     FA_HOST_DEVICE Range q_range(Range) const { return {0, seqlen_q}; }
     FA_HOST_DEVICE bool sees(Range, Range) const { return true; }
     FA_HOST_DEVICE Range kv_tiles(Range rows, int size) const { return tiles_of(kv_range(rows), size); }

@@ -85,9 +85,7 @@ struct RangeMask {
     // As far as the summaries of the rows tell.
     template <bool kByKey = false> FA_HOST_DEVICE bool is_full_block(Range rows, Range keys) const {
         if (!window.is_full_block<kByKey>(rows, keys)) return false;
-        if (!ranges) return true;
-        const Range all = keys_of_all(rows);
-        return all.begin <= keys.begin && keys.end <= all.end;
+        return !ranges || keys_of_all(rows).contains(keys);
     }
 
     // The summaries. One query's range, and those of several from those of its parts.

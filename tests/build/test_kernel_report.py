@@ -107,6 +107,14 @@ def test_main_loop_of_wgmma():
     assert function.count(function.main_loop, *sass.TENSOR) == 2
 
 
+def test_a_loop_that_asks_all_warps_for_nonfinite_values_is_not_the_main_loop():
+    """With wgmma: it computes rare tiles again."""
+    other = WGMMA.replace("EXIT ;", "BAR.RED.OR.DEFER R1, R2, R3 ;\n        /*00c0*/               @P1 BRA 0x90 ;")
+    (function,) = sass.parse(f"{other}        /*00d0*/                   EXIT ;\n".splitlines())
+    assert len(function.innermost(sass.TENSOR)) == 1
+    assert head_of(function, function.main_loop) == 0x10
+
+
 NESTED = """
 	code for sm_80
 		Function : parts

@@ -188,6 +188,8 @@ def hidden_nonfinite(dim: int, dtype: str = "bfloat16") -> list[Row]:
     """NaN and infinity in V that some rows of some tiles see."""
     case = Case((300, 0, 150, 400), (300, 9, 200, 130), dtype, 4, 2, dim, dim, packed=True)
     masks = [{"causal": True}, {"window_size": (40, 30), "softcap": 2.0, "alibi": "batch"}, {"attention_chunk": 70}]
+    # A tile of keys that all see, and before it one that some see.
+    masks.append({"seqlens_q": (128,), "seqlens_k": (400,), "window_size": (150, -1)})
     return [(dataclasses.replace(case, **mask), Sim("hidden")) for mask in masks]
 
 

@@ -43,9 +43,11 @@ struct FwdWorkSm90 {
 template <class Config, class Variant> struct FwdTileSm90 : FwdWorkSm90 {
     static constexpr int N = Config::kBlockN;
     typename Variant::Mask mask;
+    Range full;  // keys that all of its queries see, but for ranges
 
     FA_DEVICE FwdTileSm90(const FwdWorkSm90& work, const Problem& p)
-        : FwdWorkSm90(work), mask(Variant::Mask::of(p, seq, batch, head)) {}
+        : FwdWorkSm90(work), mask(Variant::Mask::of(p, seq, batch, head)), full(window_of(mask).full_kv_range(rows())) {
+    }
     FA_DEVICE FwdTileSm90(int index, const WorkTile& at, FwdWorkKind kind, const Problem& p)
         : FwdTileSm90({sequence_at(p, at.batch), {}, at.tile * Config::kBlockM, at.head, at.batch, index, kind}, p) {
         tiles = tiles_of(mask.kv_range(rows()), N);
@@ -54,8 +56,15 @@ template <class Config, class Variant> struct FwdTileSm90 : FwdWorkSm90 {
     FA_DEVICE int head_k(const Problem& p) const { return head / (p.num_heads / p.num_heads_k); }
     FA_DEVICE bool is_outside() const { return m0 >= seq.seqlen_q; }  // the grid is sized for the longest sequence
     FA_DEVICE bool is_repeat() const { return Variant::kMasked && kind == FwdWorkKind::kRepeat; }
-    FA_DEVICE bool is_full_block(int n) const { return mask.is_full_block(rows(), {n * N, (n + 1) * N}); }
-    FA_DEVICE bool is_full_block() const { return mask.is_full_block(rows(), {tiles.begin * N, tiles.end * N}); }
+    FA_DEVICE bool is_full_block(int n) const { return is_full({n, n + 1}); }
+    FA_DEVICE bool is_full_block() const { return is_full(tiles); }
+
+private:
+    // Ranges are read each time: the loop has no registers for what they leave of `full`.
+    FA_DEVICE bool is_full(Range key_tiles) const {
+        const Range keys{key_tiles.begin * N, key_tiles.end * N};
+        return Variant::Mask::kHasRanges ? mask.is_full_block(rows(), keys) : full.contains(keys);
+    }
 };
 
 // The producer thread: announces tiles and loads their Q, K and V.
@@ -190,9 +199,9 @@ public:
             if (tile.tiles.empty()) {
                 release(smem_.pipe_q, at_q_);
             } else if (tile.is_repeat()) {
-                attend<true>(tile, score, softmax);
+                attend_again(tile, score, softmax);
             } else {
-                attend<false>(tile, score, softmax);
+                attend(tile, score, softmax);
             }
             store(tile, score, softmax);
 #pragma unroll
@@ -203,8 +212,6 @@ public:
     }
 
 private:
-    // Repeated tiles have a loop of their own: extra branches would slow down the other one.
-    template <bool kRepeats>
     FA_DEVICE void attend(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
         int n = tile.tiles.end - 1;
         smem_.pipe_k.wait(at_k_);
@@ -215,7 +222,6 @@ private:
         update_softmax(acc_s, tile, score, softmax, n);
         Weights weights(acc_s);
         for (--n; n >= tile.tiles.begin; --n) {
-            const bool cleared = kRepeats && clear_values(tile, n + 1);
             smem_.pipe_k.wait(at_k_);
             ping_pong_.wait();
             gemm_qk(acc_s);
@@ -231,16 +237,39 @@ private:
             next_v.advance();
             smem_.pipe_v.wait(next_v);
             ptx::wgmma_wait<0>();
-            values_done(tile, n + 1, cleared);
+            pin_tile(acc_o_);
+            values_done();
             softmax.rescale(acc_o_);
             weights = Weights(acc_s);
         }
         release(smem_.pipe_q, at_q_);  // all products with Q are complete
-        const bool cleared = kRepeats && clear_values(tile, n + 1);
         smem_.pipe_v.wait(at_v_);
         gemm_pv(weights);
         ptx::wgmma_wait<0>();
-        values_done(tile, n + 1, cleared);
+        pin_tile(acc_o_);
+        values_done();
+    }
+    // A repeated tile: searches V for NaN and infinity before each product with it. Rare, so one step after the other;
+    // a loop of its own, because extra branches would slow down the other one.
+    FA_DEVICE void attend_again(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
+#pragma unroll 1
+        for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n) {
+            AccTile<16, N> acc_s;
+            smem_.pipe_k.wait(at_k_);
+            gemm_qk(acc_s);
+            ptx::wgmma_wait<0>();
+            keys_done(acc_s);
+            update_softmax(acc_s, tile, score, softmax, n);
+            softmax.rescale(acc_o_);
+            const bool cleared = clear_values(tile, n);
+            const Weights weights(acc_s);  // read until the product is complete
+            gemm_pv(weights);
+            ptx::wgmma_wait<0>();
+            pin_tile(acc_o_);
+            if (cleared) add_nonfinite_values(tile, n);
+            values_done();
+        }
+        release(smem_.pipe_q, at_q_);  // all products with Q are complete
     }
 
     // S = Q K^T
@@ -262,13 +291,12 @@ private:
         softmax.exp_and_sum(acc_s, score.scale_log2);
         drop(acc_s, score, at);
     }
-    // All consumers, before the products of a repeated tile: zeroes NaN and infinity in V. Returns whether there were
-    // any.
+    // All consumers of a repeated tile: waits for V and zeroes NaN and infinity in it. Returns whether there were any.
     FA_DEVICE bool clear_values(const Tile& tile, int n) const {
+        smem_.pipe_v.wait(at_v_);
         if (tile.is_full_block(n)) return false;
         constexpr int kThreads = Config::kConsumers * kWarpgroupThreads;
         const int thread = ptx::thread_idx() - kWarpgroupThreads;
-        smem_.pipe_v.wait(at_v_);
         const auto v = smem_.v(at_v_.stage);
         const bool found = holds_nonfinite_share<Element, kThreads>(v, thread);
         if (found) clear_nonfinite_share<Element, kThreads>(v, thread);
@@ -277,9 +305,7 @@ private:
     }
     // O += P V
     FA_DEVICE void gemm_pv(const Weights& weights) { wgmma_ab<Element>(acc_o_, weights, smem_.v(at_v_.stage)); }
-    FA_DEVICE void values_done(const Tile& tile, int n, bool cleared) {
-        pin_tile(acc_o_);
-        if (cleared) add_nonfinite_values(tile, n);
+    FA_DEVICE void values_done() {
         release(smem_.pipe_v, at_v_);
         at_v_.advance();
     }

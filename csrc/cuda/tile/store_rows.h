@@ -23,28 +23,34 @@ template <> struct alignas(8) StoredPair<float> {
     FA_DEVICE float hi() const { return second; }
 };
 
-// Rows and columns past the valid ones are not stored. dst is the tile's first element, at any alignment; if it and the
-// row stride are multiples of a pair, elements are stored in pairs.
+// Rows and columns past the valid ones are not stored. dst is the tile's first element, at any alignment; if it, the
+// row stride and the valid columns are multiples of a pair, elements are stored in pairs.
 template <class Element, int kRows, int kCols> FA_DEVICE void store_rows(const AccTile<kRows, kCols>& t, Element* dst,
                                                                          int64_t row_stride, int valid_rows,
                                                                          int valid_cols) {
     using Pair = StoredPair<Element>;
-    const bool aligned = reinterpret_cast<uintptr_t>(dst) % sizeof(Pair) == 0 && row_stride % 2 == 0;
+    const auto address = reinterpret_cast<uintptr_t>(dst);
+    const bool in_pairs = address % sizeof(Pair) == 0 && row_stride % 2 == 0 && valid_cols % 2 == 0;
+    const int columns = valid_cols - lane_column();  // valid ones from the lane's first one on
 #pragma unroll
     for (int r = 0; r < t.kLaneRows; ++r) {
         if (lane_row(r) >= valid_rows) continue;
-        Element* const row = dst + lane_row(r) * row_stride;
+        Element* const row = dst + lane_row(r) * row_stride + lane_column();
+        const auto for_each_pair = [&](auto store) {
 #pragma unroll
-        for (int n = 0; n < kCols / 8; ++n) {
-            const int column = 8 * n + lane_column();
-            const float* const x = &t.x[r / 2][4 * n + r % 2 * 2];
-            const Pair pair(x[0], x[1]);
-            if (aligned && column + 1 < valid_cols) {
-                ptx::store(reinterpret_cast<Pair*>(row + column), pair);
-                continue;
+            for (int n = 0; n < kCols / 8; ++n) {
+                const float* const x = &t.x[r / 2][4 * n + r % 2 * 2];
+                if (8 * n < columns) store(row + 8 * n, Pair(x[0], x[1]), 8 * n + 1 < columns);
             }
-            if (column < valid_cols) ptx::store(row + column, pair.lo());
-            if (column + 1 < valid_cols) ptx::store(row + column + 1, pair.hi());
+        };
+        // Two loops, each of predicated stores at constant offsets: one that branches for each pair has more code.
+        if (in_pairs) {
+            for_each_pair([](Element* to, Pair pair, bool) { ptx::store(reinterpret_cast<Pair*>(to), pair); });
+        } else {
+            for_each_pair([](Element* to, Pair pair, bool has_second) {
+                ptx::store(to, pair.lo());
+                if (has_second) ptx::store(to + 1, pair.hi());
+            });
         }
     }
 }

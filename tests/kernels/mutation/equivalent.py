@@ -114,6 +114,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "true: `found`": CLEARED,
         "removed: `next_v.advance()`": COMPILER_BARRIER,
         "removed: `smem_.pipe_v.wait(next_v)`": COMPILER_BARRIER,
+        "true: `Variant::Mask::kHasRanges`": BOTH_RIGHT,
+        "true: `cleared`": ADDED_AGAIN,
         "true: `!tile.is_full_block(n)`": MASKED,
         "false: `tile.is_full_block(n)`": SLOW_PATH,
         "`N` instead of `min(N, tile.seq.seqlen_k - n * N)`": NOT_READ,
@@ -135,7 +137,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "`kThreadRows` instead of `min(kThreadRows, kRows)`": REFUSED,
     },
     "cuda/tile/store_rows.h": {
-        "false: `aligned && column + 1 < valid_cols`": "pairs are stored one element at a time",
+        "false: `in_pairs`": "pairs are stored one element at a time",
         "true: `!aligned || !kByEights`": "the same elements are stored in pairs",
     },
     "policy/tile_order.h": {

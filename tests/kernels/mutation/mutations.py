@@ -206,7 +206,8 @@ BY_HAND = {
         at_v_.advance(); =>
         at_k_.advance(); =>
         at_q_.advance(); =>
-        values_done(tile, n + 1, cleared => values_done(tile, n, cleared
+        clear_values(tile, n); => clear_values(tile, n + 1);
+        add_nonfinite_values(tile, n); => add_nonfinite_values(tile, n + 1);
         (consumer + 1) % Config::kConsumers => consumer
         sees_keys ? Config::TileQ::kBytes : 0 => Config::TileQ::kBytes
         out_left_ ^= 1; =>
