@@ -6,20 +6,12 @@
 #pragma once
 #include <string>
 #include <vector>
+#include "cuda/device.h"
 #include "problem.h"
 
 namespace flash_attn::cuda {
 
 constexpr int kMaxHeadDim = 256;
-
-struct Device {
-    int compute_capability;  // 80 for 8.0
-    int smem_per_block;      // maximum shared memory per block, in bytes
-    int multiprocessors;
-    int64_t l2_bytes;  // size of the L2 cache
-    void* stream;
-    const char* backend = nullptr;  // FLASH_ATTN_BACKEND: the only backend allowed to run; null: the best one that can
-};
 
 // Return null, or an error text that is valid until the thread's next call. workspace: 256-byte aligned, uninitialised,
 // and free for other use in stream order after the pass.

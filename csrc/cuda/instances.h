@@ -3,29 +3,12 @@
 #pragma once
 #include <cstdint>
 #include <iterator>
-#include <type_traits>
 #include <utility>
 #include "cuda/backend.h"
+#include "cuda/instance.h"
 #include "policy/host_device.h"
 
-namespace flash_attn {
-
-struct bf16;
-struct fp16;
-
-namespace cuda {
-
-template <int kHeadDim> using HeadDim = std::integral_constant<int, kHeadDim>;
-
-template <int kArch, class Element, int kHeadDim>
-const char* fwd_instance(const FwdParams& params, void* workspace, const Device& device);
-template <int kArch, class Element, int kHeadDim>
-const char* bwd_instance(const BwdParams& params, void* workspace, const Device& device);
-template <int kArch, class Element, int kHeadDim>
-const char* attn_probs_instance(const ProbsParams& params, void* workspace, const Device& device);
-
-// Defined in cuda/attention/range_blocks.cu, for all architectures.
-const char* make_range_blocks(const Problem& p, QueryBlock* query_blocks, KeyBlock* key_blocks, const Device& device);
+namespace flash_attn::cuda {
 
 // The smallest head_dim of an ascending list that is large enough; 0 if none is.
 template <size_t kCount> constexpr int instance_head_dim(const Problem& p, const int (&head_dims)[kCount]) {
@@ -93,5 +76,4 @@ private:
     }
 };
 
-}  // namespace cuda
-}  // namespace flash_attn
+}  // namespace flash_attn::cuda

@@ -3,8 +3,7 @@
 #include <cuda_runtime.h>
 #include <cstdint>
 #include <cstdlib>
-#include <limits>
-#include "cuda/api.h"
+#include "cuda/device.h"
 
 namespace flash_attn::cuda {
 
@@ -31,7 +30,7 @@ template <class... Params, class... Args> const char* launch_kernel(bool overlap
                                                                     int64_t blocks, int threads, int smem_bytes,
                                                                     const Device& device, const Args&... args) {
     if (blocks == 0) return nullptr;
-    if (blocks > std::numeric_limits<int32_t>::max()) return "the problem has more than 2^31 - 1 tiles";
+    if (blocks > INT32_MAX) return "the problem has more than 2^31 - 1 tiles";
     // More than 48 KB of dynamic shared memory requires opt-in.
     if (smem_bytes > 48 * 1024) {
         const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

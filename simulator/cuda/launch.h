@@ -1,7 +1,7 @@
 // Host model of csrc/cuda/launch.h: a launch runs the kernel on the simulator and returns when it has ended.
 #pragma once
 #include <cstring>
-#include "cuda/api.h"
+#include "cuda/device.h"
 #include "runtime/sim.h"
 
 namespace flash_attn::cuda {

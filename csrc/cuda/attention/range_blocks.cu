@@ -1,6 +1,6 @@
 // Launches the kernels that summarise key ranges, before those of the pass.
 #include "cuda/attention/range_blocks.h"
-#include "cuda/instances.h"
+#include "cuda/instance.h"
 #include "cuda/launch.h"
 
 namespace flash_attn::cuda {

@@ -1,5 +1,5 @@
 // The forward pass, for one FA_ELEMENT and FA_HEAD_DIM.
-#include "cuda/instances.h"
+#include "cuda/instance.h"
 #include "cuda/launch.h"
 #include "cuda/sm80/fwd.h"
 #include "cuda/sm80/with_smem.h"

@@ -1,7 +1,7 @@
 // Dispatches on the shared memory of the device.
 #pragma once
 #include <type_traits>
-#include "cuda/api.h"
+#include "cuda/device.h"
 #include "cuda/sm80/config.h"
 
 namespace flash_attn::cuda {

@@ -2,7 +2,7 @@
 #include "cuda/attention/bwd_postprocess.h"
 #include "cuda/attention/bwd_preprocess.h"
 #include "cuda/attention/place_workspace.h"
-#include "cuda/instances.h"
+#include "cuda/instance.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/bwd.h"
 #include "cuda/sm90/launch_plan.h"

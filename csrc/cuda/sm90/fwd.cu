@@ -1,5 +1,5 @@
 // The forward pass for compute capability 9.0, for one FA_ELEMENT and FA_HEAD_DIM.
-#include "cuda/instances.h"
+#include "cuda/instance.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/fwd.h"
 #include "cuda/sm90/launch_plan.h"

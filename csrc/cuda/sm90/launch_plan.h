@@ -1,8 +1,7 @@
 // What the host computes before it launches the kernels for compute capability 9.0.
 #pragma once
 #include <bit>
-#include <limits>
-#include "cuda/api.h"
+#include "cuda/device.h"
 #include "cuda/sm90/tma_strides.h"
 #include "policy/host_device.h"
 #include "policy/tile_order.h"
@@ -20,7 +19,7 @@ inline TensorSize key_size(const Problem& p, int columns) {
 }
 
 inline const char* check_tiles(int64_t tiles) {
-    return tiles > std::numeric_limits<int32_t>::max() ? "the problem has more than 2^31 - 1 tiles" : nullptr;
+    return tiles > INT32_MAX ? "the problem has more than 2^31 - 1 tiles" : nullptr;
 }
 
 // Heads per group of TileOrder. Under a mask tiles differ in work, and the longest tiles of a group come first. A group

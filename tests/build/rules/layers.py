@@ -8,20 +8,22 @@ from .source import Findings, Source
 # Parts of csrc by path prefix; a file belongs to the longest matching prefix.
 POLICY = ("policy/host_device.h", "policy/divisor.h", "problem.h", "policy/")
 TILES = ("policy/host_device.h", "cuda/ptx/", "cuda/tile/")
-BACKEND = ("problem.h", "cuda/api.h", "cuda/backend.h")
-SHARED = ("cuda/instances.h", "cuda/shape_table.h", "cuda/launch.h", "cuda/attention/")
+BACKEND = ("problem.h", "cuda/device.h", "cuda/api.h", "cuda/backend.h")
+SHARED = ("cuda/instance.h", "cuda/instances.h", "cuda/shape_table.h", "cuda/launch.h", "cuda/attention/")
 ARCHITECTURE = (*POLICY, *TILES, *BACKEND, *SHARED)
 MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "policy/host_device.h": (),
     "policy/divisor.h": ("policy/host_device.h",),
     "problem.h": ("policy/divisor.h",),
     "policy/": POLICY,
-    "cuda/api.h": ("problem.h",),  # the only header of the kernels that ops/ includes
+    "cuda/device.h": (),
+    "cuda/api.h": ("problem.h", "cuda/device.h"),  # the only header of the kernels that ops/ includes
     "cuda/backend.h": BACKEND,
     "cuda/backends.cpp": (*POLICY, *BACKEND),
-    "cuda/instances.h": (*BACKEND, "policy/host_device.h"),
+    "cuda/instance.h": ("problem.h", "cuda/device.h"),
+    "cuda/instances.h": (*BACKEND, "cuda/instance.h", "policy/host_device.h"),
     "cuda/shape_table.h": (),
-    "cuda/launch.h": ("cuda/api.h",),
+    "cuda/launch.h": ("cuda/device.h",),
     "cuda/ptx/": ("policy/host_device.h",),
     "cuda/tile/": TILES,
     "cuda/attention/": ARCHITECTURE,
