@@ -279,10 +279,10 @@ def attention(
         The other arguments: as in flash_attn_func.
     """
     is_usual = q_start is None and k_start is None and out_dtype is None
-    is_usual = is_usual and s_aux is None and key_ranges is None and return_max_logits is False
+    is_usual = is_usual and key_ranges is None and return_max_logits is False
     if is_usual and not torch.compiler.is_compiling():
         numbers = (dropout_p, softmax_scale, causal, window_size, attention_chunk, softcap)
-        result = _eager_call(inputs, sequences, *numbers, alibi_slopes, deterministic, return_attn_probs)
+        result = _eager_call(inputs, sequences, *numbers, alibi_slopes, s_aux, deterministic, return_attn_probs)
         if result is not None:
             return result
     sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(

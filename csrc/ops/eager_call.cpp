@@ -44,8 +44,8 @@ struct EagerCall {
         return read_inputs(reader, inputs) && read_sequences(reader, args) && reader.real(args.dropout_p) &&
                reader.real(args.softmax_scale) && reader.boolean(args.causal) &&
                reader.window(args.window_size_left, args.window_size_right) && reader.integer(args.attention_chunk) &&
-               reader.real(args.softcap) && reader.tensor(args.alibi_slopes) && reader.boolean(deterministic) &&
-               reader.boolean(return_attn_probs) && reader.is_at_end();
+               reader.real(args.softcap) && reader.tensor(args.alibi_slopes) && reader.tensor(args.s_aux) &&
+               reader.boolean(deterministic) && reader.boolean(return_attn_probs) && reader.is_at_end();
     }
     // Whether nothing is left for Python to check or convert.
     bool is_plain() const {

@@ -6,7 +6,8 @@
 namespace flash_attn {
 
 // Arguments: inputs, sequences (None or a flash_attn.autograd.Sequences), dropout_p, softmax_scale, causal,
-// window_size, softcap, alibi_slopes, deterministic, return_attn_probs. Returns the result of the public functions.
+// window_size, attention_chunk, softcap, alibi_slopes, s_aux, deterministic, return_attn_probs. Returns the result of
+// the public functions.
 PyObject* eager_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 // Arguments and result: those of flash_attn_with_kvcache, in order.

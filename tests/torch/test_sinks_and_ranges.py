@@ -1,5 +1,7 @@
 """Sinks, key ranges and largest scores in PyTorch: compile, opcheck, export, checkpointing, autocast, torch.func."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -7,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flash_attn
 from compare import assert_bitwise
+from flash_attn import autograd
 from plain_attention import OpCalls, assert_same, leaves
 from plain_sinks import prefix_ranges, strange_ranges
 
@@ -83,6 +86,18 @@ def results_of(function, inputs, options, wanted):
     results = list(results) if isinstance(results, tuple) else [results]
     loss = sum((r.float() * r.float().detach().cos()).sum() for r in results if r.requires_grad)
     return [*results, *torch.autograd.grad(loss, wanted)]
+
+
+@with_calls
+def test_the_way_through_python_changes_nothing(name):
+    """Calls with sinks, but without ranges, take the fast path in C, which gives the same bits."""
+    function, inputs, options, wanted = call_of(name)
+    expected = results_of(function, inputs, options, wanted)
+    with patch.object(autograd, "convert_arguments", wraps=autograd.convert_arguments) as through_python:
+        results_of(function, inputs, options, wanted)
+    assert through_python.called == bool({"key_ranges", "return_max_logits"} & options.keys())
+    with patch.object(autograd, "_eager_call", return_value=None):
+        assert_same(results_of(function, inputs, options, wanted), expected)
 
 
 @with_calls
