@@ -249,8 +249,8 @@ private:
         pin_tile(acc_o_);
         values_done();
     }
-    // A repeated tile: searches V for NaN and infinity before each product with it. Rare, so one step after the other;
-    // a loop of its own, because extra branches would slow down the other one.
+    // A repeated tile: searches V for NaN and infinity before each product with it. Rare, so one step after the other.
+    // A loop of its own, because extra branches would slow down the other one.
     FA_DEVICE void attend_again(const Tile& tile, const typename Variant::Score& score, OnlineSoftmax<2>& softmax) {
 #pragma unroll 1
         for (int n = tile.tiles.end - 1; n >= tile.tiles.begin; --n) {
