@@ -3,6 +3,7 @@
     make mutants                                        every mutant: hours
     make mutants ARGS='--sample 40'                     40 of them
     make mutants ARGS='--only "sm90/fwd.h.*removed"'    those whose name matches
+    make mutants ARGS='--sample 40 --limit 600'         as many of 40 as ten minutes allow
 
 Every mutant is compiled and runs a few cases, plainly (wrong results, broken rules, deadlocks) and, if it survives that
 and synchronises, under ThreadSanitizer. A mutant that survives both is a missing test or a needless line of code,
@@ -11,6 +12,7 @@ unless equivalent.py proves that it changes nothing.
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import os
@@ -32,9 +34,11 @@ from mutation.mutations import CSRC, Mutation, all_mutations
 from sampling import kernel_head_dim, seed_of_sources
 
 FLAVOURS = ("plain", "tsan")
-SURVIVED, NOT_COMPILED = "-", "does not compile"
+SURVIVED, NOT_COMPILED, NOT_TRIED = "-", "does not compile", "not tried"
 # By the exit code of run_case.
 VERDICTS = {0: SURVIVED, 1: "wrong result", 3: "broken rule", 4: "deadlock", 66: "data race", 124: "hangs"}
+# A mutant that runs for longer, in seconds, may hang: only then is the time of the intact kernels measured.
+PATIENCE = 60
 # Beside the others, this head_dim has no code of its own.
 LIKE_OTHERS = 128
 
@@ -58,6 +62,10 @@ class Outcome:
     verdicts: dict[str, str]  # by flavour; empty if it was not tried
 
     @property
+    def tried(self) -> bool:
+        return NOT_TRIED not in self.verdicts.values()
+
+    @property
     def survived(self) -> bool:
         return set(self.verdicts.values()) <= {"", SURVIVED}
 
@@ -69,8 +77,9 @@ class Outcome:
 class Laboratory:
     """Compiles and runs mutants, each in a folder of its own, from a copy of csrc that does not change meanwhile."""
 
-    def __init__(self, build: Path, commands: dict[str, list[str]]):
+    def __init__(self, build: Path, commands: dict[str, list[str]], limit: float):
         self.build = build
+        self.end = time.monotonic() + limit
         self.commands = commands  # "compile_plain" and so on
         self.root = build / "mutants"
         self.csrc = self.root / "csrc"
@@ -126,8 +135,31 @@ class Laboratory:
         """How many seconds a mutant may take before it hangs: several times what the intact kernels take."""
         command = [*self.commands[f"run_{flavour}"], str(self.build / flavour / "run_case"), "--table"]
         start = time.monotonic()
-        subprocess.run([*command, str(self.table(flavour, kernels))], capture_output=True, check=True)
+        if self.code_of([*command, str(self.table(flavour, kernels))], self.remaining()):
+            raise RuntimeError(f"the intact kernels fail: {' '.join(command)}")
         return 20 + 4 * (time.monotonic() - start)
+
+    def remaining(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+    def code_of(self, command: list[str | Path], seconds: float) -> int:
+        """The exit code. TimeoutExpired if it takes longer."""
+        return subprocess.run(command, capture_output=True, timeout=seconds).returncode
+
+    def patient_code_of(self, command: list[str | Path], flavour: str, kernels: Kernels) -> int:
+        """The exit code of cases with a mutant, 124 if it hangs."""
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(PATIENCE, self.remaining()))
+                limit = self.time_limit(flavour, kernels)
+                if limit < self.remaining():
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.wait(limit)
+                    return 124
+                return process.wait(self.remaining())
+            finally:
+                process.kill()
 
     def compiled(self, folder: Path, source: str, flavour: str, kernels: Kernels) -> Path | None:
         """The object of the mutant. None if it does not compile."""
@@ -139,7 +171,7 @@ class Laboratory:
         instance = ["-DFA_ELEMENT=bf16", f"-DFA_HEAD_DIM={kernels.head_dim}", "-w", "-x", "c++"]
         command = [*self.commands[f"compile_{flavour}"], *folders, *instance]
         command += ["-c", str(self.csrc / f"cuda/{source}.cu"), "-o", str(target)]
-        return target if subprocess.run(command, capture_output=True).returncode == 0 else None
+        return target if self.code_of(command, self.remaining()) == 0 else None
 
     def verdict(self, mutation: Mutation, folder: Path, flavour: str, kernels: Kernels) -> str:
         """What the cases of these kernels find."""
@@ -161,12 +193,7 @@ class Laboratory:
         passes = ["--pass", Path(broken[0]).name] if is_pass else []
         command = [*self.commands[f"run_{flavour}"], str(program), "--stop", *passes, "--table"]
         command.append(str(self.table(flavour, kernels)))
-        try:
-            limit = self.time_limit(flavour, kernels)
-            code = subprocess.run(command, capture_output=True, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-        return VERDICTS.get(code, "crash")
+        return VERDICTS.get(self.patient_code_of(command, flavour, kernels), "crash")
 
     def first_verdict(self, mutation: Mutation, folder: Path, flavour: str) -> str:
         """Of the first kernels that detect the mutant. Where there is a proof, one head_dim is enough to doubt it."""
@@ -184,9 +211,15 @@ class Laboratory:
         target = folder / mutation.path
         target.parent.mkdir(parents=True)
         target.write_text(mutation.apply((self.csrc / mutation.path).read_text()))
-        verdicts = {"plain": self.first_verdict(mutation, folder, "plain"), "tsan": ""}
-        if mutation.synchronises and verdicts["plain"] == SURVIVED:
-            verdicts["tsan"] = self.first_verdict(mutation, folder, "tsan")
+        verdicts = dict.fromkeys(FLAVOURS, "")
+        flavours = FLAVOURS if mutation.synchronises else FLAVOURS[:1]
+        try:
+            for flavour in flavours:
+                verdicts[flavour] = self.first_verdict(mutation, folder, flavour)
+                if verdicts[flavour] != SURVIVED:
+                    break
+        except subprocess.TimeoutExpired:  # the limit of this run
+            verdicts[flavour] = NOT_TRIED
         shutil.rmtree(folder)
         return Outcome(mutation, verdicts)
 
@@ -196,20 +229,23 @@ def proof_of(mutation: Mutation) -> str | None:
 
 
 def summary(outcomes: list[Outcome]) -> tuple[str, bool]:
-    """Counts, and whether every mutant was detected or has a proof."""
-    compiled = [o for o in outcomes if o.compiles]
+    """Counts, and whether every mutant that was tried was detected or has a proof."""
+    tried = [o for o in outcomes if o.tried]
+    compiled = [o for o in tried if o.compiles]
     survivors = [o.mutation for o in compiled if o.survived]
     open_ones = [m.name for m in survivors if not proof_of(m)]
     refuted = [o.mutation.name for o in compiled if not o.survived and proof_of(o.mutation)]
     detected, proven = len(compiled) - len(survivors), len(survivors) - len(open_ones)
     counted = f"{detected} detected, {proven} proven equivalent, {len(open_ones)} not detected"
-    lines = [f"{len(compiled)} mutants: {counted}; {len(outcomes) - len(compiled)} more do not compile"]
+    lines = [f"{len(compiled)} mutants: {counted}; {len(tried) - len(compiled)} more do not compile"]
+    if len(tried) < len(outcomes):
+        lines.append(f"the time was too short for {len(outcomes) - len(tried)} more")
     for flavour in FLAVOURS:
         counts = Counter(o.verdicts[flavour] for o in compiled if o.verdicts[flavour] not in ("", SURVIVED))
         lines.append(f"{flavour}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
     lines += [f"not detected: {name}" for name in open_ones]
     lines += [f"detected, although equivalent.py has a proof: {name}" for name in refuted]
-    return "\n".join(lines), not open_ones and not refuted
+    return "\n".join(lines), bool(compiled) and not open_ones and not refuted
 
 
 def main() -> None:
@@ -219,10 +255,11 @@ def main() -> None:
         parser.add_argument(f"--{kind}-{flavour}", type=shlex.split, required=True, help="command")
     parser.add_argument("--only", default="", help="mutants whose name matches this regular expression")
     parser.add_argument("--sample", type=int, help="how many of them")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds, after which no more mutants are tried")
     parser.add_argument("--seed", type=int, default=seed_of_sources(), help="which of them (by the sources)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    laboratory = Laboratory(arguments.build.resolve(), vars(arguments))
+    laboratory = Laboratory(arguments.build.resolve(), vars(arguments), arguments.limit)
     chosen = [m for m in laboratory.mutations if re.search(arguments.only, m.name)]
     if arguments.sample and arguments.sample < len(chosen):
         sys.stdout.write(f"seed {arguments.seed}: replay with --seed {arguments.seed}\n")
