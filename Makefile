@@ -19,7 +19,10 @@ LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yam
 REPORT_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 
 # The projects whose own code tests/integrations runs.
-INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 xformers==0.0.35
+INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 xformers==0.0.35 kernels==0.17.2
+# The last release before 5 and what it needs, in a folder of their own, and the tests that it can run.
+OLD_TRANSFORMERS := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 kernels==0.10.5
+OLD_TESTS := $(addprefix tests/integrations/test_,generate.py transformers_models.py transformers_training.py)
 
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
 # The build depends on the interpreter and on the choice of GPUs.
@@ -33,6 +36,7 @@ READY        := $(VENV)/.ready-$(call file_name,$(TORCH))
 LINT_READY   := $(VENV)/.lint-$(call file_name,$(LINT_TOOLS))
 REPORT_READY := $(VENV)/.report-$(call file_name,$(REPORT_TOOLS))
 INTEGRATIONS_READY := $(VENV)/.integrations-$(call file_name,$(INTEGRATIONS))
+OLD_READY    := $(VENV)/old-transformers/ready-$(call file_name,$(OLD_TRANSFORMERS))
 endif
 
 # Uses pytest-xdist and pytest-timeout of the virtual environment: one process per core, and a limit for hanging tests.
@@ -85,9 +89,10 @@ test-all: $(BUILT) ## all tests, with every case of long tables
 	@$(call step,test-all); \
 	$(PY) -m pytest $(WORKERS) --whole $(ARGS)
 
-integrations: $(BUILT) $(INTEGRATIONS_READY) ## tests with the real transformers, which it installs
+integrations: $(BUILT) $(INTEGRATIONS_READY) $(OLD_READY) ## tests with the real transformers, which it installs
 	@$(call step,integrations); \
-	$(PY) -m pytest tests/integrations $(ARGS)
+	$(PY) -m pytest $(WORKERS) tests/integrations $(ARGS); \
+	PYTHONPATH='$(dir $(OLD_READY)):$(PYTHONPATH)' $(PY) -m pytest $(WORKERS) $(OLD_TESTS) $(ARGS)
 
 demo: $(BUILT) ## train a small GPT on real text, measure attention, save the figures
 	@$(call step,demo); \
@@ -189,6 +194,12 @@ $(INTEGRATIONS_READY): $(READY)
 	@$(call step,projects that use flash_attn); \
 	$(PY) -m pip install --disable-pip-version-check --quiet $(INTEGRATIONS); \
 	rm -f $(VENV)/.integrations-*; \
+	touch $@
+
+$(OLD_READY): $(INTEGRATIONS_READY)
+	@$(call step,an older transformers); \
+	rm -rf $(@D); \
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $(@D) $(OLD_TRANSFORMERS); \
 	touch $@
 
 $(REPORT_READY): $(READY)

@@ -24,7 +24,7 @@ def greedy(model):
 
 
 @pytest.mark.parametrize("page_size", [4, 16, 256])
-def test_continuous_batching(page_size, gate, tmp_path, monkeypatch):
+def test_continuous_batching(page_size, calls, tmp_path, monkeypatch):
     """generate_batch: prompts by flash_attn_varlen_func, then one token of each by flash_attn_with_kvcache.
 
     transformers takes that path on accelerators only, so one is announced. Pages of keys and values of all layers are
@@ -33,14 +33,14 @@ def test_continuous_batching(page_size, gate, tmp_path, monkeypatch):
     monkeypatch.setattr(initialization, "is_torch_xpu_available", lambda: True)
     path = save_model("llama", tmp_path)
     expected = greedy(load_model(path, "eager"))
-    assert not gate
+    assert not calls
     settings = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
     pages = ContinuousBatchingConfig(page_size=page_size, num_blocks=16, max_batch_tokens=16, max_blocks_per_request=6)
     done = load_model(path, "flash_attention_2").generate_batch(
         inputs=PROMPTS, generation_config=settings, continuous_batching_config=pages
     )
     assert [list(request.generated_tokens) for request in done.values()] == expected
-    assert gate["flash_attn_with_kvcache"] == LAYERS * (NEW - 1)
+    assert calls["flash_attn_with_kvcache"] == LAYERS * (NEW - 1)
 
 
 class Cached:

@@ -7,13 +7,13 @@ from compare import compare
 from tiny_models import FAMILIES, load_model, padded_batch, positions, save_model
 
 NEW = 12
-IMPLEMENTATIONS = ("flash_attention_2", "fa_local")
+IMPLEMENTATIONS = ("flash_attention_2", "fa2")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
+def implementation(request, calls):
     """An attn_implementation and the counter of calls of our functions."""
-    return request.param, request.getfixturevalue("gate" if request.param == "flash_attention_2" else "registered")
+    return request.param, calls
 
 
 def generate(model, batch, **options):
@@ -56,7 +56,7 @@ def test_padded_batch_generates(implementation, options, tmp_path):
     assert torch.equal(generate(load_model(path, name), batch, **options), expected)
     assert calls["flash_attn_varlen_func"] >= 2 * NEW  # two layers
     assert calls["pad_input"] == calls["flash_attn_varlen_func"]
-    if "prefill_chunk_size" in options or name == "fa_local":
+    if "prefill_chunk_size" in options or name == "fa2":
         assert calls["unpad_input"] > 0
 
 

@@ -1,4 +1,4 @@
-"""Sinks against the GPT-OSS of transformers: its eager attention, and a whole model that calls flash_attn."""
+"""Sinks against the eager attention of transformers' GPT-OSS. The whole model: test_transformers_models.py."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 import flash_attn
 from plain_attention import assert_near, gradients, leaves
-from tiny_models import VOCABULARY, padded_batch, positions
+from tiny_models import VOCABULARY
 
 BATCH, SEQLEN, HEADS, HEADS_K, HEAD_DIM, WINDOW = 2, 13, 8, 2, 16, 4
 CONFIG = transformers.GptOssConfig(
@@ -63,34 +63,3 @@ def test_eager_attention_of_gpt_oss(layer):
     found, expected = (function(module, *inputs) for function in (ours, eager))
     assert_near([found, *gradients(found, wanted)], [expected, *gradients(expected, wanted)])
     assert gradients(ours(module, *inputs), [module.sinks])[0].abs().min() > 0
-
-
-def make_model(attention):
-    torch.manual_seed(0)
-    model = transformers.GptOssForCausalLM._from_config(CONFIG, attn_implementation=attention).train()
-    assert model.config._attn_implementation == attention
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.sinks.copy_(torch.linspace(-2, 3, HEADS))
-    return model
-
-
-def test_a_model_trains_on_a_padded_batch(gate, monkeypatch):
-    """transformers passes sinks on to functions that take s_aux; its list of packages that do is older than ours."""
-    monkeypatch.setattr(gpt_oss.GptOssPreTrainedModel, "_compatible_flash_implementations", None)
-    batch = padded_batch((11, 6, 1, 9), "right")
-    keep = batch["attention_mask"].bool()
-    results = []
-    for attention in ("eager", "flash_attention_2"):
-        model = make_model(attention)
-        labels = batch["input_ids"].masked_fill(~keep, -100)
-        out = model(**batch, position_ids=positions(batch["attention_mask"]), labels=labels)
-        out.loss.backward()
-        results.append((out.logits[keep], {name: x.grad for name, x in model.named_parameters()}))
-    assert gate["flash_attn_varlen_func"] == 2
-    (expected, expected_grads), (found, found_grads) = results
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    for name, grad in expected_grads.items():
-        bound = 1e-4 * grad.abs().max().item()
-        torch.testing.assert_close(found_grads[name], grad, rtol=0, atol=bound, msg=lambda text, name=name: name + text)
-    assert all(found_grads[f"model.layers.{i}.self_attn.sinks"].abs().max() > 0 for i in range(2))

@@ -37,28 +37,28 @@ def assert_near(actual, expected):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padded_batch_trains(gate, family, side, tmp_path):
+def test_padded_batch_trains(calls, family, side, tmp_path):
     """Users fine-tune on padded batches, ignoring padding in the loss; gradients equal those of eager attention."""
     path = save_model(family, tmp_path)
     batch = padded_batch(LENGTHS, side)
     expected_loss, expected = backward(load_model(path, "eager"), batch)
-    assert not gate
+    assert not calls
     loss, actual = backward(load_model(path, "flash_attention_2"), batch)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     assert_near(actual, expected)
-    assert gate["flash_attn_varlen_func"] == gate["pad_input"] == 2
+    assert calls["flash_attn_varlen_func"] == calls["pad_input"] == 2
 
 
-def test_registered_function_trains(registered, tmp_path):
+def test_registered_function_trains(calls, tmp_path):
     """Users register a function that calls flash_attn, and fine-tune with it."""
     path = save_model("llama", tmp_path)
     batch = padded_batch(LENGTHS)
     expected = backward(load_model(path, "eager"), batch)[1]
-    assert_near(backward(load_model(path, "fa_local"), batch)[1], expected)
-    assert registered["flash_attn_varlen_func"] == 2
+    assert_near(backward(load_model(path, "fa2"), batch)[1], expected)
+    assert calls["flash_attn_varlen_func"] == 2
 
 
-def test_padded_batch_trains_with_checkpointing(gate, tmp_path):
+def test_padded_batch_trains_with_checkpointing(calls, tmp_path):
     """Users call gradient_checkpointing_enable: every layer runs twice, and gradients do not change."""
     path = save_model("llama", tmp_path)
     batch = padded_batch(LENGTHS)
@@ -66,11 +66,11 @@ def test_padded_batch_trains_with_checkpointing(gate, tmp_path):
     model = load_model(path, "flash_attention_2")
     model.gradient_checkpointing_enable()
     assert_near(backward(model, batch)[1], expected)
-    assert gate["flash_attn_varlen_func"] == 4
+    assert calls["flash_attn_varlen_func"] == 4
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
-def test_padded_batch_trains_in_bfloat16(gate, autocast, tmp_path):
+def test_padded_batch_trains_in_bfloat16(calls, autocast, tmp_path):
     """Users train in bfloat16, or under autocast with float32 weights.
 
     The error of each gradient, against eager attention in float32, is at most three times that of eager attention in
@@ -84,12 +84,12 @@ def test_padded_batch_trains_in_bfloat16(gate, autocast, tmp_path):
     actual = backward(load_model(path, "flash_attention_2", dtype), batch, autocast)[1]
     for name, gradient in actual.items():
         compare(name, gradient.bfloat16(), expected[name], [plain[name]], factor=3.0)
-    assert gate["flash_attn_varlen_func"] == 2
+    assert calls["flash_attn_varlen_func"] == 2
 
 
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_batch_trains(gate, family, given, tmp_path):
+def test_packed_batch_trains(calls, family, given, tmp_path):
     """Users train without padding: DataCollatorWithFlattening concatenates the sequences of a batch.
 
     There is no mask: sequence starts are inferred from position_ids, which restart (max_seqlen is then a 0-dim tensor),
@@ -106,12 +106,12 @@ def test_packed_batch_trains(gate, family, given, tmp_path):
     alone = torch.cat([eager(tokens[None]).logits[0] for tokens in sequences])
     targets = batch["labels"][0, 1:]
     F.cross_entropy(alone[:-1], targets, ignore_index=IGNORED).backward()
-    assert not gate
+    assert not calls
 
     model = load_model(path, "flash_attention_2").train()
     out = model(**batch)
     out.loss.backward()
     torch.testing.assert_close(out.logits[0], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
     assert_near(gradients(model), gradients(eager))
-    assert gate["flash_attn_varlen_func"] == 2
-    assert gate["flash_attn_func"] == gate["pad_input"] == 0
+    assert calls["flash_attn_varlen_func"] == 2
+    assert calls["flash_attn_func"] == calls["pad_input"] == 0

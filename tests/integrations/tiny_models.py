@@ -1,4 +1,4 @@
-"""Tiny transformers models with random weights, and two ways to make them call flash_attn on a CPU."""
+"""Tiny transformers models with random weights."""
 
 import collections
 import functools
@@ -6,6 +6,7 @@ import functools
 import torch
 import transformers
 from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.models.modernbert import modeling_modernbert
 
 import flash_attn
 from flash_attn import bert_padding
@@ -13,7 +14,7 @@ from flash_attn import bert_padding
 VOCABULARY = 100
 PAD = 0
 # Weights large enough for attention to matter: with the usual 0.02 all keys get about the same weight.
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -28,10 +29,10 @@ _SIZES = {
 }
 WINDOW = 4
 FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(**_SIZES),
-    "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=WINDOW),
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_SIZES,
+        **SIZES,
         head_dim=16,
         query_pre_attn_scalar=16,
         sliding_window=WINDOW,
@@ -86,42 +87,13 @@ def count_calls(monkeypatch):
 
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
         monkeypatch.setattr(flash_attn, name, counted(getattr(flash_attn, name)))
+    name = "flash_attn_varlen_qkvpacked_func"
+    if hasattr(modeling_modernbert, name):  # transformers 4.57
+        monkeypatch.setattr(modeling_modernbert, name, counted(getattr(flash_attn, name)))
     for name in ("pad_input", "unpad_input"):
         monkeypatch.setattr(bert_padding, name, counted(getattr(bert_padding, name)))
+    # transformers imports and caches our functions: the counted ones during the test, and none afterwards.
+    for name in ("_loaded_implementation", "_flash_fn"):
+        if hasattr(flash_utils, name):
+            monkeypatch.setattr(flash_utils, name, None)
     return calls
-
-
-def open_gate(monkeypatch):
-    """Enable attn_implementation="flash_attention_2" without a GPU; the code behind it is unchanged."""
-
-    def yes(*args, **kwargs):
-        return True
-
-    row = flash_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]
-    monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", yes)
-    monkeypatch.setitem(row, "general_availability_check", yes)
-    monkeypatch.setitem(row, "supported_devices", ((yes, "cpu"), *row["supported_devices"]))
-    # transformers imports and caches our functions: cache the counted ones during the test, and none afterwards.
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
-
-
-def registered_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
-    """A function for AttentionInterface.register: attention of (batch_size, heads, seqlen, head_dim) tensors."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    left = options.get("sliding_window")
-    settings = {
-        "dropout_p": dropout,
-        "softmax_scale": scaling,
-        "causal": module.is_causal,
-        "window_size": (-1, -1) if left is None else (left - 1, 0),
-        "softcap": options.get("softcap") or 0.0,
-    }
-    if attention_mask is None:
-        return flash_attn.flash_attn_func(q, k, v, **settings), None
-    batch_size, seqlen_q = q.shape[:2]
-    seqlen_k = attention_mask.shape[1]  # shorter than a static cache
-    q, indices, cu_seqlens_q, max_seqlen_q, _ = bert_padding.unpad_input(q, attention_mask[:, -seqlen_q:])
-    k, _, cu_seqlens_k, max_seqlen_k, _ = bert_padding.unpad_input(k[:, :seqlen_k], attention_mask)
-    v, *_ = bert_padding.unpad_input(v[:, :seqlen_k], attention_mask)
-    out = flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **settings)
-    return bert_padding.pad_input(out, indices, batch_size, seqlen_q), None

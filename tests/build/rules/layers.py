@@ -89,6 +89,7 @@ PYTHON_LAYERS = (
     "ops",
     "flash_attention",
     "modules",
+    "integrations",
     "__init__",
 )
 
