@@ -78,6 +78,12 @@ FUNCTIONS = {
         ),
     },
     "flash_attn.modules.mha": {"get_alibi_slopes": "nheads"},
+    "flash_attn.ops.triton.cross_entropy": {
+        "cross_entropy_loss": (
+            "logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, "
+            "ignore_index=-100, inplace_backward=False, process_group=None"
+        ),
+    },
 }
 
 METHODS = {
@@ -117,6 +123,11 @@ METHODS = {
         "window_size=(-1, -1), fused_bias_fc=False, use_flash_attn=False, return_residual=False, checkpointing=False, "
         "device=None, dtype=None, sinks=False"
     ),
+    "flash_attn.losses.cross_entropy:CrossEntropyLoss.__init__": (
+        "self, ignore_index=-100, reduction='mean', label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, "
+        "inplace_backward=False, process_group=None, return_z_loss=False"
+    ),
+    "flash_attn.losses.cross_entropy:CrossEntropyLoss.forward": "self, input, target, precomputed_lse=None",
     "flash_attn.modules.mha:MHA.forward": (
         "self, x, x_kv=None, key_padding_mask=None, cu_seqlens=None, max_seqlen=None, mixer_subset=None, "
         "inference_params=None, **kwargs"
