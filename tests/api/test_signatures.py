@@ -25,6 +25,7 @@ VARLEN_BACKWARD = (
     f"{BACKWARD_HEAD}, {CU_SEQLENS}, dropout_p, softmax_scale, causal, {SCORE}, deterministic, rng_state=None, "
     "zero_tensors=False"
 )
+V1_TAIL = "dropout_p, softmax_scale=None, causal=False, return_attn_probs=False, deterministic=False"
 NORM = (
     "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
     "prenorm=False"
@@ -64,6 +65,11 @@ FUNCTIONS = {
         "_wrapped_flash_attn_varlen_forward": VARLEN_FORWARD,
         "_flash_attn_varlen_backward": VARLEN_BACKWARD,
         "_wrapped_flash_attn_varlen_backward": VARLEN_BACKWARD,
+    },
+    "flash_attn.v1_functions": {
+        "flash_attn_unpadded_func": f"q, k, v, {CU_SEQLENS}, {V1_TAIL}",
+        "flash_attn_unpadded_kvpacked_func": f"q, kv, {CU_SEQLENS}, {V1_TAIL}",
+        "flash_attn_unpadded_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {V1_TAIL}",
     },
     "flash_attn.bert_padding": {
         "unpad_input": "hidden_states, attention_mask, unused_mask=None",
@@ -171,6 +177,8 @@ from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
 from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_backward
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, _flash_attn_varlen_backward
 from flash_attn.flash_attn_interface import _wrapped_flash_attn_forward, _wrapped_flash_attn_backward
+from flash_attn.flash_attn_interface import flash_attn_unpadded_func, flash_attn_unpadded_kvpacked_func
+from flash_attn.flash_attn_interface import flash_attn_unpadded_qkvpacked_func
 from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb, apply_rotary_emb_func
 from flash_attn.layers.rotary import apply_rotary_emb_qkv_, apply_rotary_emb_kv_
