@@ -32,6 +32,7 @@ INSTEAD = {
     "flash_attn.ops.triton.mlp": "torch.nn.Linear and torch.nn.functional.gelu or silu",
     "flash_attn.utils.benchmark": "torch.utils.benchmark",
     "flash_attn.utils.pretrained": "torch.load, or huggingface_hub",
+    "flash_attn.utils.testing": "torch.nn.functional.scaled_dot_product_attention, in float64, as a reference",
 }
 
 

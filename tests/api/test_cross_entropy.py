@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.triton import cross_entropy as module
@@ -111,7 +112,7 @@ def test_losses_and_gradients(case, dtype):
 def test_other_ways(case, how, monkeypatch):
     """The gradient in the memory of the logits, a given lse, and few rows at a time."""
     if how == "pieces":
-        monkeypatch.setattr(module, "_PIECE", 2 * CLASSES + 1)
+        monkeypatch.setattr(module, "_CPU_PIECE", 2 * CLASSES + 1)
     for dtype in (torch.float64, torch.bfloat16):
         check(*CASES[case], dtype, **({how: True} if how != "pieces" else {}))
 
@@ -143,7 +144,7 @@ def test_a_leaf_may_be_overwritten():
     assert_same([leaf.grad, leaf.detach()], [*expected, *expected])
 
 
-def test_memory():
+def test_what_is_kept():
     """Nothing of the size of the logits is kept beside them, and the gradient has their dtype."""
     kept = []
     logits = torch.randn(64, 1000, dtype=torch.bfloat16, requires_grad=True)
@@ -152,6 +153,33 @@ def test_memory():
     large = [x for x in kept if x.numel() > 64]
     assert [x.data_ptr() for x in large] == [logits.data_ptr()]
     assert torch.autograd.grad(loss.sum(), logits)[0].dtype == torch.bfloat16
+
+
+class Storages(TorchDispatchMode):
+    """Records the sizes in bytes of what operations return, by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.sizes[storage.data_ptr()] = max(storage.nbytes(), self.sizes.get(storage.data_ptr(), 0))
+        return result
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_scratch_memory(inplace, monkeypatch):
+    """Beside the logits and their gradient no tensor has a quarter of their size."""
+    monkeypatch.setattr(module, "_CPU_PIECE", 4 * CLASSES)
+    logits = torch.randn(100, CLASSES, dtype=torch.bfloat16).requires_grad_()
+    size = logits.untyped_storage().nbytes()
+    with Storages() as storages:
+        loss, _ = cross_entropy_loss(logits, torch.arange(100) % 7, None, 0.1, 2.0, 0.01, inplace_backward=inplace)
+        torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    assert [x for x in storages.sizes.values() if x > size // 4] == [size] * (1 if inplace else 2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -181,6 +209,8 @@ def test_under_torch_compile():
     expected = loss(logits, labels)
     assert_within(found, expected.double(), 1e-6)
     assert_within(gradient, torch.autograd.grad(expected, logits)[0].double(), 1e-6)
+    with pytest.raises(RuntimeError, match="cross_entropy_loss: labels: expected classes from 0 to 36, or ignore_ind"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(logits, labels + CLASSES)
 
 
 # Messages: what is changed, the error, and its text after the name of the function.

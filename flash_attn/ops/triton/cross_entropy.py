@@ -18,8 +18,8 @@ from flash_attn.utils.distributed import all_gather_raw, all_reduce_raw
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Elements of logits that are converted to float32 at a time.
-_PIECE = 1 << 22
+# Elements of logits that are converted to float32 at a time: what fits a cache, or what fills a GPU.
+_CPU_PIECE, _GPU_PIECE = 1 << 18, 1 << 24
 
 
 class _Options(NamedTuple):
@@ -153,8 +153,7 @@ def _gradient(logits: Tensor, labels: Tensor, lse: Tensor, dloss: Tensor, option
     of_label = dloss * (1 - options.label_smoothing) * is_here[:, None]
     of_each = dloss * (options.label_smoothing / options.total_classes)
     for rows in _pieces(logits):
-        scores = logits[rows].to(lse.dtype, copy=True).mul_(options.logit_scale)
-        gradient = scores.sub_(lse[rows, None]).exp_().mul_(dlse[rows])
+        gradient = (_scores(logits[rows], lse.dtype, options) - lse[rows, None]).exp_().mul_(dlse[rows])
         if options.label_smoothing > 0:
             gradient.sub_(of_each[rows])
         gradient.scatter_add_(1, column[rows, None], -of_label[rows])
@@ -167,17 +166,25 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows, each of at most _PIECE elements, or one row."""
-    step = max(1, _PIECE // max(1, logits.shape[1]))
-    for first in range(0, logits.shape[0], step):
+    """Slices of rows, so that no float32 copy of all logits is needed. Under torch.compile, which fuses, one of all."""
+    num_rows, num_classes = logits.shape
+    step = max(1, (_CPU_PIECE if logits.device.type == "cpu" else _GPU_PIECE) // num_classes)
+    step = max(1, num_rows) if torch.compiler.is_compiling() else step
+    for first in range(0, num_rows, step):
         yield slice(first, first + step)
+
+
+def _scores(logits: Tensor, dtype: torch.dtype, options: _Options) -> Tensor:
+    """The scaled logits; the given tensor itself if nothing changes."""
+    scores = logits.to(dtype)
+    return scores if options.logit_scale == 1 else scores * options.logit_scale
 
 
 def _lse_of(logits: Tensor, options: _Options) -> Tensor:
     """logsumexp of each row of the scaled logits, (num_rows,)."""
     lse = logits.new_empty(logits.shape[0], dtype=_compute_dtype(logits))
     for rows in _pieces(logits):
-        lse[rows] = (logits[rows].to(lse.dtype) * options.logit_scale).logsumexp(1)
+        lse[rows] = _scores(logits[rows], lse.dtype, options).logsumexp(1)
     return lse
 
 
