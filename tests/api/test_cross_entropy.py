@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
@@ -211,6 +212,16 @@ def test_under_torch_compile():
     assert_within(gradient, torch.autograd.grad(expected, logits)[0].double(), 1e-6)
     with pytest.raises(RuntimeError, match="cross_entropy_loss: labels: expected classes from 0 to 36, or ignore_ind"):
         torch.compile(loss, backend="aot_eager", fullgraph=True)(logits, labels + CLASSES)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_tensors_without_values(device):
+    with FakeTensorMode():
+        logits = torch.empty(4, 5, dtype=torch.bfloat16, device=device, requires_grad=True)
+        loss, z_loss = cross_entropy_loss(logits, torch.zeros(4, dtype=torch.int64, device=device), None, 0.1)
+        loss.sum().backward()
+    assert loss.shape == z_loss.shape == (4,)
+    assert (loss.dtype, logits.grad.dtype, logits.grad.shape) == (torch.float32, torch.bfloat16, (4, 5))
 
 
 # Messages: what is changed, the error, and its text after the name of the function.

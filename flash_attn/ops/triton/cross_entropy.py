@@ -273,7 +273,8 @@ def _check_labels(labels: Tensor, options: _Options) -> None:
     """Check that each label is a class, or ignore_index."""
     is_known = (labels >= 0) & (labels < options.total_classes) | (labels == options.ignore_index)
     expected = f"classes from 0 to {options.total_classes - 1}, or ignore_index={options.ignore_index}"
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    has_values = type(labels) is Tensor and not torch.compiler.is_compiling()
+    if labels.device.type != "cpu" or not has_values:
         torch._assert_async(is_known.all(), f"cross_entropy_loss: labels: expected {expected}")
     elif not is_known.all():
         unknown = labels[~is_known]
