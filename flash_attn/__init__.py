@@ -9,6 +9,7 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 from flash_attn import _flops  # noqa: F401  for torch.utils.flop_counter
+from flash_attn._absent import explain_absent_modules
 from flash_attn._explain import Explanation, explain
 from flash_attn._library import build_info
 from flash_attn._version import __version__
@@ -22,6 +23,8 @@ from flash_attn.flash_attn_interface import (
     flash_attn_with_kvcache,
 )
 from flash_attn.merge import merge_attention_states
+
+explain_absent_modules()
 
 __all__ = [
     "Explanation",

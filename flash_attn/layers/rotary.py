@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flash_attn._autograd_names import autograd_name
 from flash_attn._checks import describe, reject
 from flash_attn._constants import is_plain, may_cache
 from flash_attn.layers._rotate import check_shapes, rotate, rotate_in_place, rotate_parts, rows_of
@@ -140,6 +141,11 @@ def apply_rotary_emb_kv_(
         reject(ValueError, "apply_rotary_emb_kv_", [f"kv: expected {expected}, got {tuple(kv.shape)}"])
     parts = [((slice(None), slice(None), 0), cos, sin)]
     return rotate_parts("apply_rotary_emb_kv_", kv, parts, seqlen_offsets, interleaved)
+
+
+ApplyRotaryEmb = autograd_name("ApplyRotaryEmb", apply_rotary_emb)
+ApplyRotaryEmbQKV_ = autograd_name("ApplyRotaryEmbQKV_", apply_rotary_emb_qkv_)
+ApplyRotaryEmbKV_ = autograd_name("ApplyRotaryEmbKV_", apply_rotary_emb_kv_)
 
 
 class _Tables(NamedTuple):

@@ -25,6 +25,16 @@ VARLEN_BACKWARD = (
     f"{BACKWARD_HEAD}, {CU_SEQLENS}, dropout_p, softmax_scale, causal, {SCORE}, deterministic, rng_state=None, "
     "zero_tensors=False"
 )
+V1_TAIL = "dropout_p, softmax_scale=None, causal=False, return_attn_probs=False, deterministic=False"
+NORM = (
+    "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+    "prenorm=False"
+)
+ADD_NORM = (
+    "x0, residual, weight, bias, dropout_p, epsilon, rowscale=None, layerscale=None, prenorm=False, "
+    "residual_in_fp32=False, return_dropout_mask=False"
+)
+BUFFERS = "return_dropout_mask=False, out_dtype=None, out=None, residual_out=None"
 
 # Not in flash_attn 2.8.3.
 OURS = (
@@ -56,6 +66,11 @@ FUNCTIONS = {
         "_flash_attn_varlen_backward": VARLEN_BACKWARD,
         "_wrapped_flash_attn_varlen_backward": VARLEN_BACKWARD,
     },
+    "flash_attn.v1_functions": {
+        "flash_attn_unpadded_func": f"q, k, v, {CU_SEQLENS}, {V1_TAIL}",
+        "flash_attn_unpadded_kvpacked_func": f"q, kv, {CU_SEQLENS}, {V1_TAIL}",
+        "flash_attn_unpadded_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {V1_TAIL}",
+    },
     "flash_attn.bert_padding": {
         "unpad_input": "hidden_states, attention_mask, unused_mask=None",
         "pad_input": "hidden_states, indices, batch, seqlen",
@@ -78,6 +93,20 @@ FUNCTIONS = {
         ),
     },
     "flash_attn.modules.mha": {"get_alibi_slopes": "nheads"},
+    "flash_attn.ops.triton.layer_norm": {
+        "layer_norm_fn": f"{NORM}, residual_in_fp32=False, zero_centered_weight=False, is_rms_norm=False, {BUFFERS}",
+        "rms_norm_fn": f"{NORM}, residual_in_fp32=False, zero_centered_weight=False, {BUFFERS}",
+        "layer_norm_ref": f"{NORM}, zero_centered_weight=False, dropout_mask=None, dropout_mask1=None, upcast=False",
+        "rms_norm_ref": f"{NORM}, zero_centered_weight=False, dropout_mask=None, dropout_mask1=None, upcast=False",
+    },
+    "flash_attn.ops.layer_norm": {"layer_norm": "x, weight, bias, epsilon", "dropout_add_layer_norm": ADD_NORM},
+    "flash_attn.ops.rms_norm": {"rms_norm": "x, weight, epsilon", "dropout_add_rms_norm": ADD_NORM},
+    "flash_attn.ops.triton.cross_entropy": {
+        "cross_entropy_loss": (
+            "logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, "
+            "ignore_index=-100, inplace_backward=False, process_group=None"
+        ),
+    },
 }
 
 METHODS = {
@@ -117,6 +146,21 @@ METHODS = {
         "window_size=(-1, -1), fused_bias_fc=False, use_flash_attn=False, return_residual=False, checkpointing=False, "
         "device=None, dtype=None, sinks=False"
     ),
+    "flash_attn.ops.triton.layer_norm:RMSNorm.__init__": (
+        "self, hidden_size, eps=1e-05, dropout_p=0.0, zero_centered_weight=False, device=None, dtype=None"
+    ),
+    "flash_attn.ops.triton.layer_norm:RMSNorm.forward": (
+        "self, x, residual=None, prenorm=False, residual_in_fp32=False"
+    ),
+    "flash_attn.ops.rms_norm:RMSNorm.__init__": "self, hidden_size, eps=1e-05, device=None, dtype=None",
+    "flash_attn.ops.layer_norm:DropoutAddLayerNorm.__init__": (
+        "self, hidden_size, prenorm=False, p=0.0, eps=1e-05, residual_in_fp32=False, device=None, dtype=None"
+    ),
+    "flash_attn.losses.cross_entropy:CrossEntropyLoss.__init__": (
+        "self, ignore_index=-100, reduction='mean', label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, "
+        "inplace_backward=False, process_group=None, return_z_loss=False"
+    ),
+    "flash_attn.losses.cross_entropy:CrossEntropyLoss.forward": "self, input, target, precomputed_lse=None",
     "flash_attn.modules.mha:MHA.forward": (
         "self, x, x_kv=None, key_padding_mask=None, cu_seqlens=None, max_seqlen=None, mixer_subset=None, "
         "inference_params=None, **kwargs"
@@ -133,6 +177,8 @@ from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
 from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_backward
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, _flash_attn_varlen_backward
 from flash_attn.flash_attn_interface import _wrapped_flash_attn_forward, _wrapped_flash_attn_backward
+from flash_attn.flash_attn_interface import flash_attn_unpadded_func, flash_attn_unpadded_kvpacked_func
+from flash_attn.flash_attn_interface import flash_attn_unpadded_qkvpacked_func
 from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb, apply_rotary_emb_func
 from flash_attn.layers.rotary import apply_rotary_emb_qkv_, apply_rotary_emb_kv_
@@ -151,12 +197,12 @@ def parameters_of(function) -> str:
     return ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
 
 
-def check_kinds(function) -> None:
+def check_kinds(function, ours=frozenset(OUR_NAMES)) -> None:
     """Arguments that flash_attn 2.8.3 does not have are keyword-only."""
     spec, names = inspect.getfullargspec(function), list(inspect.signature(function).parameters)
     names = [name for name in names if name != spec.varkw]
-    assert spec.args == [name for name in names if name not in OUR_NAMES]
-    assert spec.kwonlyargs == [name for name in names if name in OUR_NAMES]
+    assert spec.args == [name for name in names if name not in ours]
+    assert spec.kwonlyargs == [name for name in names if name in ours]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +212,7 @@ def test_function_signature(module, name):
     function = getattr(importlib.import_module(module), name)
     assert parameters_of(function).replace(" = ", "=") == FUNCTIONS[module][name]
     assert inspect.isfunction(function), "getfullargspec-based callers need a plain Python function"
-    check_kinds(function)
+    check_kinds(function, ours={} if module.startswith("flash_attn.ops") else OUR_NAMES)
     assert function.__doc__ or name.startswith("_wrapped"), "a public function explains itself"
 
 

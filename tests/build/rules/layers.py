@@ -70,6 +70,7 @@ def quoted_includes(source: Source) -> Findings:
 
 PYTHON_LAYERS = (
     "_version",
+    "_absent",
     "_library",
     "_flops",
     "_checks",
@@ -82,11 +83,13 @@ PYTHON_LAYERS = (
     "_explain",
     "_kernel_interface",
     "packed_functions",
+    "v1_functions",
     "flash_attn_interface",
     "bert_padding",
     "context_parallel",
     "layers",
     "ops",
+    "losses",
     "flash_attention",
     "modules",
     "integrations",
