@@ -29,11 +29,12 @@ SYNONYMS = {
     }.items()
     for word in words.split()
 }
-# Argument names of the public API of flash_attn 2.8.3, and those of transformers.
+# Argument names of the public API of flash_attn 2.8.3, and those of transformers and torch.
 PUBLIC_NAMES = {
     "flash_attn/modules/mha.py": {"num_heads_kv", "nheads"},
     "flash_attn/layers/rotary.py": {"num_heads_q"},
     "flash_attn/integrations/_transformers_attention.py": {"sliding_window", "is_causal"},
+    "flash_attn/integrations/sdpa.py": {"is_causal"},
     "flash_attn_2_cuda.py": {"p_dropout", "is_causal"},
 }
 
