@@ -254,7 +254,8 @@ def _unless_special(function: Callable[..., Any], op: str) -> Callable[..., Any]
 
     def kernel(keys: Any, *args: Any, attn_mask: Tensor | None = None, scale: float | None = None) -> Any:
         tensors = 6 if op.endswith("backward") else 3
-        dropout_p, is_causal = (*args[tensors:], *(0.0, False)[len(args) - tensors :])
+        given = args[tensors:]
+        dropout_p, is_causal = (given[0] if given else 0.0), (given[1] if len(given) > 1 else False)
         if attn_mask is None and dropout_p == 0 and args[0].shape[-1] <= _library.MAX_HEAD_DIM:
             return function(*args[:tensors], is_causal, scale)
         return original.call_boxed(keys, *args, attn_mask=attn_mask, scale=scale)
