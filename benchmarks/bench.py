@@ -7,6 +7,7 @@
     python benchmarks/bench.py decode                         # a few new queries against a cache
     python benchmarks/bench.py memory                         # peak memory against sequence length
     python benchmarks/bench.py overhead                       # what a tiny call costs
+    python benchmarks/bench.py llama                          # a training step in transformers, which it needs
 
 A ratio is a provider's time / ours, the median over rounds: above 1 ours is quicker. FlexAttention compiles for many
 seconds per case, so it is measured in a second stage, again beside ours, when everything else is done.
@@ -32,7 +33,7 @@ from types import ModuleType
 import torch
 import torch._functorch.config
 
-from harness import decode, decode_providers, decode_report, memory, overhead, plots, report
+from harness import decode, decode_providers, decode_report, llama_step, memory, overhead, plots, report
 from harness.cases import PASSES, Case, cases_for
 from harness.failures import device_is_lost, reason, unavailable_reason
 from harness.machine import describe, results_folder
@@ -73,6 +74,7 @@ SUITES = {
         {"cpu": 2.0, "cuda": 0.2},
     ),
 }
+OTHERS = {"memory": memory.main, "overhead": overhead.main, "llama": llama_step.main}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Job:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("attention", "decode", "memory", "overhead"), default="attention")
+    parser.add_argument("what", nargs="?", choices=(*SUITES, *OTHERS), default="attention")
     default = "cpu" if unavailable_reason("cuda") else "cuda"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads for all providers")
@@ -233,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"bench: {why}")
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    return {"memory": memory.main, "overhead": overhead.main}.get(arguments.what, in_turns)(arguments)
+    return OTHERS.get(arguments.what, in_turns)(arguments)
 
 
 if __name__ == "__main__":
