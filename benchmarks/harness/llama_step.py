@@ -80,7 +80,7 @@ def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, dict[str, fl
     steps = {name: make_step(name, dtype, device, quick) for name in ATTENTIONS}
     losses = {name: step() for name, step in steps.items()}
     timed = {name: Timed(step, repeats=False) for name, step in steps.items()}
-    time_interleaved(timed, device, arguments.budget or (0.1 if quick else 60.0))
+    time_interleaved(timed, device, arguments.budget or (0.1 if quick else 30.0), min_rounds=3)
     found = {}
     for name, each in timed.items():
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
