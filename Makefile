@@ -9,10 +9,12 @@
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# For make headers: the oldest, and those that came after 2.13.
+TORCHES ?= 2.11.0 2.12.1 2.14.1 2.15.0
 ARGS   ?=
 CXX    ?= g++
 
-BUILD_TOOLS := 'setuptools>=77.0.3' 'pybind11>=2.13' ninja
+BUILD_TOOLS := 'setuptools>=77.0.3' ninja
 # Versions are pinned in one place, for the hooks and for `make lint`.
 LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yaml))
 # The disassembler of `make report`. It reads the code of every CUDA 13.
@@ -67,8 +69,8 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all integrations demo generate long ladder bench race sanitize mutants report gpu-test gpu-bench \
-    gpu-first lint format clean distclean
+.PHONY: help venv build test test-all integrations demo generate long ladder bench race sanitize mutants report headers \
+    gpu-test gpu-bench gpu-first lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -141,6 +143,10 @@ mutants: ## break one line of the CUDA kernels at a time: does a case detect it?
 report: $(REPORT_READY) ## compile the CUDA kernels, and report on them from the compiler's output and the machine code
 	@$(call step,report); \
 	$(PY) -m tools.kernel_report $(ARGS)
+
+headers: $(READY) ## check the sources with the headers of other torches, generating no code
+	@$(call step,headers); \
+	$(PY) -m tools.torch_headers $(TORCHES)
 
 lint: $(LINT_READY) ## ruff, mypy, clang-format, clang-tidy and shellcheck, changing nothing
 	@$(call step,lint); failed=0; \
