@@ -7,9 +7,10 @@ import sys
 import tarfile
 
 import pytest
+import setuptools
 from packaging.requirements import Requirement
 
-from build_tools import plan
+from build_tools import extension, plan
 from paths import ROOT
 
 
@@ -36,6 +37,17 @@ def test_a_source_distribution_takes_any_recent_torch(torch_version):
 def test_name_of_the_extension():
     assert plan.extension_name("2.14.1+cu130") == plan.extension_name("2.14.0") == "flash_attn._C_torch2_14"
     assert plan.extension_name("2.1.4") != plan.extension_name("2.14.0")
+
+
+def test_a_wheel_has_no_extension_of_an_earlier_torch(tmp_path):
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    for name in ("_C_torch2_12.so", "_C.so", "_C_torch2_13.so", "_checks.py"):
+        (package / name).touch()
+    command = extension.BuildExtension(setuptools.Distribution())
+    command.build_lib = str(tmp_path)
+    command.remove_others(setuptools.Extension("flash_attn._C_torch2_13", []))
+    assert {path.name for path in package.iterdir()} == {"_C_torch2_13.so", "_checks.py"}
 
 
 CPU, CUDA = None, "13.0"
