@@ -204,8 +204,8 @@ $(REPORT_READY): $(READY)
 	touch $@
 
 # setup.py compiles into build/, where only changes are recompiled, and copies the extension next to the Python files.
-# The virtual environment finds this folder through a .pth file (pip install --editable would recompile everything), the
-# ambient interpreter through PYTHONPATH; both find the metadata in flash_attn.egg-info.
+# The virtual environment finds this folder through a .pth file, the ambient interpreter through PYTHONPATH; both find the
+# metadata in flash_attn.egg-info.
 $(BUILT): $(SOURCES) $(READY)
 	@$(call step,build); \
 	command -v $(CXX) >/dev/null || \
