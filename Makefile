@@ -25,7 +25,8 @@ INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 xformers==0.0.35
 
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
 # The build depends on the interpreter and on the choice of GPUs.
-BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST))
+GPU_CHOICE := $(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)$(FLASH_ATTENTION_SKIP_CUDA_BUILD)
+BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(GPU_CHOICE))
 ifeq ($(strip $(VENV)),)
 PY           := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
