@@ -9,10 +9,12 @@
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# For make headers: the oldest, and those that came after 2.13.
+TORCHES ?= 2.11.0 2.12.1 2.14.1 2.15.0
 ARGS   ?=
 CXX    ?= g++
 
-BUILD_TOOLS := 'setuptools>=77.0.3' 'pybind11>=2.13' ninja
+BUILD_TOOLS := 'setuptools>=77.0.3' ninja
 # Versions are pinned in one place, for the hooks and for `make lint`.
 LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yaml))
 # The disassembler of `make report`. It reads the code of every CUDA 13.
@@ -26,7 +28,8 @@ OLD_TESTS := $(addprefix tests/integrations/test_,generate.py transformers_model
 
 file_name = $(shell printf '%s' '$(1)' | tr -c 'A-Za-z0-9.' '_')
 # The build depends on the interpreter and on the choice of GPUs.
-BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST))
+GPU_CHOICE := $(FLASH_ATTN_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)$(FLASH_ATTENTION_SKIP_CUDA_BUILD)
+BUILT := build/.built-with-$(call file_name,$(or $(strip $(VENV)),$(PYTHON))$(GPU_CHOICE))
 ifeq ($(strip $(VENV)),)
 PY           := $(PYTHON)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -71,8 +74,8 @@ endef
 fail = { echo '$(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all integrations demo generate long ladder bench race sanitize mutants report gpu-test gpu-bench \
-    gpu-first lint format clean distclean
+.PHONY: help venv build test test-all integrations demo generate long ladder bench race sanitize mutants report headers \
+    gpu-test gpu-bench gpu-first lint format clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -147,6 +150,10 @@ report: $(REPORT_READY) ## compile the CUDA kernels, and report on them from the
 	@$(call step,report); \
 	$(PY) -m tools.kernel_report $(ARGS)
 
+headers: $(READY) ## check the sources with the headers of other torches, generating no code
+	@$(call step,headers); \
+	$(PY) -m tools.torch_headers $(TORCHES)
+
 lint: $(LINT_READY) ## ruff, mypy, clang-format, clang-tidy and shellcheck, changing nothing
 	@$(call step,lint); failed=0; \
 	scripts=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'); \
@@ -209,8 +216,8 @@ $(REPORT_READY): $(READY)
 	touch $@
 
 # setup.py compiles into build/, where only changes are recompiled, and copies the extension next to the Python files.
-# The virtual environment finds this folder through a .pth file (pip install --editable would recompile everything), the
-# ambient interpreter through PYTHONPATH; both find the metadata in flash_attn.egg-info.
+# The virtual environment finds this folder through a .pth file, the ambient interpreter through PYTHONPATH; both find the
+# metadata in flash_attn.egg-info.
 $(BUILT): $(SOURCES) $(READY)
 	@$(call step,build); \
 	command -v $(CXX) >/dev/null || \

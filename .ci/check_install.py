@@ -14,6 +14,8 @@ from flash_attn.flash_attention import FlashMHA
 
 version = importlib.metadata.version("flash-attn")
 assert flash_attn.__version__ == version, (flash_attn.__version__, version)
+needed = [each for each in importlib.metadata.requires("flash-attn") or [] if each.startswith("torch")]
+assert needed == [f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"], needed
 owners = importlib.metadata.packages_distributions()
 for module in ("flash_attn", "flash_attn_2_cuda"):
     assert owners.get(module) == ["flash-attn"], (module, owners.get(module))

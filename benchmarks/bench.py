@@ -3,7 +3,7 @@
     python benchmarks/bench.py                                # everything; run again, it goes on where it ended
     python benchmarks/bench.py --only 'window|varlen'         # cases whose name matches a regular expression
     python benchmarks/bench.py --quick                        # every kind of case, small, to see that all runs
-    python benchmarks/bench.py --build before=path/to/_C.so   # beside another build of ours
+    python benchmarks/bench.py --build before=path/to/_C_torch2_13.so   # beside another build of ours
     python benchmarks/bench.py decode                         # a few new queries against a cache
     python benchmarks/bench.py memory                         # peak memory against sequence length
     python benchmarks/bench.py overhead                       # what a tiny call costs

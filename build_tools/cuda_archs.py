@@ -1,7 +1,7 @@
 """For which GPUs CUDA code is compiled.
 
 An architecture is written as torch writes it in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "8.0+PTX", several of them
-separated by semicolons, commas or spaces.
+separated by semicolons, commas or spaces. The point may be missing: flash-attn's own setup.py takes "80;90".
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def parse(text: str, variable: str = OWN_VARIABLE) -> tuple[Arch, ...]:
         if item.lower() in FAMILIES:
             archs += parse(FAMILIES[item.lower()], variable)
             continue
-        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", item, re.IGNORECASE)
+        match = re.fullmatch(r"(\d+)\.?(\d)(a?)(\+PTX)?", item, re.IGNORECASE)
         if match is None:
             raise ArchError(f'{variable}={text}: "{item}" is no architecture; write for example {DEFAULT}')
         archs.append(Arch(int(match[1]), int(match[2]), ptx=bool(match[4])))

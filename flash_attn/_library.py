@@ -7,6 +7,8 @@ line.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,27 +17,41 @@ from typing import Any, NoReturn
 
 import torch
 
+from flash_attn._version import extension_name
+
 _REMEDY = "rebuild it with `pip install --no-build-isolation .` in the source tree of flash-attn"
 
 
 def _load() -> tuple[ModuleType | None, str]:
     """(extension module or None, one-line problem with its remedy or "")."""
+    name = f"flash_attn.{extension_name(torch.__version__)}"
+    found = importlib.util.find_spec(name)
+    # The package path may contain other copies of flash_attn, with extensions of other versions.
+    if found is None or Path(str(found.origin)).parent != Path(__file__).parent:
+        return None, _missing()
     try:
-        module = importlib.import_module("flash_attn._C")
-        if Path(str(module.__file__)).parent != Path(__file__).parent:
-            # The package path may contain other copies of flash_attn, with extensions of other versions.
-            raise ModuleNotFoundError(name="flash_attn._C")
+        return importlib.import_module(name), ""
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn._C":
-            reason = "is not built"
-        else:
-            lines = str(error).splitlines() or [type(error).__name__]
-            reason = f"does not load with torch {torch.__version__} ({lines[0]})"
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = f"does not load with torch {torch.__version__} ({lines[0]})"
         return None, f"flash_attn: the compiled extension {reason}; {_REMEDY}"
-    built_for = str(module.build_info()["torch_version"])
-    if built_for.split("+")[0] == torch.__version__.split("+")[0]:
-        return module, ""
-    return module, f"flash_attn: the extension was built for torch {built_for}, not {torch.__version__}; {_REMEDY}"
+
+
+def _missing() -> str:
+    """Why there is no extension for this torch, with the remedy."""
+    others = [
+        path.name.removeprefix("_C_torch").removesuffix(suffix).replace("_", ".")
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES
+        for path in Path(__file__).parent.glob(f"_C_torch*_*{suffix}")
+        if path.name.count(".") == suffix.count(".")
+    ]
+    if not others:
+        return f"flash_attn: the compiled extension is not built; {_REMEDY}"
+    built_for = " and ".join(sorted(others))
+    return (
+        f"flash_attn: the compiled extension is for torch {built_for}, not {torch.__version__}; {_REMEDY}, "
+        f"or run `pip install torch=={sorted(others)[-1]}.*`"
+    )
 
 
 _extension, _unavailable_reason = _load()
@@ -65,9 +81,10 @@ def build_info() -> dict[str, Any]:
     """What the extension was built for.
 
     Returns:
-        A dict with torch_version, cuda_version (None: no CUDA kernels), cpu_instruction_set, max_head_dim, cuda_archs
-        (targets of the kernels), backends (best first, each a dict with name and built_for, a list of targets, empty if
-        not in this build) and hopper_kernels (whether sm90 is in this build).
+        A dict with torch_version, cuda_version (None: no CUDA kernels), built_because (why for the CPU only, or why for
+        these GPUs), cpu_instruction_set, max_head_dim, cuda_archs (targets of the kernels), backends (best first, each
+        a dict with name and built_for, a list of targets, empty if not in this build) and hopper_kernels (whether sm90
+        is in this build).
 
         A call runs on the best backend that supports it, or on the one named by the environment variable
         FLASH_ATTN_BACKEND. sm90 runs on GPUs of compute capability 9.0; it supports neither paged KV (block_table) nor

@@ -27,7 +27,7 @@ def fingerprint(settings: Iterable[str], builds: Iterable[Path] = ()) -> str:
     """Changes with everything that results depend on. By sources: no two compilations give the same binary."""
     digest = hashlib.sha256("\n".join([os.environ.get("FLASH_ATTN_BACKEND", ""), *settings]).encode())
     sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "flash_attn").rglob("*.py")]
-    sources += [ROOT / "setup.py", *(ROOT / "build_tools").glob("cuda_*.py")]
+    sources += [ROOT / "setup.py", *(ROOT / "build_tools").glob("*.py")]
     harness = [BENCHMARKS / "harness" / f"{name}.py" for name in MEASURING]
     for path in sorted([*sources, *harness, *builds]):
         digest.update(path.read_bytes())

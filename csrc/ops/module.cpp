@@ -39,6 +39,7 @@ bool has_hopper_kernels() {
 pybind11::dict build_info() {
     pybind11::dict info;
     info["torch_version"] = TORCH_VERSION;
+    info["built_because"] = FLASH_ATTN_BUILT_BECAUSE;
 #ifdef FLASH_ATTN_CUDA_VERSION
     info["cuda_version"] = FLASH_ATTN_CUDA_VERSION;
     info["cuda_archs"] = as_list(split_targets(FLASH_ATTN_CUDA_TARGETS));
@@ -67,7 +68,7 @@ PyMethodDef functions[] = {
 
 }  // namespace flash_attn
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "Registers the ops of torch.ops.flash_attn, and calls them.";
     if (PyModule_AddFunctions(m.ptr(), flash_attn::functions) < 0) throw pybind11::error_already_set();
     m.def("build_info", &flash_attn::build_info, "What this build was made for.");

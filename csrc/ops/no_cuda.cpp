@@ -8,7 +8,10 @@ namespace flash_attn {
 namespace {
 
 [[noreturn]] void no_kernels() {
-    TORCH_CHECK(false, "flash_attn: this build has no CUDA kernels; move the tensors to the CPU to run them there");
+    TORCH_CHECK(false,
+                "flash_attn: this build is for the CPU only, because " FLASH_ATTN_BUILT_BECAUSE
+                ": rebuild it with nvcc and a CUDA build of torch by `pip install --no-build-isolation .`, or move the "
+                "tensors to the CPU");
 }
 
 template <class Result, class Args> Result no_cuda(const Args& args) {

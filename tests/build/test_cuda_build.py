@@ -30,6 +30,7 @@ KNOWN = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
         ("9.0a", "sm_90a"),
         ("9.0a+PTX", "sm_90a compute_90"),
         ("9.0 8.6,8.0;;", "sm_80 sm_86 sm_90a"),
+        ("80;90;100;120", "sm_80 sm_90a sm_100 sm_120"),
         ("12.0 10.0+PTX", "sm_100 sm_120 compute_100"),
         ("8.0 8.0+PTX 8.0", "sm_80 compute_80"),
         ("Ampere", "sm_80 sm_86 compute_86"),
@@ -44,7 +45,8 @@ def test_lists_of_architectures(text, codes):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("80", '"80" is no architecture; write for example 8.0+PTX;9.0a'),
+        ("8", '"8" is no architecture; write for example 8.0+PTX;9.0a'),
+        ("8.0;none", '"none" is no architecture'),
         ("sm_80", '"sm_80" is no architecture'),
         ("8.0;all", '"all" is no architecture'),
         ("8.0PTX", '"8.0PTX" is no architecture'),
@@ -139,7 +141,7 @@ def setup_says(**environment):
 def test_torch_without_cuda():
     done = setup_says(FLASH_ATTN_CUDA_ARCHS="nonsense")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[0] == "flash-attn: building for CPU only: this torch is a CPU build"
+    assert done.stdout.splitlines()[0] == "flash-attn: building for CPU only: torch is a CPU build"
 
 
 needs_cuda = pytest.mark.skipif(
@@ -159,7 +161,7 @@ def test_choice_is_told():
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"FLASH_ATTN_CUDA_ARCHS": "80"}, 'flash-attn: FLASH_ATTN_CUDA_ARCHS=80: "80" is no architecture; write for '),
+        ({"FLASH_ATTN_CUDA_ARCHS": "8"}, 'flash-attn: FLASH_ATTN_CUDA_ARCHS=8: "8" is no architecture; write for '),
         ({"FLASH_ATTN_CUDA_ARCHS": "99.0"}, "flash-attn: FLASH_ATTN_CUDA_ARCHS: this nvcc makes no code for 99.0; it "),
         (
             {"CUDA_HOME": "/nowhere"},

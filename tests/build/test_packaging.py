@@ -19,6 +19,7 @@ import flash_attn
 from paths import ROOT
 
 PACKAGE = Path(flash_attn.__file__).parent
+EXTENSION = flash_attn._version.extension_name(torch.__version__)
 
 
 def python(code, *, path=(), cwd=None, **environment):
@@ -45,8 +46,8 @@ def test_requirements():
     found = [Requirement(line) for line in importlib.metadata.requires("flash-attn")]
     always = {r.name: r.specifier for r in found if r.marker is None}
     assert set(always) == {"torch", "einops"}
-    assert "2.11.0" in always["torch"]
-    assert "2.10.0" not in always["torch"]
+    major, minor = torch.__version__.split(".")[:2]
+    assert str(always["torch"]) == f"=={major}.{minor}.*", "what the extension was compiled against"
     test_extra = {r.name for r in found if r.marker is not None and r.marker.evaluate({"extra": "test"})}
     assert {"pytest", "hypothesis", "numpy"} <= test_extra
 
@@ -61,8 +62,10 @@ def test_metadata_says_what_it_is():
 def test_build_info():
     info = flash_attn.build_info()
     always = {"torch_version", "cuda_version", "cpu_instruction_set", "cuda_archs", "max_head_dim"}
+    always |= {"built_because"}
     assert set(info) == always | {"hopper_kernels", "backends"}
     assert info["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["built_because"]
     assert info["cuda_version"] is None or re.fullmatch(r"\d+\.\d+", info["cuda_version"])
     assert isinstance(info["cpu_instruction_set"], str)
     assert info["cpu_instruction_set"]
@@ -105,18 +108,16 @@ def copied_package(folder):
 
 
 def not_built(package):
-    missing = "No module named 'flash_attn._C'"
-    (package / "_C.py").write_text(f"raise ModuleNotFoundError({missing!r}, name='flash_attn._C')\n")
     return "is not built"
 
 
 def damaged(package):
-    (package / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))).write_text("not a shared library")
+    (package / (EXTENSION + sysconfig.get_config_var("EXT_SUFFIX"))).write_text("not a shared library")
     return "does not load"
 
 
 def wrong_symbols(package):
-    (package / "_C.py").write_text("raise ImportError('_C.so: undefined symbol: _ZN3c105ErrorC2E')\n")
+    (package / f"{EXTENSION}.py").write_text("raise ImportError('_C.so: undefined symbol: _ZN3c105ErrorC2E')\n")
     return "undefined symbol"
 
 
@@ -152,19 +153,39 @@ def test_import_without_a_working_extension(breakage, tmp_path):
     assert "pip install --no-build-isolation" in lines[0]
 
 
-def test_extension_built_for_another_torch(tmp_path):
-    package = copied_package(tmp_path)
-    (package / "_C.py").write_text("def build_info():\n    return {'torch_version': '1.0.0'}\n")
+def import_with(torch_version):
+    """Imports the package as if this were another torch, calls a function, and says which extension is loaded."""
     code = (
-        "import warnings, torch\n"
+        "import sys, warnings, torch\n"
+        f"torch.__version__ = {torch_version!r}\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
-        "    import flash_attn._library\n"
+        "    import flash_attn\n"
         "print(*(w.message for w in caught), sep='\\n')\n"
+        "try:\n"
+        "    flash_attn.flash_attn_func(*[torch.ones(1, 2, 1, 8)] * 3)\n"
+        "    print('works')\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "print('loaded' if '_C_torch' in open('/proc/self/maps').read() else 'not loaded')\n"
     )
-    lines = python(code, path=[tmp_path], cwd=tmp_path).stdout.splitlines()
-    assert len(lines) == 1, lines
-    assert re.search(r"torch 1\.0\.0.*\d+\.\d+\.\d+.*pip install --no-build-isolation", lines[0])
+    return python(code, path=[PACKAGE.parent]).stdout.splitlines()
+
+
+def test_another_patch_of_the_same_torch():
+    assert import_with(".".join([*torch.__version__.split(".")[:2], "99+cpu"])) == ["", "works", "loaded"]
+
+
+def test_extension_built_for_another_torch():
+    """It is not even loaded. One line has both versions, and what to do."""
+    warning, error, loaded = import_with("2.1000.0+cu999")
+    built_for = re.escape(".".join(torch.__version__.split(".")[:2]))
+    assert re.fullmatch(
+        rf"flash_attn: the compiled extension is for torch (.* and )?{built_for}( and .*)?, not 2\.1000\.0\+cu999; "
+        r"rebuild it with `pip install --no-build-isolation \.` .*, or run `pip install torch==[\d.]+\.\*`",
+        warning,
+    )
+    assert (error, loaded) == (warning, "not loaded")
 
 
 def test_a_second_distribution_can_add_to_the_package(tmp_path):
@@ -189,7 +210,7 @@ def test_every_source_has_a_compile_command():
     """But for the one that this build has no use for."""
     known = {Path(entry["file"]) for entry in json.loads((ROOT / "compile_commands.json").read_text())}
     missing = set((ROOT / "csrc").resolve().rglob("*.cpp")) - known
-    assert {path.name for path in missing} == {"cuda.cpp" if torch.version.cuda is None else "no_cuda.cpp"}
+    assert {path.name for path in missing} == {"no_cuda.cpp" if flash_attn.build_info()["cuda_version"] else "cuda.cpp"}
 
 
 @pytest.mark.parametrize("command", ["bdist_wheel", "build_ext", "install", "--version"])
