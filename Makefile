@@ -21,7 +21,7 @@ LINT_TOOLS  := $(sort $(shell grep -oE '[a-z-]+==[0-9.]+' .pre-commit-config.yam
 REPORT_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 
 # The projects whose own code tests/integrations runs.
-INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 xformers==0.0.35 kernels==0.17.2
+INTEGRATIONS := transformers==5.24.0 accelerate==1.15.0 diffusers==0.42.1 xformers==0.0.35 kernels==0.17.2
 # The last release before 5 and what it needs, in a folder of their own, and the tests that it can run.
 OLD_TRANSFORMERS := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 kernels==0.10.5
 OLD_TESTS := $(addprefix tests/integrations/test_,generate.py transformers_models.py transformers_training.py)

@@ -43,6 +43,21 @@ def test_continuous_batching(page_size, calls, tmp_path, monkeypatch):
     assert calls["flash_attn_with_kvcache"] == LAYERS * (NEW - 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_continuous_batching_on_the_cpu(family, calls, tmp_path):
+    """What transformers does there: all of a step, prompts and single tokens, in one call of flash_attn_varlen_func."""
+    path = save_model(family, tmp_path)
+    expected = greedy(load_model(path, "eager"))
+    settings = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
+    pages = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=16)
+    done = load_model(path, "flash_attention_2").generate_batch(
+        inputs=PROMPTS, generation_config=settings, continuous_batching_config=pages
+    )
+    assert [list(request.generated_tokens) for request in done.values()] == expected
+    assert calls["flash_attn_with_kvcache"] == 0
+    assert calls["flash_attn_varlen_func"] >= LAYERS * NEW
+
+
 class Cached:
     """Attention for AttentionInterface, with a cache per layer that is stored in another order of dimensions."""
 
