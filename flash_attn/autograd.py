@@ -248,6 +248,60 @@ def _results(
     return tuple(results) if len(results) > 1 else out
 
 
+class _Options(NamedTuple):
+    """The arguments that flash_attn 2.8.3 has, as in flash_attn_func."""
+
+    dropout_p: Any
+    softmax_scale: Any
+    causal: Any
+    window_size: Any
+    softcap: Any
+    alibi_slopes: Any
+    deterministic: Any
+    return_attn_probs: Any
+
+
+def _attend(
+    function: str,
+    layout: str,
+    inputs: tuple[Tensor, ...],
+    sequences: Sequences | None,
+    usual: _Options,
+    given: Extensions,
+) -> Any:
+    """attention, for arguments of any types."""
+    alibi_slopes = usual.alibi_slopes
+    sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
+        *(function, layout, inputs, sequences, alibi_slopes),
+        *(usual.dropout_p, usual.softmax_scale, usual.causal, usual.window_size, usual.softcap),
+    )
+    if layout != SEPARATE:
+        _check_packing(function, layout, inputs, sequences is not None)
+    first = inputs[0]
+    if not first.is_meta and torch.is_autocast_enabled(first.device.type):
+        inputs = cast_for_autocast(inputs, first.device.type)
+    extended = extended_options(function, inputs[0].dtype, given)
+    needs_grad = _needs_grad(function, inputs, alibi_slopes, given.s_aux)
+    if needs_grad and layout == SEPARATE and sequences is not None:
+        inputs, sequences = _gather_pages(inputs, sequences)
+    options = {
+        "alibi_slopes": alibi_slopes,
+        "softmax_scale": default_scale(first) if softmax_scale is None else softmax_scale,
+        "causal": causal,
+        "window_size_left": window_size[0],
+        "window_size_right": window_size[1],
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+    }
+    reproducible = bool(usual.deterministic) if needs_grad else None
+    return _results(layout, inputs, sequences, options, extended, reproducible, usual.return_attn_probs)
+
+
+def _is_dtensor(x: Any) -> bool:
+    """Whether x is a torch.distributed.tensor.DTensor. That module need not be loaded."""
+    return type(x).__name__ == "DTensor" and hasattr(x, "device_mesh")
+
+
 def attention(
     function: str,
     layout: str,
@@ -285,28 +339,13 @@ def attention(
         result = _eager_call(inputs, sequences, *numbers, alibi_slopes, s_aux, deterministic, return_attn_probs)
         if result is not None:
             return result
-    sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
-        *(function, layout, inputs, sequences, alibi_slopes),
-        *(dropout_p, softmax_scale, causal, window_size, softcap),
+    usual = _Options(
+        *(dropout_p, softmax_scale, causal, window_size),
+        *(softcap, alibi_slopes, deterministic, return_attn_probs),
     )
-    if layout != SEPARATE:
-        _check_packing(function, layout, inputs, sequences is not None)
-    first = inputs[0]
-    if not first.is_meta and torch.is_autocast_enabled(first.device.type):
-        inputs = cast_for_autocast(inputs, first.device.type)
     given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
-    extended = extended_options(function, inputs[0].dtype, given)
-    needs_grad = _needs_grad(function, inputs, alibi_slopes, s_aux)
-    if needs_grad and layout == SEPARATE and sequences is not None:
-        inputs, sequences = _gather_pages(inputs, sequences)
-    options = {
-        "alibi_slopes": alibi_slopes,
-        "softmax_scale": default_scale(first) if softmax_scale is None else softmax_scale,
-        "causal": causal,
-        "window_size_left": window_size[0],
-        "window_size_right": window_size[1],
-        "softcap": softcap,
-        "dropout_p": dropout_p,
-    }
-    reproducible = bool(deterministic) if needs_grad else None
-    return _results(layout, inputs, sequences, options, extended, reproducible, return_attn_probs)
+    if any(_is_dtensor(x) for x in inputs):
+        from flash_attn import _sharding  # takes long to load
+
+        return _sharding.attend(attention, function, layout, inputs, sequences, usual._asdict() | given._asdict())
+    return _attend(function, layout, inputs, sequences, usual, given)
