@@ -1,7 +1,7 @@
 """Attention of DTensors: every rank computes the heads or the sequences of the batch that it has.
 
 A call runs on the local tensors, and its results are DTensors again. Nothing is communicated, unless q, k and v are cut
-differently, are partial sums, or are cut in a way that attention cannot use.
+differently, are partial sums, or are cut in a way that attention cannot use; with dropout, two numbers are.
 
 The module is loaded with the first DTensor: torch.distributed.tensor takes long to import, and not every build of torch
 has it.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from flash_attn._checks import describe, reject
+from flash_attn._checks import as_float, describe, reject
 
 # How the ranks of a dimension of the mesh share the work.
 _WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
@@ -40,7 +40,27 @@ class _Plan(NamedTuple):
     mesh: DeviceMesh
     cuts: tuple[str, ...]
     num_heads: int
+    num_heads_k: int
     batch_size: int
+
+    @property
+    def shares_key_heads(self) -> bool:
+        """Whether the query heads of each rank use one key head, which those of other ranks use as well."""
+        return 0 < self.num_heads_k < self.num_head_ranks and self.num_head_ranks % self.num_heads_k == 0
+
+    @property
+    def num_head_ranks(self) -> int:
+        """How many ranks the heads are cut over."""
+        return math.prod([self.mesh.size(i) for i, cut in enumerate(self.cuts) if cut == _HEADS])
+
+    @property
+    def head_rank(self) -> int:
+        """The number of this rank among those."""
+        rank = 0
+        for i, cut in enumerate(self.cuts):
+            if cut == _HEADS:
+                rank = rank * self.mesh.size(i) + self.mesh.get_local_rank(i)
+        return rank
 
     def _placements(self, dims: _Dims) -> list[Placement]:
         cut_dims = [dims.of(cut) for cut in self.cuts]
@@ -85,14 +105,43 @@ def _cut_of(inputs: Sequence[DTensor], mesh_dim: int, dims: Sequence[_Dims]) -> 
 def _plan(inputs: Sequence[DTensor], dims: Sequence[_Dims]) -> _Plan:
     mesh = inputs[0].device_mesh
     cuts = [_cut_of(inputs, i, dims) for i in range(mesh.ndim)]
-    num_ranks = math.prod([mesh.size(i) for i, cut in enumerate(cuts) if cut == _HEADS])
     num_heads, num_heads_k = inputs[0].shape[-2], inputs[-1].shape[-2]
-    if num_heads % num_ranks != 0 or num_heads_k % num_ranks != 0:
-        cuts = [_WHOLE if cut == _HEADS else cut for cut in cuts]
-    return _Plan(mesh, tuple(cuts), num_heads, inputs[0].shape[0])
+    plan = _Plan(mesh, tuple(cuts), num_heads, num_heads_k, inputs[0].shape[0])
+    num_ranks = plan.num_head_ranks
+    if num_heads % num_ranks == 0 and (num_heads_k % num_ranks == 0 or plan.shares_key_heads):
+        return plan
+    return plan._replace(cuts=tuple(_WHOLE if cut == _HEADS else cut for cut in cuts))
 
 
-def _check(function: str, names: Sequence[str], inputs: Sequence[Any], row_dim: int, dropout_p: Any) -> None:
+def _local_inputs(plan: _Plan, inputs: Sequence[DTensor], dims: Sequence[_Dims]) -> tuple[Tensor, ...]:
+    if not plan.shares_key_heads:
+        return tuple(plan.local(x, of_x) for x, of_x in zip(inputs, dims, strict=True))
+    head = plan.head_rank * plan.num_heads_k // plan.num_head_ranks
+    keys = [
+        plan.local(x, of_x._replace(heads=None)).narrow(-2, head, 1)
+        for x, of_x in zip(inputs[1:], dims[1:], strict=True)
+    ]
+    return plan.local(inputs[0], dims[0]), *keys
+
+
+def _dropout_mask(function: str, plan: _Plan, q: Tensor, dropout_p: Any) -> dict[str, Any]:
+    """The arguments of the operators for this rank's part of the mask of one device; none without dropout."""
+    if not as_float(dropout_p):  # what is not a number is refused later
+        return {}
+    if _BATCH in plan.cuts:
+        expected = "0 for DTensors whose batch is cut (pass what to_local() gives: each rank then draws a mask)"
+        reject(ValueError, function, [f"dropout_p: expected {expected}, got {describe(dropout_p)}"])
+    state = torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=q.device)
+    is_first = not any(plan.mesh.get_local_rank(i) for i in range(plan.mesh.ndim))
+    # The sum of what the first rank has drawn, and of zeros.
+    own = state if is_first else torch.zeros_like(state)
+    parts = DTensor.from_local(own, plan.mesh, [Partial()] * plan.mesh.ndim, run_check=False)
+    shared = parts.redistribute(plan.mesh, [Replicate()] * plan.mesh.ndim).to_local()
+    head_start = plan.head_rank * plan.num_heads // plan.num_head_ranks
+    return {"rng_state": shared, "head_start": head_start, "total_heads": plan.num_heads}
+
+
+def _check(function: str, names: Sequence[str], inputs: Sequence[Any], row_dim: int) -> None:
     plain = [name for name, x in zip(names, inputs, strict=True) if not isinstance(x, DTensor)]
     if plain:
         expected = "a DTensor, as the others are (distribute_tensor makes one)"
@@ -105,9 +154,6 @@ def _check(function: str, names: Sequence[str], inputs: Sequence[Any], row_dim: 
         if any(placement.is_shard(row_dim) for placement in x.placements):
             expected = "heads or the batch to be cut, not the sequence, which flash_attn.context_parallel is for"
             reasons.append(f"{name}: expected {expected}, got placements {x.placements}")
-    if not isinstance(dropout_p, (int, float)) or dropout_p != 0:
-        expected = "0 for DTensors, whose ranks would draw different masks (pass what to_local() gives)"
-        reasons.append(f"dropout_p: expected {expected}, got {describe(dropout_p)}")
     if reasons:
         reject(ValueError, function, reasons)
 
@@ -132,7 +178,7 @@ def attend(
     """Run attention on local tensors.
 
     Args:
-        run: flash_attn.autograd.attention.
+        run: attention of a rank, flash_attn.autograd._attend_shard.
         function, layout, inputs, sequences, options: its arguments; some of the inputs are DTensors.
 
     Returns:
@@ -140,21 +186,23 @@ def attend(
 
     Raises:
         TypeError: some of the inputs are not DTensors.
-        ValueError: the inputs are on different meshes; their sequences are cut; or dropout_p is not 0.
+        ValueError: the inputs are on different meshes; their sequences are cut; or the batch is cut, with dropout.
     """
     is_packed = sequences is not None
-    _check(function, layout.split(", "), inputs, 0 if is_packed else 1, options["dropout_p"])
+    _check(function, layout.split(", "), inputs, 0 if is_packed else 1)
     dims = [_Dims(x.dim() - 2, None if is_packed else 0) for x in inputs]
     plan = _plan(inputs, dims)
-    local = tuple(plan.local(x, of_x) for x, of_x in zip(inputs, dims, strict=True))
+    local = _local_inputs(plan, inputs, dims)
     if is_packed:
         sequences = type(sequences)(*(plan.local(x, _Dims()) for x in sequences))
     of_options = _dims_of_options(options, is_packed)
     options = options | {name: plan.local(options[name], of_option) for name, of_option in of_options.items()}
-    results = run(function, layout, local, sequences, **options)
+    of_mask = _dropout_mask(function, plan, local[0], options["dropout_p"])
+    results = run(function, layout, local, sequences, options, of_mask)
     of_results = [dims[0]._replace(heads=1 if is_packed else 2)]
     if options["return_attn_probs"]:
-        of_results += [_Dims(0, None) if is_packed else _Dims(1, 0), _Dims()]
+        of_probs = _Dims(1, None if is_packed else 0) if of_mask else _Dims()
+        of_results += [_Dims(0) if is_packed else _Dims(1, 0), of_probs]
     if options["return_max_logits"]:
         of_results.append(_Dims(1, None if is_packed else 0))
     if not isinstance(results, tuple):

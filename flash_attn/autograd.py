@@ -241,7 +241,7 @@ def _results(
     elif return_attn_probs:
         q, k, _ = split_layout(layout, inputs)
         with torch.no_grad():
-            probs = _attn_probs(q, k, softmax_lse, **where, **options, **extended, rng_state=rng_state)
+            probs = _attn_probs(q, k, softmax_lse, **where, **options, **extended | {"rng_state": rng_state})
         results += [softmax_lse, probs]
     if wants_max_logits:
         results.append(max_logits)
@@ -268,8 +268,13 @@ def _attend(
     sequences: Sequences | None,
     usual: _Options,
     given: Extensions,
+    of_mask: dict[str, Any],
 ) -> Any:
-    """attention, for arguments of any types."""
+    """attention, for arguments of any types.
+
+    Args:
+        of_mask: further arguments of the operators, which choose the dropout mask.
+    """
     alibi_slopes = usual.alibi_slopes
     sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
         *(function, layout, inputs, sequences, alibi_slopes),
@@ -280,7 +285,7 @@ def _attend(
     first = inputs[0]
     if not first.is_meta and torch.is_autocast_enabled(first.device.type):
         inputs = cast_for_autocast(inputs, first.device.type)
-    extended = extended_options(function, inputs[0].dtype, given)
+    extended = extended_options(function, inputs[0].dtype, given) | of_mask
     needs_grad = _needs_grad(function, inputs, alibi_slopes, given.s_aux)
     if needs_grad and layout == SEPARATE and sequences is not None:
         inputs, sequences = _gather_pages(inputs, sequences)
@@ -347,5 +352,21 @@ def attention(
     if any(_is_dtensor(x) for x in inputs):
         from flash_attn import _sharding  # takes long to load
 
-        return _sharding.attend(attention, function, layout, inputs, sequences, usual._asdict() | given._asdict())
-    return _attend(function, layout, inputs, sequences, usual, given)
+        return _sharding.attend(_attend_shard, function, layout, inputs, sequences, usual._asdict() | given._asdict())
+    return _attend(function, layout, inputs, sequences, usual, given, {})
+
+
+def _attend_shard(
+    function: str,
+    layout: str,
+    inputs: tuple[Tensor, ...],
+    sequences: Sequences | None,
+    options: dict[str, Any],
+    of_mask: dict[str, Any],
+) -> Any:
+    """Attention of a rank: the options are those of attention, and of_mask that of _attend."""
+    if not of_mask:
+        return attention(function, layout, inputs, sequences, **options)
+    usual = _Options(*(options[name] for name in _Options._fields))
+    given = Extensions(*(options[name] for name in Extensions._fields))
+    return _attend(function, layout, inputs, sequences, usual, given, of_mask)

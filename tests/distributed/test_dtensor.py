@@ -113,7 +113,7 @@ def prepare(name):
     """The function of a call, its inputs and its options."""
     torch.manual_seed(1)
     function, shapes, make_options = CALLS[name]
-    inputs, options = leaves(shapes), make_options()
+    inputs, options = leaves(shapes), dict(make_options())
     if "s_aux" in options:
         options["s_aux"] = options["s_aux"].double().requires_grad_()
     return function, inputs, options
@@ -182,8 +182,55 @@ def check_grid(name, placements):
 @pytest.mark.parametrize("name", ["grouped", "sinks", "alibi of sequences"])
 @pytest.mark.parametrize("placements", [(Shard(0), HEADS), (HEADS, Replicate()), (HEADS, HEADS), (Shard(0), Shard(0))])
 def test_a_mesh_of_two_dimensions(world, name, placements):
-    """Two key heads on four ranks are gathered."""
+    """Two of four ranks share each of two key heads."""
     world.run(check_grid, name, placements)
+
+
+def check_dropout(name, placements, is_compiled):
+    """Only the first rank has the seed of one device."""
+    mesh = mesh_of(2) if len(placements) == 1 else init_device_mesh("cpu", (2, 2))
+    function, inputs, options = prepare(name)
+    options = options | {"dropout_p": 0.4}
+    torch.manual_seed(7)
+    expected = values_and_gradients(function, inputs, options)
+    sharded = [distributed(x, mesh, placements) for x in inputs]
+    torch.compiler.reset()
+    called = torch.compile(function, backend="aot_eager", fullgraph=True) if is_compiled else function
+    torch.manual_seed(7 + torch.distributed.get_rank())
+    assert_near(values_and_gradients(called, sharded, options), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "placements", "is_compiled"),
+    [
+        ("grouped", (HEADS,), False),
+        ("grouped", (HEADS,), True),
+        ("sinks", (Replicate(),), False),
+        ("few key heads", (HEADS, Replicate()), False),
+        ("grouped", (HEADS, HEADS), False),
+        ("varlen", (Shard(1),), False),
+        ("qkvpacked", (Shard(3),), False),
+    ],
+)
+def test_dropout_mask_is_that_of_one_device(world, name, placements, is_compiled):
+    world.run(check_dropout, name, placements, is_compiled, ranks=2 * len(placements))
+
+
+def check_shared_key_heads(placements):
+    mesh = mesh_of(2) if len(placements) == 1 else init_device_mesh("cpu", (2, 2))
+    function, inputs, options = prepare("few key heads")
+    of_keys = [Replicate() if placement == HEADS else placement for placement in placements]
+    q, k, v = inputs
+    sharded = [distributed(q, mesh, placements), *(distributed(x, mesh, of_keys) for x in (k, v))]
+    assert function(*sharded, **options).placements == placements
+    expected = values_and_gradients(function, inputs, options)
+    assert_near(values_and_gradients(function, sharded, options), expected)
+
+
+@pytest.mark.parametrize("placements", [(HEADS,), (HEADS, Shard(0)), (HEADS, HEADS)])
+def test_ranks_share_key_heads(world, placements):
+    """Queries are not gathered."""
+    world.run(check_shared_key_heads, placements, ranks=2 * len(placements))
 
 
 def check_gradient_that_is_cut_by_rows():
@@ -229,8 +276,10 @@ def check_errors():
     heads = [distributed(x, mesh, [HEADS]) for x in inputs]
     with pytest.raises(TypeError, match=r"v: expected a DTensor, as the others are .*, got Tensor of shape"):
         function(*heads[:2], inputs[2])
-    with pytest.raises(ValueError, match=r"dropout_p: expected 0 for DTensors, whose ranks would draw different masks"):
-        function(*heads, dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"dropout_p: expected 0 for DTensors whose batch is cut .*, got float 0\.1"):
+        function(*(distributed(x, mesh, [Shard(0)]) for x in inputs), dropout_p=0.1)
+    with pytest.raises(TypeError, match="dropout_p: expected float, got None"):
+        function(*heads, dropout_p=None)
     with pytest.raises(ValueError, match="v: expected the mesh of q, got "):
         function(*heads[:2], distributed(inputs[2], init_device_mesh("cpu", (2, 2)), [Shard(0)] * 2))
     with pytest.raises(ValueError, match=r"softcap: expected .*, got nan"):
