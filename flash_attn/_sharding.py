@@ -78,7 +78,9 @@ class _Plan(NamedTuple):
             Partial() if cut != _WHOLE and dims.of(cut) is None else placement
             for cut, placement in zip(self.cuts, placements, strict=True)
         ]
-        return x.redistribute(self.mesh, placements).to_local(grad_placements=grads)
+        if placements != [*x.placements] or grads != placements:
+            x = x.redistribute(self.mesh, placements)
+        return x.to_local(grad_placements=grads)
 
     def whole(self, x: Tensor, dims: _Dims) -> DTensor:
         """The DTensor of the local parts of a contiguous result."""
