@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -263,6 +264,23 @@ def check_compiled(name, cut):
 def test_compile(world, name, cut):
     """One graph, forward and backward."""
     world.run(check_compiled, name, cut, ranks=2)
+
+
+def check_compiled_for_any_length():
+    mesh, counter = mesh_of(2), CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(DENSE, backend=counter, fullgraph=True)
+    for length in (5, 7, 9, 20):
+        shape = (2, length, 4, HEAD_DIM)
+        inputs = leaves([shape, shape, shape])
+        sharded = [distributed(x, mesh, [HEADS]) for x in inputs]
+        assert_near(values_and_gradients(compiled, sharded, CAUSAL), values_and_gradients(DENSE, inputs, CAUSAL))
+    assert counter.frame_count == 2
+
+
+def test_compile_with_dynamic_shapes(world):
+    """The graph of the second length is valid for all others."""
+    world.run(check_compiled_for_any_length, ranks=2)
 
 
 def check_errors():
