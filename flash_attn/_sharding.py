@@ -94,6 +94,12 @@ class _Plan(NamedTuple):
         return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
+def replicate(x: Tensor, like: Any) -> DTensor:
+    """The DTensor of a tensor that is the same on all ranks, on the mesh of another DTensor."""
+    mesh: DeviceMesh = like.device_mesh
+    return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def _cut_of(inputs: Sequence[DTensor], mesh_dim: int, dims: Sequence[_Dims]) -> str:
     """What a dimension of the mesh cuts: of the first input that is cut in a way that attention can use."""
     for x, of_x in zip(inputs, dims, strict=True):

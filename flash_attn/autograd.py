@@ -302,11 +302,6 @@ def _attend(
     return _results(layout, inputs, sequences, options, extended, reproducible, usual.return_attn_probs)
 
 
-def _is_dtensor(x: Any) -> bool:
-    """Whether x is a torch.distributed.tensor.DTensor. That module need not be loaded."""
-    return type(x).__name__ == "DTensor" and hasattr(x, "device_mesh")
-
-
 def attention(
     function: str,
     layout: str,
@@ -349,7 +344,7 @@ def attention(
         *(softcap, alibi_slopes, deterministic, return_attn_probs),
     )
     given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
-    if any(_is_dtensor(x) for x in inputs):
+    if any(_checks.is_dtensor(x) for x in inputs):
         from flash_attn import _sharding  # takes long to load
 
         return _sharding.attend(_attend_shard, function, layout, inputs, sequences, usual._asdict() | given._asdict())

@@ -113,6 +113,30 @@ def test_a_batch_as_a_dtensor(world, name, is_compiled):
     world.run(check_batches, name, is_compiled, ranks=2)
 
 
+def options_of_mha():
+    shared = {"num_heads_kv": 2, "causal": True, "use_flash_attn": True, "window_size": (3, 0), "dwconv": True}
+    return MHA(WIDTH, NUM_HEADS, rotary_emb_dim=4, use_alibi=True, sinks=True, **shared).double()
+
+
+def check_padding():
+    mesh, module = mesh_of(2), options_of_mha()
+    x, weights = data()
+    keep = torch.rand(BATCH, SEQLEN) < 0.6
+    expected = module(x, key_padding_mask=keep)
+    grads = torch.autograd.grad((expected * weights).sum(), list(module.parameters()))
+    module = distribute_module(module, mesh)
+    x, keep, weights = (distribute_tensor(each, mesh, [Shard(0)]) for each in (x, keep, weights))
+    out = module(x, key_padding_mask=keep)
+    found = torch.autograd.grad((out * weights).sum(), list(module.parameters()))
+    assert out.placements == (Shard(0),)
+    assert_near([whole(each) for each in (out, *found)], [expected, *grads])
+
+
+def test_a_padded_batch_as_a_dtensor(world):
+    """With rotary embeddings, whose tables are plain tensors."""
+    world.run(check_padding, ranks=2)
+
+
 def own(x, size, rank):
     return x.chunk(size)[rank]
 
