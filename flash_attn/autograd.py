@@ -344,7 +344,7 @@ def attention(
         *(softcap, alibi_slopes, deterministic, return_attn_probs),
     )
     given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
-    if any(_checks.is_dtensor(x) for x in inputs):
+    if any(map(_checks.is_dtensor, inputs)):
         from flash_attn import _sharding  # takes long to load
 
         return _sharding.attend(_attend_shard, function, layout, inputs, sequences, usual._asdict() | given._asdict())
