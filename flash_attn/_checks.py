@@ -23,6 +23,11 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def is_dtensor(x: Any) -> bool:
+    """Whether x is a torch.distributed.tensor.DTensor. That module need not be loaded."""
+    return type(x).__name__ == "DTensor" and hasattr(x, "device_mesh")
+
+
 # The remedy for a nested tensor passed to a module.
 PAD_IT = "pad it, torch.nested.to_padded_tensor does, and say with key_padding_mask which tokens to keep"
 

@@ -241,11 +241,65 @@ def _results(
     elif return_attn_probs:
         q, k, _ = split_layout(layout, inputs)
         with torch.no_grad():
-            probs = _attn_probs(q, k, softmax_lse, **where, **options, **extended, rng_state=rng_state)
+            probs = _attn_probs(q, k, softmax_lse, **where, **options, **extended | {"rng_state": rng_state})
         results += [softmax_lse, probs]
     if wants_max_logits:
         results.append(max_logits)
     return tuple(results) if len(results) > 1 else out
+
+
+class _Options(NamedTuple):
+    """The arguments that flash_attn 2.8.3 has, as in flash_attn_func."""
+
+    dropout_p: Any
+    softmax_scale: Any
+    causal: Any
+    window_size: Any
+    softcap: Any
+    alibi_slopes: Any
+    deterministic: Any
+    return_attn_probs: Any
+
+
+def _attend(
+    function: str,
+    layout: str,
+    inputs: tuple[Tensor, ...],
+    sequences: Sequences | None,
+    usual: _Options,
+    given: Extensions,
+    of_mask: dict[str, Any],
+) -> Any:
+    """attention, for arguments of any types.
+
+    Args:
+        of_mask: further arguments of the operators, which choose the dropout mask.
+    """
+    alibi_slopes = usual.alibi_slopes
+    sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
+        *(function, layout, inputs, sequences, alibi_slopes),
+        *(usual.dropout_p, usual.softmax_scale, usual.causal, usual.window_size, usual.softcap),
+    )
+    if layout != SEPARATE:
+        _check_packing(function, layout, inputs, sequences is not None)
+    first = inputs[0]
+    if not first.is_meta and torch.is_autocast_enabled(first.device.type):
+        inputs = cast_for_autocast(inputs, first.device.type)
+    extended = extended_options(function, inputs[0].dtype, given) | of_mask
+    needs_grad = _needs_grad(function, inputs, alibi_slopes, given.s_aux)
+    if needs_grad and layout == SEPARATE and sequences is not None:
+        inputs, sequences = _gather_pages(inputs, sequences)
+    options = {
+        "alibi_slopes": alibi_slopes,
+        "softmax_scale": default_scale(first) if softmax_scale is None else softmax_scale,
+        "causal": causal,
+        "window_size_left": window_size[0],
+        "window_size_right": window_size[1],
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+    }
+    reproducible = bool(usual.deterministic) if needs_grad else None
+    return _results(layout, inputs, sequences, options, extended, reproducible, usual.return_attn_probs)
 
 
 def attention(
@@ -285,28 +339,29 @@ def attention(
         result = _eager_call(inputs, sequences, *numbers, alibi_slopes, s_aux, deterministic, return_attn_probs)
         if result is not None:
             return result
-    sequences, dropout_p, softmax_scale, causal, window_size, softcap = convert_arguments(
-        *(function, layout, inputs, sequences, alibi_slopes),
-        *(dropout_p, softmax_scale, causal, window_size, softcap),
+    usual = _Options(
+        *(dropout_p, softmax_scale, causal, window_size),
+        *(softcap, alibi_slopes, deterministic, return_attn_probs),
     )
-    if layout != SEPARATE:
-        _check_packing(function, layout, inputs, sequences is not None)
-    first = inputs[0]
-    if not first.is_meta and torch.is_autocast_enabled(first.device.type):
-        inputs = cast_for_autocast(inputs, first.device.type)
     given = Extensions(attention_chunk, q_start, k_start, out_dtype, s_aux, key_ranges, return_max_logits)
-    extended = extended_options(function, inputs[0].dtype, given)
-    needs_grad = _needs_grad(function, inputs, alibi_slopes, s_aux)
-    if needs_grad and layout == SEPARATE and sequences is not None:
-        inputs, sequences = _gather_pages(inputs, sequences)
-    options = {
-        "alibi_slopes": alibi_slopes,
-        "softmax_scale": default_scale(first) if softmax_scale is None else softmax_scale,
-        "causal": causal,
-        "window_size_left": window_size[0],
-        "window_size_right": window_size[1],
-        "softcap": softcap,
-        "dropout_p": dropout_p,
-    }
-    reproducible = bool(deterministic) if needs_grad else None
-    return _results(layout, inputs, sequences, options, extended, reproducible, return_attn_probs)
+    if any(map(_checks.is_dtensor, inputs)):
+        from flash_attn import _sharding  # takes long to load
+
+        return _sharding.attend(_attend_shard, function, layout, inputs, sequences, usual._asdict() | given._asdict())
+    return _attend(function, layout, inputs, sequences, usual, given, {})
+
+
+def _attend_shard(
+    function: str,
+    layout: str,
+    inputs: tuple[Tensor, ...],
+    sequences: Sequences | None,
+    options: dict[str, Any],
+    of_mask: dict[str, Any],
+) -> Any:
+    """Attention of a rank: the options are those of attention, and of_mask that of _attend."""
+    if not of_mask:
+        return attention(function, layout, inputs, sequences, **options)
+    usual = _Options(*(options[name] for name in _Options._fields))
+    given = Extensions(*(options[name] for name in Extensions._fields))
+    return _attend(function, layout, inputs, sequences, usual, given, of_mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +104,9 @@ def _cumulative(seqlens: Tensor) -> Tensor:
     return F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _longest(seqlens: Tensor) -> int:
-    return int(seqlens.max()) if seqlens.numel() > 0 else 0
+def _longest(seqlens: Tensor) -> Any:
+    """An int; in torch.export a SymInt, which int() would refuse."""
+    return seqlens.max().item() if seqlens.numel() > 0 else 0
 
 
 def _check_shapes(masks: dict[str, Tensor], rows: tuple[int, ...]) -> None:

@@ -114,6 +114,11 @@ def flash_attn_func(
 
     A query without visible keys has out = 0, softmax_lse = -inf (with s_aux: that of its head) and zero gradients.
 
+    q, k and v may be DTensors: every rank computes its heads or its sequences, and results are DTensors. Other tensors
+    may be, or are the same on all ranks. Ranks may outnumber key heads; numbers of heads that do not divide are
+    gathered. With dropout, ranks that cut heads have the mask of one device, with the generator of the first rank. It
+    is a ValueError if sequences are cut (flash_attn.context_parallel does that) or, with dropout, the batch.
+
     Args:
         q: (batch_size, seqlen_q, num_heads, head_dim), float32, float64, bfloat16 or float16. head_dim from 1 to 512.
         k: (batch_size, seqlen_k, num_heads_k, head_dim), dtype of q; num_heads_k divides num_heads.

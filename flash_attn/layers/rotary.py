@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._autograd_names import autograd_name
-from flash_attn._checks import describe, reject
+from flash_attn._checks import describe, is_dtensor, reject
 from flash_attn._constants import is_plain, may_cache
 from flash_attn.layers._rotate import check_shapes, rotate, rotate_in_place, rotate_parts, rows_of
 
@@ -35,6 +35,10 @@ def apply_rotary(
     """
     check_shapes("apply_rotary", x, cos, sin, cu_seqlens is not None, max_seqlen)
     cos, sin = rows_of("apply_rotary", x, (cos, -sin if conjugate else sin), seqlen_offsets, cu_seqlens)
+    if is_dtensor(x):
+        from flash_attn import _sharding  # takes long to load
+
+        cos, sin = (_sharding.replicate(table, x) for table in (cos, sin))
     if inplace:
         return rotate_in_place(x, [((), cos, sin)], interleaved)
     rotary_dim = 2 * cos.shape[-1]

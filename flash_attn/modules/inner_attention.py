@@ -196,8 +196,9 @@ class CrossAttention(_InnerAttention):
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = torch.einsum("b i h d, b j h d -> b h i j", q * scale, k)
         # Distance from the query's (bottom-right aligned) position to the key, (seqlen_q, seqlen_k).
-        rows, keys = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
-        distance = keys - rows[:, None] - (len(keys) - len(rows))
+        seqlen_q, seqlen_k = scores.shape[-2:]
+        rows, keys = (torch.arange(n, device=q.device) for n in (seqlen_q, seqlen_k))
+        distance = keys - rows[:, None] - (seqlen_k - seqlen_q)
         exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
         if self._slopes is not None:
             scores = scores.to(exact) - self._slopes.on(q.device).to(exact)[..., None, None] * distance.abs()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flash_attn._checks import reject
+from flash_attn._checks import is_dtensor, reject
 from flash_attn._library import MAX_HEAD_DIM
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 
@@ -27,8 +27,8 @@ def is_packing_exact(keep: Tensor, causal: bool, looks_at_distance: bool, is_sel
             looks_at_distance: whether there is a window or ALiBi: they depend on distances between tokens.
             is_self: self-attention: queries are packed like the keys.
     """
-    if torch.compiler.is_compiling() or keep.device.type == "meta":
-        return False  # The mask, and with it the packed shape, is unknown here.
+    if torch.compiler.is_compiling() or keep.device.type == "meta" or is_dtensor(keep):
+        return False  # The mask, and with it the packed shape, is unknown here, or cut over ranks.
     if not is_self:
         return not (causal or looks_at_distance)
     if not looks_at_distance:

@@ -78,6 +78,7 @@ PYTHON_LAYERS = (
     "merge",
     "_autograd_names",
     "utils",
+    "_sharding",
     "autograd",
     "kv_cache",
     "_explain",
