@@ -11,6 +11,7 @@ torch has for GPUs alone, works there as well.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -122,7 +123,9 @@ def flash_attention_forward(
     if cum_seq_q is not None:
         if block_table is not None or cum_seq_k is None:  # lengths are in seqused_k alone
             if seqused_k is None:
-                raise ValueError("flash_attn: seqused_k: expected a tensor with block_table, got None")
+                raise ValueError(
+                    "flash_attn: seqused_k: expected a tensor with block_table or without cum_seq_k, got None"
+                )
             cum_seq_k = torch.nn.functional.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
             seqused_k = None
         options |= {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
@@ -249,14 +252,15 @@ class _Handle:
 
 
 def _unless_special(function: Callable[..., Any], op: str) -> Callable[..., Any]:
-    """The kernel of an op of the CPU: the function, or torch's own kernel for a mask, dropout or a large head_dim."""
+    """The kernel of an op of the CPU: the function, or torch's own kernel for what ours does not take."""
     original = torch.library.get_kernel(f"aten::{op}", "CPU")
 
     def kernel(keys: Any, *args: Any, attn_mask: Tensor | None = None, scale: float | None = None) -> Any:
         tensors = 6 if op.endswith("backward") else 3
         given = args[tensors:]
         dropout_p, is_causal = (given[0] if given else 0.0), (given[1] if len(given) > 1 else False)
-        if attn_mask is None and dropout_p == 0 and args[0].shape[-1] <= _library.MAX_HEAD_DIM:
+        is_usual = scale is None or (scale > 0 and math.isfinite(scale))
+        if is_usual and attn_mask is None and dropout_p == 0 and args[0].shape[-1] <= _library.MAX_HEAD_DIM:
             return function(*args[:tensors], is_causal, scale)
         return original.call_boxed(keys, *args, attn_mask=attn_mask, scale=scale)
 

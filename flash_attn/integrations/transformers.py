@@ -21,11 +21,12 @@ import torch
 import transformers
 from transformers import AttentionInterface, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.integrations import flash_attention as flash_integration
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import import_utils
 
 import flash_attn
-from flash_attn.integrations._transformers_attention import attention_forward
+from flash_attn.integrations._transformers_attention import attention_forward, padding_mask
 
 __all__ = ["attention_forward", "register", "write_local_kernel"]
 
@@ -33,23 +34,30 @@ __all__ = ["attention_forward", "register", "write_local_kernel"]
 _HUB_KERNEL = "kernels-community/flash-attn2"
 # Models list the implementations that they work with. Those that list this one need sinks, which ours has.
 _HUB_KERNEL_WITH_SINKS = "kernels-community/vllm-flash-attn3"
+# The names of ours that are registered.
+_names: set[str] = set()
 
 
 def register(name: str = "fa2") -> None:
     """Let models use flash_attn on any device: as "flash_attention_2", and under a name of its own.
 
-    Under the own name everything is done through the public AttentionInterface and AttentionMaskInterface, so that it
-    coexists with whatever else provides "flash_attention_2". That name is opened for CPUs by replacing the checks of
-    transformers that ask for a GPU, in this process; where a GPU is visible they are left as they are.
+    The own name is registered with AttentionInterface and AttentionMaskInterface, so that it coexists with whatever
+    else provides "flash_attention_2"; models that do not support flash attention are refused. "flash_attention_2" is
+    opened for CPUs by replacing the checks of transformers that ask for a GPU, in this process; where a GPU is visible
+    they are left as they are, and what it computes is as on GPUs.
 
     Both skip padding, given as attention_mask (batch_size, seqlen), and keep packed sequences apart (position_ids that
     begin anew, or cu_seq_lens_q and so on). Sinks, windows, softcap, dropout and gradients work, in float32 too, and
-    so does continuous batching (generate_batch) with "flash_attention_2". May be called more than once; the first time
-    before models are made, since some modules of transformers look for flash_attn when they are imported.
+    so does continuous batching (generate_batch) with "flash_attention_2". Neither gives attention weights
+    (output_attentions). May be called more than once; the first time before models are made, since some modules of
+    transformers look for flash_attn when they are imported.
+
+    The own name does more: padded keys of cross attention, packed rows in batches of several, static caches without a
+    mask, and packed rows under torch.compile are right, where transformers' own code for "flash_attention_2" is not.
 
     Args:
         name: attn_implementation="fa2" and the like. It must not contain "flash": transformers would look for a
-            package.
+            package. Nor may another implementation have it.
 
     Raises:
         TypeError, ValueError: of name.
@@ -62,8 +70,13 @@ def register(name: str = "fa2") -> None:
         raise ValueError(f'{where}: name: expected one without "flash", "|" and "/", got {name!r}')
     if int(transformers.__version__.split(".")[0]) < 5 and not transformers.__version__.startswith("4.57."):
         raise RuntimeError(f"{where}: expected transformers 4.57 or 5, got {transformers.__version__}")
+    if name == "eager" or AttentionInterface().get(name, attention_forward) is not attention_forward:
+        raise ValueError(f"{where}: name: expected one that no other implementation has, got {name!r}")
     AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionMaskInterface.register(name, padding_mask)
+    if not _names:
+        _wrap("get_correct_attn_implementation", _refuse_unfit)
+    _names.add(name)
     _open_gate()
 
 
@@ -83,6 +96,7 @@ def _open_gate() -> None:
     flash_utils.fa_peft_integration_check = _without_casts_to_float32(flash_utils.fa_peft_integration_check)
     if hasattr(flash_utils, "FLASH_ATTENTION_COMPATIBILITY_MATRIX"):
         flash_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]["general_availability_check"] = _yes
+        flash_integration.get_target_dtype = _or_none(flash_integration.get_target_dtype)
         _wrap("_flash_attn_can_dispatch", _can_dispatch)
         _wrap("_check_and_adjust_attn_implementation", _choose_implementation)
     else:  # 4.57
@@ -112,16 +126,41 @@ def _without_casts_to_float32(cast: Any) -> Any:
     return wrapped
 
 
+def _or_none(target_dtype: Any) -> Any:
+    """The dtype to cast float32 to is that of a Linear; layers without one, as in GPT-2, are left alone."""
+
+    @functools.wraps(target_dtype)
+    def wrapped(query: torch.Tensor, module: torch.nn.Module) -> torch.dtype | None:
+        try:
+            return target_dtype(query, module)
+        except StopIteration:
+            return None
+
+    return wrapped
+
+
+def _refuse_unfit(original: Any, self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
+    """Models that do not support flash attention pass it masks or biases that it would ignore."""
+    if requested_attention in _names and not _supports_flash_attention(self):
+        expected = "a model that supports flash attention"
+        raise ValueError(f'attn_implementation="{requested_attention}": expected {expected}, got {type(self).__name__}')
+    return original(self, requested_attention, *args, **kwargs)
+
+
+def _supports_flash_attention(model: Any) -> bool:
+    return bool(model._supports_flash_attn or getattr(model, "_supports_flash_attn_2", False))
+
+
 def _can_dispatch(original: Any, self: Any, flash_attn_version: int, is_init_check: bool = False) -> bool:
     """Version 2 needs neither a GPU nor half precision, of which transformers warns."""
-    if flash_attn_version == 2 and self._supports_flash_attn:
+    if flash_attn_version == 2 and _supports_flash_attention(self):
         return True
     return bool(original(self, flash_attn_version, is_init_check))
 
 
 def _can_dispatch_2(original: Any, self: Any, is_init_check: bool = False) -> bool:
     """As _can_dispatch, in transformers 4.57."""
-    if self._supports_flash_attn or getattr(self, "_supports_flash_attn_2", False):
+    if _supports_flash_attention(self):
         return True
     return bool(original(self, is_init_check))
 

@@ -274,3 +274,14 @@ def test_messages_of_modules():
         text = rf"^{cls.__name__}: {argument}: expected a probability in \[0, 1\), got 1.0$"
         with pytest.raises(ValueError, match=text):
             cls(8, **{argument: 1.0})
+
+
+@pytest.mark.parametrize("function", [norms.layer_norm_fn, norms.rms_norm_fn])
+def test_output_into_the_input(function):
+    """The sum and the second result are those of the input, of which nothing is left."""
+    x, weight, weight1 = torch.randn(5, 16), torch.rand(16), torch.rand(16)
+    expected = function(x, weight, None, weight1=weight1, prenorm=True)
+    out = x.clone()
+    found = function(out, weight, None, weight1=weight1, prenorm=True, out=out)
+    assert found[0] is out
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -83,6 +83,19 @@ def test_batch_without_padding_generates(implementation, family, tmp_path):
     assert calls["flash_attn_varlen_func"] == 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_cache_without_padding(family, calls, tmp_path):
+    """A static cache has more keys than were written: queries are not the last of them. There is no mask to say so.
+
+    With "flash_attention_2" that is for transformers to say, which 4.57 does not.
+    """
+    path = save_model(family, tmp_path)
+    batch, options = padded_batch(lengths=(5, 5)), {"cache_implementation": "static"}
+    expected = generate(load_model(path, "eager"), batch, **options)
+    assert torch.equal(generate(load_model(path, "fa2"), batch, **options), expected)
+    assert calls["flash_attn_varlen_func"] + calls["flash_attn_func"] == 2 * NEW
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_in_bfloat16(implementation, family, side, tmp_path):

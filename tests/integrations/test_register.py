@@ -89,14 +89,26 @@ def call(mask):
     return attention_forward(torch.nn.Module(), heads(), heads(), heads(), mask)
 
 
+def causal_call(mask):
+    return attention_forward(torch.nn.Module(), heads(), heads(), heads(), mask, is_causal=True)
+
+
+def biased_call():
+    return attention_forward(torch.nn.Module(), heads(), heads(), heads(), None, position_bias=torch.zeros(1))
+
+
 # (function, arguments, exception, what its message says)
 BAD_CALLS = [
     (register, (3,), TypeError, "name: expected str, got int"),
     (register, ("my_flash",), ValueError, """name: expected one without "flash", "|" and "/", got 'my_flash'"""),
     (register, ("",), ValueError, "got ''"),
+    (register, ("sdpa",), ValueError, "name: expected one that no other implementation has, got 'sdpa'"),
+    (register, ("eager",), ValueError, "got 'eager'"),
     (write_local_kernel, ("a:b",), ValueError, 'directory: expected a path without ":" and "="'),
-    (call, (torch.ones(2, 1, 5, 5),), ValueError, "(batch_size, seqlen) = (2, 5 to 5), got (2, 1, 5, 5)"),
-    (call, (torch.ones(2, 4),), ValueError, "attention_mask: expected (batch_size, seqlen) = (2, 5 to 5), got (2, 4)"),
+    (call, (torch.ones(2, 1, 5, 5),), ValueError, "(batch_size, seqlen) = (2, 0 to 5), got (2, 1, 5, 5)"),
+    (call, (torch.ones(2, 6),), ValueError, "attention_mask: expected (batch_size, seqlen) = (2, 0 to 5), got (2, 6)"),
+    (causal_call, (torch.ones(2, 4),), ValueError, "(batch_size, seqlen) = (2, 5 to 5), got (2, 4)"),
+    (biased_call, (), ValueError, "position_bias: expected None"),
 ]
 
 

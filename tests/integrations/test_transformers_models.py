@@ -1,5 +1,6 @@
 """Families of models with flash_attn instead of eager attention: outputs and gradients, compiled, exported, trained."""
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from compare import compare
+from flash_attn.integrations._transformers_attention import attention_forward, padding_mask
 from tiny_models import FAMILIES, SIZES, VOCABULARY, load_model, padded_batch, positions, save_model
 
 IMPLEMENTATIONS = ("flash_attention_2", "fa2")
@@ -21,6 +23,7 @@ _ENCODER = {
     "initializer_range": 0.2,
 }
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _GPT_OSS = {
     **SIZES,
     "num_attention_heads": 8,
@@ -82,6 +85,15 @@ class Family:
 MODELS = {
     "qwen2": Family("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**SIZES), lambda: tokens("left"), 2),
     "gpt_oss": Family("GptOssForCausalLM", lambda: transformers.GptOssConfig(**_GPT_OSS), lambda: tokens("left"), 2),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        lambda: transformers.GPT2Config(
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **dict(_GPT2, initializer_range=0.2),
+        ),
+        lambda: tokens("left"),
+        2,
+    ),
     "bert": Family(
         "BertModel",
         lambda: transformers.BertConfig(vocab_size=VOCABULARY, **_ENCODER, **_NO_DROPOUT),
@@ -106,12 +118,13 @@ MODELS = {
 }
 
 
-# In 4.57 BERT has no other attention than its own, and ModernBERT a table of its own, with "flash_attention_2".
+# In 4.57 BERT has no other attention than its own, ModernBERT a table of its own, with "flash_attention_2", and GPT-2
+# says that attention is not causal where there is padding.
 PAIRS = [
     (family, implementation)
     for family in MODELS
     for implementation in IMPLEMENTATIONS
-    if not IS_OLD or not (family == "bert" or (family == "modernbert" and implementation == "fa2"))
+    if not IS_OLD or not (family in ("bert", "gpt2") or (family == "modernbert" and implementation == "fa2"))
 ]
 # The ModernBERT of 4.57 itself casts to bfloat16 for attention.
 PAIRS_IN_FLOAT32 = [pair for pair in PAIRS if not (IS_OLD and pair[0] == "modernbert")]
@@ -199,6 +212,54 @@ def test_one_graph(how, implementation, batch, llama, calls):
         else:
             found = torch.export.export(model, (), inputs, strict=False).module()(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_packed_rows(llama):
+    """Several rows; sequences that begin above 0, or above where others do, and a gap that is none."""
+    model, generator = llama("fa2"), torch.Generator().manual_seed(8)
+    ids = torch.randint(1, VOCABULARY, (3, 9), generator=generator)
+    rows = [[0, 1, 2, 3, 0, 1, 2, 3, 4], [3, 4, 5, 0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 4, 5, 2, 3, 4]]
+    lengths = [[4, 5], [3, 6], [6, 3]]
+    found = model(input_ids=ids, position_ids=torch.tensor(rows), use_cache=False).logits
+    eager = llama("eager")
+    for b, row in enumerate(rows):
+        parts = zip(ids[b].split(lengths[b]), torch.tensor(row).split(lengths[b]), strict=True)
+        alone = torch.cat([eager(input_ids=x[None], position_ids=p[None]).logits[0] for x, p in parts])
+        torch.testing.assert_close(found[b], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)(
+        input_ids=ids, position_ids=torch.tensor(rows), use_cache=False
+    ).logits
+    torch.testing.assert_close(compiled, found, rtol=0, atol=1e-5 * found.abs().max().item())
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 5, 8])
+def test_cross_attention_to_padded_keys(num_queries):
+    """The mask is that of the keys alone: all queries see those that are there."""
+    q, k, v = noise(2, 4, num_queries, 16), noise(2, 2, 5, 16), noise(2, 2, 5, 16)
+    keep = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = attention_forward(torch.nn.Module(), q, k, v, keep)[0]
+    options = {"attn_mask": keep[:, None, None].bool(), "enable_gqa": True}
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_models_that_need_more_are_refused():
+    """T5 adds a bias to scores."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": VOCABULARY}
+    with pytest.raises(ValueError, match='attn_implementation="fa2": expected a model that supports flash attention'):
+        transformers.T5EncoderModel._from_config(transformers.T5Config(**sizes), attn_implementation="fa2")
+
+
+def test_masks_that_are_more_are_refused():
+    """Chunks as in Llama 4, as long as there is more than one, and functions that a model passes."""
+    chunks = {"config": types.SimpleNamespace(attention_chunk_size=4), "local_size": 4}
+    position = {"cache_position": torch.arange(4)} if IS_OLD else {"q_length": 4, "q_offset": 0}
+    assert padding_mask(batch_size=1, kv_length=4, **position, **chunks) is None
+    with pytest.raises(ValueError, match="expected a mask of causality, a window and padding, got chunks of 4 keys"):
+        padding_mask(batch_size=1, kv_length=5, **position, **chunks)
+    with pytest.raises(ValueError, match="got a mask function of the model's own"):
+        padding_mask(batch_size=1, kv_length=4, **position, use_vmap=True)
 
 
 class Losses(transformers.TrainerCallback):

@@ -83,7 +83,7 @@ def test_sdpa_on_the_cpu(case, dtype, heads_second, calls):
 
 @pytest.mark.parametrize(
     "options",
-    [{"attn_mask": torch.ones(9, 17).tril(4).bool()}, {"attn_mask": noise(9, 17)}, {"dropout_p": 0.5}],
+    [{"attn_mask": torch.ones(9, 17).tril(4).bool()}, {"attn_mask": noise(9, 17)}, {"dropout_p": 0.5}, {"scale": -0.3}],
     ids=str,
 )
 def test_what_is_left_to_torch(options, calls):
@@ -176,7 +176,9 @@ def test_pages_and_used_keys():
     out = torch.full_like(q, torch.nan)
     sdpa.flash_attention_forward_into(out, q, *pages, cu_q, None, 1, 8, 0.0, True, False, **table)
     assert torch.equal(out, found)
-    with pytest.raises(ValueError, match="seqused_k: expected a tensor with block_table, got None"):
+    with pytest.raises(
+        ValueError, match="seqused_k: expected a tensor with block_table or without cum_seq_k, got None"
+    ):
         sdpa.flash_attention_forward(q, *pages, cu_q, None, 1, 8, 0.0, True, False, block_table=table["block_table"])
 
 

@@ -246,11 +246,13 @@ def _norm(
     masks = _draw_masks(inputs, options.dropout_p, masks)
     total = _sum(inputs, options.dropout_p, masks)
     results = [_normalise(total, inputs.weight, inputs.bias, options).to(options.out_dtype or x.dtype)]
-    if options.out is not None:
-        results[0] = options.out.copy_(results[0])
     if inputs.weight1 is not None:
         second = _normalise(total, inputs.weight1, inputs.bias1, options)
         results.append(second.to(options.out_dtype or x.dtype))
+    if options.out is not None:
+        if options.prenorm and options.out.untyped_storage().data_ptr() == total.untyped_storage().data_ptr():
+            total = total.clone()  # x itself: it is returned as it was
+        results[0] = options.out.copy_(results[0])
     if options.residual_out is not None:
         total = options.residual_out.copy_(total)
     elif residual is not None:
