@@ -80,7 +80,7 @@ def _unpadded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, 
     """Attention to the tokens alone."""
     batch_size, seqlen_q = q.shape[:2]
     seqlen_k = mask.shape[-1]
-    # The mask is that of the keys alone, perhaps those of an encoder. Where positions count, it is that of queries, too.
+    # The mask is that of the keys alone, perhaps an encoder's. Where positions count, it is that of the queries, too.
     of_keys = not options["causal"] and "window_size" not in options
     least = 0 if of_keys else seqlen_q
     if mask.dim() != 2 or mask.shape[0] != batch_size or not least <= seqlen_k <= k.shape[1]:
