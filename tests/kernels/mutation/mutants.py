@@ -77,7 +77,7 @@ class Outcome:
 class Laboratory:
     """Compiles and runs mutants, each in a folder of its own, from a copy of csrc that does not change meanwhile."""
 
-    def __init__(self, build: Path, commands: dict[str, list[str]], limit: float):
+    def __init__(self, build: Path, commands: dict[str, list[str]], limit: float = 1e9):
         self.build = build
         self.end = time.monotonic() + limit
         self.commands = commands  # "compile_plain" and so on
