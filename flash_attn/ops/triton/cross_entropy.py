@@ -110,8 +110,9 @@ class CrossEntropyLoss(torch.autograd.Function):
         ignored = labels == options.ignore_index
         # No z loss is zero, also where lse is infinite.
         z_loss = options.lse_square_scale * lse.square() if options.lse_square_scale > 0 else torch.zeros_like(lse)
-        z_loss.masked_fill_(ignored, 0)
-        loss = (lse - likelihood + z_loss).masked_fill_(ignored, 0)
+        # Not in place: torch.compile of torch 2.11 then loses the gradient.
+        z_loss = z_loss.masked_fill(ignored, 0)
+        loss = (lse - likelihood + z_loss).masked_fill(ignored, 0)
         ctx.options, ctx.inplace_backward = options, inplace_backward
         ctx.save_for_backward(logits, labels, lse)
         ctx.mark_non_differentiable(z_loss)
