@@ -34,7 +34,7 @@ def attention_forward(
     """Attention as AttentionInterface of transformers calls it.
 
     Args:
-        module: the layer; its is_causal counts if the argument is None.
+        module: the layer; its is_causal (True if it has none) counts if the argument is None.
         query: (batch_size, num_heads, seqlen_q, head_dim).
         key, value: (batch_size, num_heads_k, seqlen_k, head_dim), value with a head_dim of its own.
         attention_mask: (batch_size, <= seqlen_k), of the keys, 1 for tokens and 0 for padding. If causal, or with a
@@ -56,7 +56,7 @@ def attention_forward(
             raise ValueError(f"flash_attn: {name}: expected None, for scores have no such bias or choice of keys here")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotary embeddings may have left them in float32
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {
         "dropout_p": dropout,
         "softmax_scale": scaling,

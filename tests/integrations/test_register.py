@@ -86,11 +86,11 @@ def heads(batch_size=2, seqlen=5):
 
 
 def call(mask):
-    return attention_forward(torch.nn.Module(), heads(), heads(), heads(), mask)
+    return attention_forward(torch.nn.Module(), heads(), heads(), heads(), mask, is_causal=False)
 
 
 def causal_call(mask):
-    return attention_forward(torch.nn.Module(), heads(), heads(), heads(), mask, is_causal=True)
+    return attention_forward(torch.nn.Module(), heads(), heads(), heads(), mask)
 
 
 def biased_call():

@@ -238,7 +238,7 @@ def test_cross_attention_to_padded_keys(num_queries):
     """The mask is that of the keys alone: all queries see those that are there."""
     q, k, v = noise(2, 4, num_queries, 16), noise(2, 2, 5, 16), noise(2, 2, 5, 16)
     keep = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    found = attention_forward(torch.nn.Module(), q, k, v, keep)[0]
+    found = attention_forward(torch.nn.Module(), q, k, v, keep, is_causal=False)[0]
     options = {"attn_mask": keep[:, None, None].bool(), "enable_gqa": True}
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
