@@ -21,7 +21,10 @@ OLDEST = (8, 0)  # cp.async, bf16 and m16n8k16
 HOPPER = (9, 0)
 
 # The families that TORCH_CUDA_ARCH_LIST may name.
-FAMILIES = {"ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;12.0+PTX"}
+FAMILIES = {
+    **{"maxwell": "5.2", "pascal": "6.1", "volta": "7.0", "turing": "7.5"},  # which are too old
+    **{"ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;12.0+PTX"},
+}
 
 
 class ArchError(ValueError):
@@ -69,12 +72,14 @@ def parse(text: str, variable: str = OWN_VARIABLE) -> tuple[Arch, ...]:
         if item.lower() in FAMILIES:
             archs += parse(FAMILIES[item.lower()], variable)
             continue
-        match = re.fullmatch(r"(\d+)\.?(\d)(a?)(\+PTX)?", item, re.IGNORECASE)
+        match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", item, re.IGNORECASE)
         if match is None:
             raise ArchError(f'{variable}={text}: "{item}" is no architecture; write for example {DEFAULT}')
         archs.append(Arch(int(match[1]), int(match[2]), ptx=bool(match[4])))
-        if match[3] and archs[-1].capability != HOPPER:
-            raise ArchError(f'{variable}={text}: "{item}": the suffix a is known for 9.0a only; write {archs[-1]}')
+        # A list for other packages as well may ask for features that our kernels for these GPUs do not use.
+        if match[3] and archs[-1].capability != HOPPER and variable != TORCH_VARIABLE:
+            suffix = match[3].lower()
+            raise ArchError(f'{variable}={text}: "{item}": no suffix {suffix} is known but 9.0a; write {archs[-1]}')
     return _without_repeats(archs)
 
 

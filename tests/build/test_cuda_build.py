@@ -50,7 +50,8 @@ def test_lists_of_architectures(text, codes):
         ("sm_80", '"sm_80" is no architecture'),
         ("8.0;all", '"all" is no architecture'),
         ("8.0PTX", '"8.0PTX" is no architecture'),
-        ("8.0a", '"8.0a": the suffix a is known for 9.0a only; write 8.0'),
+        ("8.0a", '"8.0a": no suffix a is known but 9.0a; write 8.0'),
+        ("12.0f", '"12.0f": no suffix f is known but 9.0a; write 12.0'),
         ("-8.0", '"-8.0" is no architecture'),
     ],
 )
@@ -72,6 +73,7 @@ def test_choice():
     hopper, default = [(9, 0)], "sm_80 sm_90a compute_80"
     assert chosen(hopper, own="8.6", torch_list="8.9") == ("sm_86", "FLASH_ATTN_CUDA_ARCHS")
     assert chosen(hopper, torch_list="8.9") == ("sm_89", "TORCH_CUDA_ARCH_LIST")
+    assert chosen(hopper, torch_list="Turing;8.9;10.0a;12.0f+PTX")[0] == "sm_89 sm_100 sm_120 compute_120"
     assert chosen(hopper, own=" ", torch_list="") == ("sm_90a", "the GPU in this machine")
     assert chosen([(9, 0), (8, 0), (9, 0)]) == ("sm_80 sm_90a", "the GPUs in this machine")
     assert chosen() == (default, "there is no GPU in this machine")
