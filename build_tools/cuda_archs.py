@@ -22,8 +22,14 @@ HOPPER = (9, 0)
 
 # The families that TORCH_CUDA_ARCH_LIST may name.
 FAMILIES = {
-    **{"maxwell": "5.2", "pascal": "6.1", "volta": "7.0", "turing": "7.5"},  # which are too old
-    **{"ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;12.0+PTX"},
+    "maxwell": "5.2",
+    "pascal": "6.1",
+    "volta": "7.0",
+    "turing": "7.5",  # which are too old
+    "ampere": "8.0;8.6+PTX",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell": "10.0;12.0+PTX",
 }
 
 
