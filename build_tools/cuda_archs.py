@@ -20,12 +20,12 @@ DEFAULT = "8.0+PTX;9.0a"
 OLDEST = (8, 0)  # cp.async, bf16 and m16n8k16
 HOPPER = (9, 0)
 
-# The families that TORCH_CUDA_ARCH_LIST may name.
+# The families that TORCH_CUDA_ARCH_LIST may name; those before Ampere are too old for this package.
 FAMILIES = {
     "maxwell": "5.2",
     "pascal": "6.1",
     "volta": "7.0",
-    "turing": "7.5",  # which are too old
+    "turing": "7.5",
     "ampere": "8.0;8.6+PTX",
     "ada": "8.9+PTX",
     "hopper": "9.0+PTX",
