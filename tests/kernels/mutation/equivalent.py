@@ -24,7 +24,6 @@ INVALID_LENGTHS = (
 )
 ADDED_AGAIN = "an infinity or a NaN is added to a sum that has it already, which does not change it"
 LATER_Q = "Q is asked for before dO then, as where dO has fewer stages"
-PAST_THE_LAST = "the tile after the last has no query that sees these keys: nothing is added to it"
 ANY_MEMORY = "uninitialised memory is no place, or leads to a tile that is repeated needlessly, with the same result"
 REFUSED = "where the two differ, kPassRows does not divide kRows, and the static_assert below it fails"
 NO_SUCH_GRID = "TMA takes no tensor without rows, so no grid without tiles comes here"
@@ -97,7 +96,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "false: `!params_.common.pass.deterministic` [1]": NOT_READ_COUNTERS,
     },
     "cuda/sm90/bwd_consumer.h": {
-        "`<` becomes `<=`: `= tile.tiles().begin; m < tile.tiles().end; ++m)`": PAST_THE_LAST,
         "false: `tile.is_full_block(m)`": ADDED_AGAIN,
         "`seq.seqlen_q - m * M` instead of `min(M, seq.seqlen_q - m * M)`": ADDED_AGAIN,
         "`N` instead of `min(N, tile.seq.seqlen_k - tile.n0)`": NOT_READ,
