@@ -77,6 +77,11 @@ def _unavailable(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(_unavailable_reason)
 
 
+def draw_rng_state(device: torch.device) -> torch.Tensor:
+    """Seed and offset of a dropout mask, (2,) int64, from torch's generator, as the ops of 2.8.3 draw them."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
 def build_info() -> dict[str, Any]:
     """What the extension was built for.
 

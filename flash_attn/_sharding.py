@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from flash_attn._checks import as_float, describe, reject
+from flash_attn._library import draw_rng_state
 
 # How the ranks of a dimension of the mesh share the work.
 _WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
@@ -139,7 +140,7 @@ def _dropout_mask(function: str, plan: _Plan, q: Tensor, dropout_p: Any) -> dict
     if _BATCH in plan.cuts:
         expected = "0 for DTensors whose batch is cut (pass what to_local() gives: each rank then draws a mask)"
         reject(ValueError, function, [f"dropout_p: expected {expected}, got {describe(dropout_p)}"])
-    state = torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=q.device)
+    state = draw_rng_state(q.device)
     is_first = not any(plan.mesh.get_local_rank(i) for i in range(plan.mesh.ndim))
     # The sum of what the first rank has drawn, and of zeros.
     own = state if is_first else torch.zeros_like(state)

@@ -209,7 +209,7 @@ def _draw_rng_state(ranks: Ranks, dropout_p: float, device: torch.device) -> Ten
     """The state that one device would draw. All ranks draw, so that their generators stay alike; the first's counts."""
     if dropout_p == 0:
         return None
-    return ranks.broadcast(torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device))
+    return ranks.broadcast(_library.draw_rng_state(device))
 
 
 @torch.compiler.disable

@@ -79,7 +79,7 @@ def sdpa_on_cpu_backward(
 def _draw(q: Tensor, dropout_p: float) -> Tensor:
     """Seed and offset of the dropout mask, (2,) int64, from torch's generator; zeros without dropout."""
     if dropout_p > 0:
-        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+        return _library.draw_rng_state(q.device)
     return torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
@@ -166,28 +166,14 @@ def flash_attention_backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
     """aten._flash_attention_backward: the gradients of query, key and value, stored as these are."""
-    options: dict[str, Any] = {
-        "softmax_scale": scale,
-        "causal": is_causal,
-        **_windows(window_size_left, window_size_right),
-    }
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": is_causal}
+    options |= _windows(window_size_left, window_size_right)
     if cum_seq_q is not None:
         options |= {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
-    return _gradients(grad_out, (query, key, value), out, softmax_lse, dropout_p, rng_state, options)
-
-
-def _gradients(
-    grad_out: Tensor,
-    inputs: tuple[Tensor, ...],
-    out: Tensor,
-    softmax_lse: Tensor,
-    dropout_p: float,
-    rng_state: Tensor,
-    options: dict[str, Any],
-) -> tuple[Tensor, ...]:
-    options = {**options, **_dropout(dropout_p, rng_state.view(torch.int64) if dropout_p > 0 else None)}
-    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    gradients = _bwd(grad_out, *inputs, out, softmax_lse, **options)[:3]
+    options |= _dropout(dropout_p, rng_state.view(torch.int64) if dropout_p > 0 else None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    inputs = (query, key, value)
+    gradients = _bwd(grad_out, *inputs, out, softmax_lse, **options, deterministic=deterministic)[:3]
     return tuple(_stored_like(gradient, x) for gradient, x in zip(gradients, inputs, strict=True))
 
 
@@ -203,14 +189,11 @@ def sdpa_on_cuda(
 ) -> tuple[Any, ...]:
     """aten._scaled_dot_product_flash_attention, with dropout; is_causal for as many queries as keys."""
     q, k, v = _heads_second(query, key, value)
-    rng_state = _draw(q, dropout_p)
-    options: dict[str, Any] = {"softmax_scale": scale, **_top_left(q, k, is_causal), **_dropout(dropout_p, rng_state)}
-    out, softmax_lse, _ = _fwd(q, k, v, **options)
-    debug_mask = _attn_probs(q, k, softmax_lse, **options) if return_debug_mask else query.new_empty(0)
-    unused = torch.zeros((), dtype=torch.uint64, device=query.device)
-    out = _stored_like(out.transpose(1, 2), query)
     lengths = (None, None, q.shape[1], k.shape[1])
-    return out, softmax_lse, *lengths, rng_state.view(torch.uint64), unused, debug_mask
+    out, softmax_lse, *rest = flash_attention_forward(
+        q, k, v, *lengths, dropout_p, is_causal, return_debug_mask, scale=scale
+    )
+    return _stored_like(out.transpose(1, 2), query), softmax_lse, *lengths, *rest
 
 
 def sdpa_on_cuda_backward(
@@ -233,9 +216,13 @@ def sdpa_on_cuda_backward(
 ) -> tuple[Tensor, ...]:
     """aten._scaled_dot_product_flash_attention_backward; philox_seed is the rng_state of the forward pass."""
     dout, q, k, v, out = _heads_second(grad_out, query, key, value, out)
-    options: dict[str, Any] = {"softmax_scale": scale, **_top_left(q, k, is_causal)}
-    gradients = _gradients(dout, (q, k, v), out, softmax_lse, dropout_p, rng_state, options)
-    return tuple(_stored_like(x.transpose(1, 2), like) for x, like in zip(gradients, (query, key, value), strict=True))
+    gradients = flash_attention_backward(
+        *(dout, q, k, v, out, softmax_lse, None, None),
+        *(max_q, max_k, dropout_p, is_causal, rng_state, unused),
+        scale=scale,
+    )
+    gradients = _heads_second(*gradients)
+    return tuple(_stored_like(x, like) for x, like in zip(gradients, (query, key, value), strict=True))
 
 
 class _Handle:
