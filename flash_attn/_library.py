@@ -61,10 +61,10 @@ if _unavailable_reason:
 MAX_HEAD_DIM: int = _extension.build_info().get("max_head_dim", 0) if _extension is not None else 0
 
 
-def op(name: str) -> Callable[..., Any]:
+def op(name: str, overload: str = "default") -> Callable[..., Any]:
     """The operator ``torch.ops.flash_attn.<name>``, or a function that raises if the extension is missing."""
     if _extension is not None and hasattr(torch.ops.flash_attn, name):
-        return getattr(torch.ops.flash_attn, name).default
+        return getattr(getattr(torch.ops.flash_attn, name), overload)
     return _unavailable
 
 

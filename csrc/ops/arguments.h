@@ -65,7 +65,10 @@ struct ProblemArgs : AttentionArgs {
     const Tensor* v;  // null in attn_probs
 };
 
-struct FwdArgs { ProblemArgs problem; };
+struct FwdArgs {
+    ProblemArgs problem;
+    const Tensor* out = nullptr;  // where results go; null: new memory
+};
 
 struct BwdArgs {
     ProblemArgs problem;
@@ -85,6 +88,7 @@ struct ProbsArgs {
 };
 
 using FwdResult = std::tuple<Tensor, Tensor, Tensor>;  // out, softmax_lse, max_logits: undefined if not asked for
+using FwdOutResult = std::tuple<Tensor, Tensor>;       // softmax_lse, max_logits
 using CacheResult = std::tuple<Tensor, Tensor>;        // out, softmax_lse
 using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;        // dq, dk, dv, dsoftmax_sum
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // out, softmax_lse, max_logits, rng_state
@@ -107,10 +111,12 @@ using ExplainImplementation = Names (*)(const FwdArgs&);
 template <class... Tail> struct OpsWithTail {
     template <FwdImplementation fwd>
     static FwdResult run_fwd(const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
-        FwdResult result = fwd({{{tail...}, Pass::kForward, q, k, &v}});
-        Tensor& max_logits = std::get<2>(result);
-        if (!max_logits.defined()) max_logits = at::empty({0}, std::get<1>(result).options());
-        return result;
+        return fwd_all<fwd>({{{tail...}, Pass::kForward, q, k, &v}});
+    }
+    template <FwdImplementation fwd> static FwdOutResult run_fwd_out(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                     Tail... tail, const Tensor& out) {
+        auto [written, softmax_lse, max_logits] = fwd_all<fwd>({{{tail...}, Pass::kForward, q, k, &v}, &out});
+        return {std::move(softmax_lse), std::move(max_logits)};
     }
     template <BwdImplementation bwd>
     static BwdResult run_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -134,6 +140,15 @@ template <class... Tail> struct OpsWithTail {
     template <ExplainImplementation explain>
     static Names run_explain(const Tensor& q, const Tensor& k, const Tensor& v, Tail... tail) {
         return explain({{{tail...}, Pass::kForward, q, k, &v}});
+    }
+
+private:
+    // With an empty tensor for what is not asked for: ops cannot return undefined ones.
+    template <FwdImplementation fwd> static FwdResult fwd_all(const FwdArgs& args) {
+        FwdResult result = fwd(args);
+        Tensor& max_logits = std::get<2>(result);
+        if (!max_logits.defined()) max_logits = at::empty({0}, std::get<1>(result).options());
+        return result;
     }
 };
 

@@ -25,22 +25,24 @@ FwdResult fwd_cpu(const FwdArgs& args) {
     const Problem& problem = *prepared;
     validate_values(args.problem, problem);
 
-    Tensor out = empty(out_sizes(args.problem), args.problem.q, result_type(args.problem));
+    Tensor result = args.out ? *args.out : empty(out_sizes(args.problem), args.problem.q, result_type(args.problem));
     Tensor softmax_lse = empty(lse_sizes(args.problem), args.problem.q, lse_type(args.problem));
     Tensor max_logits = initial_max_logits(args.problem);
     if (!has_pairs(problem)) {
-        out.zero_();
+        result.zero_();
         fill_lse_without_keys(args.problem, softmax_lse);
-        return {std::move(out), std::move(softmax_lse), std::move(max_logits)};
+        return {std::move(result), std::move(softmax_lse), std::move(max_logits)};
     }
     const bool packed = args.problem.packed();
-    fill_tail(out, 0, problem.seqlens.cu_seqlens_q, problem.batch_size, 0);
+    const Target out(result);
+    fill_tail(*out, 0, problem.seqlens.cu_seqlens_q, problem.batch_size, 0);
     fill_tail(softmax_lse, 1, problem.seqlens.cu_seqlens_q, problem.batch_size, -kInfinity);
     TorchHost host;
-    FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+    FwdParams params{problem, view_of(*out, packed), row_view_of(softmax_lse, packed)};
     params.max_logits = data_or_null(max_logits);
     cpu::run_fwd(params, host);
-    return {std::move(out), std::move(softmax_lse), std::move(max_logits)};
+    out.finish();
+    return {std::move(result), std::move(softmax_lse), std::move(max_logits)};
 }
 
 CacheResult fwd_kvcache_cpu(const KvCacheArgs& args) {
@@ -95,14 +97,14 @@ Tensor bwd_cpu(const BwdArgs& args) {
         const auto out = last_dim_contiguous(args.out), dout = last_dim_contiguous(args.dout);
         const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
         const auto dlse = args.dlse ? last_dim_contiguous(*args.dlse) : c10::MaybeOwned<Tensor>();
-        const Gradient dq(args.dq), dk(args.dk), dv(args.dv);
+        const Target dq(args.dq), dk(args.dk), dv(args.dv);
         clear_outside(problem, *dq, *dk, *dv);
         TorchHost host;
         cpu::run_bwd({problem, view_of(*out, packed), view_of(*dout, packed), row_view_of(*softmax_lse, packed),
                       args.dlse ? row_view_of(*dlse, packed) : RowView{}, view_of(*dq, packed), view_of(*dk, packed),
                       view_of(*dv, packed), row_view_of(dsoftmax_sum, packed), args.deterministic},
                      host);
-        for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
+        for (const Target* gradient : {&dq, &dk, &dv}) gradient->finish();
     } else {
         clear_gradients(args, dsoftmax_sum);
     }

@@ -170,24 +170,26 @@ Tensor make_workspace(const ProblemArgs& args, int64_t bytes) {
     return at::empty({bytes}, args.q.options().dtype(at::kByte));
 }
 
-FwdResult empty_result(const ProblemArgs& args) {
-    return {empty(out_sizes(args), args.q, result_type(args)), empty(lse_sizes(args), args.q, at::kFloat),
+FwdResult empty_result(const ProblemArgs& args, const Tensor* out = nullptr) {
+    return {out ? *out : empty(out_sizes(args), args.q, result_type(args)), empty(lse_sizes(args), args.q, at::kFloat),
             initial_max_logits(args)};
 }
 
 void run_fwd(const ProblemArgs& args, const Problem& problem, const FwdResult& result, const DeviceScope& device) {
-    const auto& [out, softmax_lse, max_logits] = result;
+    const auto& [target, softmax_lse, max_logits] = result;
+    const Target out(target);
     const bool packed = args.packed();
     if (packed || !has_pairs(problem)) {
         // The end of the last sequence is known only on the device.
-        out.zero_();
+        (*out).zero_();
         has_pairs(problem) ? void(softmax_lse.fill_(-kInfinity)) : fill_lse_without_keys(args, softmax_lse);
     }
-    if (!has_pairs(problem)) return;
-    FwdParams params{problem, view_of(out, packed), row_view_of(softmax_lse, packed)};
+    if (!has_pairs(problem)) return out.finish();
+    FwdParams params{problem, view_of(*out, packed), row_view_of(softmax_lse, packed)};
     params.max_logits = data_or_null(max_logits);
     const Tensor workspace = make_workspace(args, cuda::fwd_workspace_bytes(params, *device));
     check_launch(cuda::run_fwd(params, workspace.mutable_data_ptr(), *device));
+    out.finish();
 }
 
 FwdResult fwd_cuda(const FwdArgs& args) {
@@ -196,7 +198,7 @@ FwdResult fwd_cuda(const FwdArgs& args) {
     const DeviceScope device(args.problem);
     const PreparedProblem prepared(args.problem, aligned_rows);
     check_values(args.problem, *prepared);
-    FwdResult result = empty_result(args.problem);
+    FwdResult result = empty_result(args.problem, args.out);
     run_fwd(args.problem, *prepared, result, device);
     return result;
 }
@@ -248,7 +250,7 @@ Tensor bwd_cuda(const BwdArgs& args) {
     const auto out = aligned_rows(args.out), dout = aligned_rows(args.dout);
     const auto softmax_lse = last_dim_contiguous(args.softmax_lse);
     const auto dlse = args.dlse ? last_dim_contiguous(*args.dlse) : MaybeOwned<Tensor>();
-    const Gradient dq(args.dq), dk(args.dk), dv(args.dv);
+    const Target dq(args.dq), dk(args.dk), dv(args.dv);
     clear_outside(problem, *dq, *dk, *dv, dsoftmax_sum);
     const BwdParams params{problem,
                            view_of(*out, packed),
@@ -262,7 +264,7 @@ Tensor bwd_cuda(const BwdArgs& args) {
                            args.deterministic};
     const Tensor workspace = make_workspace(args.problem, cuda::bwd_workspace_bytes(params, *device));
     check_launch(cuda::run_bwd(params, workspace.mutable_data_ptr(), *device));
-    for (const Gradient* gradient : {&dq, &dk, &dv}) gradient->finish();
+    for (const Target* gradient : {&dq, &dk, &dv}) gradient->finish();
     return dsoftmax_sum;
 }
 

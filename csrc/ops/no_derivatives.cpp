@@ -107,7 +107,9 @@ void refuse_vmap(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(flash_attn, Autograd, m) {
-    m.impl("attn_probs", torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<kUseFunctions>>());
+    for (const char* name : {"fwd.out", "attn_probs"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives<kUseFunctions>>());
+    }
     for (const char* name : {"fwd_kvcache", "_append"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_inputs_with_grad>());
     }
@@ -118,15 +120,15 @@ TORCH_LIBRARY_IMPL(flash_attn, Autograd, m) {
 
 TORCH_LIBRARY_IMPL(flash_attn, ADInplaceOrView, m) {
     for (const char* name :
-         {"bwd.out", "fwd_kvcache", "_append", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+         {"fwd.out", "bwd.out", "fwd_kvcache", "_append", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&count_writes>());
     }
 }
 
 TORCH_LIBRARY_IMPL(flash_attn, FuncTorchBatched, m) {
     for (const char* name :
-         {"fwd", "bwd", "bwd.out", "attn_probs", "_attention", "fwd_kvcache", "_append", "_flash_attn_forward",
-          "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
+         {"fwd", "fwd.out", "bwd", "bwd.out", "attn_probs", "_attention", "fwd_kvcache", "_append",
+          "_flash_attn_forward", "_flash_attn_varlen_forward", "_flash_attn_backward", "_flash_attn_varlen_backward"}) {
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
     }
 }

@@ -164,6 +164,7 @@ template <auto unpack, auto run, class Record, class... Args> struct Unpacked<un
 template <FwdImplementation fwd, BwdImplementation bwd, ProbsImplementation attn_probs>
 void implement_ops(torch::Library& m) {
     m.impl("fwd", Ops::run_fwd<fwd>);
+    m.impl("fwd.out", Ops::run_fwd_out<fwd>);
     m.impl("bwd", Ops::run_bwd<bwd>);
     m.impl("bwd.out", Ops::run_bwd_out<bwd>);
     m.impl("attn_probs", Ops::run_attn_probs<attn_probs>);

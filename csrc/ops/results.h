@@ -39,10 +39,10 @@ inline Tensor initial_max_logits(const ProblemArgs& args) {
 }
 inline void* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
-// A gradient tensor: written in place if kernels can write there, otherwise through a temporary that is copied.
-class Gradient {
+// A tensor of results: written in place if kernels can write there, otherwise through a temporary that is copied.
+class Target {
 public:
-    explicit Gradient(const Tensor& target)
+    explicit Target(const Tensor& target)
         : target_(target), written_(is_last_dim_contiguous(target)
                                         ? c10::MaybeOwned<Tensor>::borrowed(target)
                                         : c10::MaybeOwned<Tensor>::owned(at::empty(target.sizes(), target.options()))) {

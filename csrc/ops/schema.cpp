@@ -12,7 +12,7 @@ namespace {
 FwdResult fwd_meta(const FwdArgs& args) {
     validate(args);
     const ProblemArgs& p = args.problem;
-    return {at::empty_symint(out_sizes(p), p.q.options().dtype(result_type(p))),
+    return {args.out ? *args.out : at::empty_symint(out_sizes(p), p.q.options().dtype(result_type(p))),
             at::empty_symint(lse_sizes(p), p.q.options().dtype(lse_type(p))),
             p.return_max_logits ? at::empty_symint(max_logits_sizes(p), p.q.options().dtype(lse_type(p))) : Tensor()};
 }
@@ -94,6 +94,8 @@ void define_original_ops(torch::Library& m) {
 TORCH_LIBRARY(flash_attn, m) {
     const auto define = [&](const std::string& schema) { m.def(schema.c_str(), {at::Tag::pt2_compliant_tag}); };
     define("fwd(Tensor q, Tensor k, Tensor v, " + kTail + ") -> (Tensor out, Tensor softmax_lse, Tensor max_logits)");
+    define("fwd.out(Tensor q, Tensor k, Tensor v, " + kTail +
+           ", Tensor(a!) out) -> (Tensor softmax_lse, Tensor max_logits)");
     const std::string bwd = kBackward + kTail + ", bool deterministic=False";
     define("bwd(" + bwd + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsoftmax_sum)");
     define("bwd.out(" + bwd + ", Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor dsoftmax_sum");

@@ -19,6 +19,10 @@ public:
         check_numbers();
         check_metadata();
     }
+    void check_out(const Tensor& out) {
+        check_tensor("out", out, result_type(args_), dims_like(true, true));
+        check_memory("out", out, inputs());
+    }
     void check_backward(const BwdArgs& args);
     void check_lse(const char* name, const Tensor& lse) {
         check_device(name, lse);
@@ -43,6 +47,19 @@ private:
     void check_rng_state();
     void check_positions(bool is_q);
     void check_heads_elsewhere();
+    void check_tensor(const char* name, const Tensor& t, at::ScalarType dtype, Dims dims) {
+        check_device(name, t);
+        check_dtype(name, t, dtype);
+        check_shape(name, t, dims);
+    }
+    struct Named {
+        const char* name;
+        const Tensor& tensor;
+    };
+    using NamedTensors = c10::SmallVector<Named, 8>;
+    NamedTensors inputs() const { return {{"q", args_.q}, {"k", args_.k}, {"v", *args_.v}}; }
+    // A tensor that is written, as far as can be told, shares memory neither with others nor among its elements.
+    void check_memory(const char* name, const Tensor& written, const NamedTensors& others);
     // Expected dimensions of a tensor shaped like q (is_q) or k, with the head_dim of v (is_v) or of q.
     c10::SmallVector<Dim, 4> dims_like(bool is_q, bool is_v) const;
 
@@ -240,23 +257,31 @@ c10::SmallVector<Dim, 4> Validator::dims_like(bool is_q, bool is_v) const {
     return dims;
 }
 
-void Validator::check_backward(const BwdArgs& args) {
-    const struct {
-        const char* name;
-        const Tensor& tensor;
-        bool is_q, is_v, written;
-    } tensors[] = {{"dout", args.dout, true, true, false},
-                   {"out", args.out, true, true, false},
-                   {"dq", args.dq, true, false, true},
-                   {"dk", args.dk, false, false, true},
-                   {"dv", args.dv, false, true, true}};
-    for (const auto& [name, tensor, is_q, is_v, written] : tensors) {
-        check_device(name, tensor);
-        check_dtype(name, tensor, written ? result_type(args_) : args_.q.scalar_type());
-        check_shape(name, tensor, dims_like(is_q, is_v));
-        if (written && at::has_internal_overlap(tensor) == at::MemOverlap::Yes) {
-            reasons_.add(name, "elements that do not share memory", "an expanded tensor");
+void Validator::check_memory(const char* name, const Tensor& written, const NamedTensors& others) {
+    if (at::has_internal_overlap(written) == at::MemOverlap::Yes) {
+        reasons_.add(name, "elements that do not share memory", "an expanded tensor");
+    }
+    if (written.is_meta()) return;  // without memory, and its sizes may be symbolic
+    for (const Named& other : others) {
+        const at::MemOverlapStatus status = at::get_overlap_status(written, other.tensor);
+        if (status == at::MemOverlapStatus::Full || status == at::MemOverlapStatus::Partial) {
+            reasons_.add(name, c10::str("memory apart from ", other.name), "a tensor that shares some with it");
         }
+    }
+}
+
+void Validator::check_backward(const BwdArgs& args) {
+    const at::ScalarType type = args_.q.scalar_type();
+    check_tensor("dout", args.dout, type, dims_like(true, true));
+    check_tensor("out", args.out, type, dims_like(true, true));
+    check_tensor("dq", args.dq, result_type(args_), dims_like(true, false));
+    check_tensor("dk", args.dk, result_type(args_), dims_like(false, false));
+    check_tensor("dv", args.dv, result_type(args_), dims_like(false, true));
+    NamedTensors others = inputs();
+    others.append({{"dout", args.dout}, {"out", args.out}});
+    for (const Named& written : {Named{"dq", args.dq}, Named{"dk", args.dk}, Named{"dv", args.dv}}) {
+        check_memory(written.name, written.tensor, others);
+        others.push_back(written);
     }
     check_lse("softmax_lse", args.softmax_lse);
     if (args.dlse) check_lse("dlse", *args.dlse);
@@ -268,6 +293,7 @@ void Validator::check_backward(const BwdArgs& args) {
 void validate(const FwdArgs& args) {
     Validator validator(args.problem);
     validator.check_problem();
+    if (args.out) validator.check_out(*args.out);
     validator.raise_if_any();
 }
 

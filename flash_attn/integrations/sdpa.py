@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from flash_attn import _library
 
 NAME = "flash_attn"
 
-_fwd = _library.op("fwd")
-_bwd = _library.op("bwd")
+_fwd_out = _library.op("fwd", "out")
+_bwd_out = _library.op("bwd", "out")
 _attn_probs = _library.op("attn_probs")
 
 _SDPA_CPU = "_scaled_dot_product_flash_attention_for_cpu"
@@ -38,26 +38,26 @@ def _heads_second(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
-def _stored_like(x: Tensor, other: Tensor) -> Tensor:
-    """The tensor with the strides of torch.empty_like(other), which torch's own kernels promise to compilers."""
-    target = torch.empty_like(other)
-    return x if x.stride() == target.stride() else target.copy_(x)
-
-
 def _top_left(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
     """The causal mask of scaled_dot_product_attention: query i sees keys 0 to i. Ours is aligned to the last key."""
     starts = {} if q.shape[1] == k.shape[1] else {"q_start": 0, "k_start": 0}
     return {"causal": True, **starts} if causal else {}
 
 
+def _bwd_into(gradients: Iterable[Tensor], *tensors: Tensor, **options: Any) -> None:
+    """The gradients of q, k and v."""
+    dq, dk, dv = gradients
+    _bwd_out(*tensors, **options, dq=dq, dk=dk, dv=dv)
+
+
 def sdpa_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """aten._scaled_dot_product_flash_attention_for_cpu without attn_mask and dropout: out and logsumexp."""
-    q, k, v = _heads_second(query, key, value)
-    out, softmax_lse, _ = _fwd(q, k, v, softmax_scale=scale, **_top_left(q, k, is_causal))
-    stored = softmax_lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return _stored_like(out.transpose(1, 2), query), stored
+    result = torch.empty_like(query)  # its strides are those that torch's own kernel promises to compilers
+    q, k, v, out = _heads_second(query, key, value, result)
+    softmax_lse, _ = _fwd_out(q, k, v, softmax_scale=scale, **_top_left(q, k, is_causal), out=out)
+    return result, softmax_lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def sdpa_on_cpu_backward(
@@ -72,7 +72,8 @@ def sdpa_on_cpu_backward(
 ) -> tuple[Tensor, ...]:
     """aten._scaled_dot_product_flash_attention_for_cpu_backward, likewise: gradients, stored with heads second."""
     dout, q, k, v, out = _heads_second(grad_out, query, key, value, out)
-    gradients = _bwd(dout, q, k, v, out, softmax_lse, softmax_scale=scale, **_top_left(q, k, is_causal))[:3]
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    _bwd_into(gradients, dout, q, k, v, out, softmax_lse, softmax_scale=scale, **_top_left(q, k, is_causal))
     return _heads_second(*gradients)
 
 
@@ -110,10 +111,12 @@ def flash_attention_forward(
     alibi_slopes: Tensor | None = None,
     block_table: Tensor | None = None,
     num_splits: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """aten._flash_attention_forward, of (batch_size, seqlen, num_heads, head_dim) or packed tensors.
 
-    Masks are aligned bottom-right. num_splits is of no consequence: results never depend on the batch.
+    Masks are aligned bottom-right. num_splits is of no consequence: results never depend on the batch. The result is
+    written to out, if given.
 
     Returns:
         out, softmax_lse, rng_state ((2,) uint64), unused, and S_dmask of flash_attn_func if it is asked for.
@@ -132,17 +135,17 @@ def flash_attention_forward(
     options |= {"seqused_k": seqused_k, "block_table": block_table}
     rng_state = _draw(query, dropout_p)
     options |= _dropout(dropout_p, rng_state)
-    out, softmax_lse, _ = _fwd(query, key, value, **options)
+    if out is None:
+        out = torch.empty_like(query)
+    softmax_lse, _ = _fwd_out(query, key, value, **options, out=out)
     debug_mask = _attn_probs(query, key, softmax_lse, **options) if return_debug_mask else query.new_empty(0)
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
-    return _stored_like(out, query), softmax_lse, rng_state.view(torch.uint64), unused, debug_mask
+    return out, softmax_lse, rng_state.view(torch.uint64), unused, debug_mask
 
 
 def flash_attention_forward_into(out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """aten._flash_attention_forward_no_dropout_inplace: writes out, and returns softmax_lse."""
-    computed, softmax_lse, *_ = flash_attention_forward(*args, **kwargs)
-    out.copy_(computed)
-    return softmax_lse
+    return flash_attention_forward(*args, **kwargs, out=out)[1]
 
 
 def flash_attention_backward(
@@ -164,8 +167,9 @@ def flash_attention_backward(
     scale: float | None = None,
     window_size_left: int | None = None,
     window_size_right: int | None = None,
+    gradients: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    """aten._flash_attention_backward: the gradients of query, key and value, stored as these are."""
+    """aten._flash_attention_backward: gradients, written to those given or stored as query, key and value are."""
     options: dict[str, Any] = {"softmax_scale": scale, "causal": is_causal}
     options |= _windows(window_size_left, window_size_right)
     if cum_seq_q is not None:
@@ -173,8 +177,10 @@ def flash_attention_backward(
     options |= _dropout(dropout_p, rng_state.view(torch.int64) if dropout_p > 0 else None)
     deterministic = torch.are_deterministic_algorithms_enabled()
     inputs = (query, key, value)
-    gradients = _bwd(grad_out, *inputs, out, softmax_lse, **options, deterministic=deterministic)[:3]
-    return tuple(_stored_like(gradient, x) for gradient, x in zip(gradients, inputs, strict=True))
+    if gradients is None:
+        gradients = tuple(torch.empty_like(x) for x in inputs)
+    _bwd_into(gradients, grad_out, *inputs, out, softmax_lse, **options, deterministic=deterministic)
+    return gradients
 
 
 def sdpa_on_cuda(
@@ -188,12 +194,13 @@ def sdpa_on_cuda(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     """aten._scaled_dot_product_flash_attention, with dropout; is_causal for as many queries as keys."""
-    q, k, v = _heads_second(query, key, value)
+    result = torch.empty_like(query)
+    q, k, v, out = _heads_second(query, key, value, result)
     lengths = (None, None, q.shape[1], k.shape[1])
-    out, softmax_lse, *rest = flash_attention_forward(
-        q, k, v, *lengths, dropout_p, is_causal, return_debug_mask, scale=scale
+    _, softmax_lse, *rest = flash_attention_forward(
+        q, k, v, *lengths, dropout_p, is_causal, return_debug_mask, scale=scale, out=out
     )
-    return _stored_like(out.transpose(1, 2), query), softmax_lse, *lengths, *rest
+    return result, softmax_lse, *lengths, *rest
 
 
 def sdpa_on_cuda_backward(
@@ -216,13 +223,14 @@ def sdpa_on_cuda_backward(
 ) -> tuple[Tensor, ...]:
     """aten._scaled_dot_product_flash_attention_backward; philox_seed is the rng_state of the forward pass."""
     dout, q, k, v, out = _heads_second(grad_out, query, key, value, out)
-    gradients = flash_attention_backward(
+    gradients = tuple(torch.empty_like(x) for x in (query, key, value))
+    flash_attention_backward(
         *(dout, q, k, v, out, softmax_lse, None, None),
         *(max_q, max_k, dropout_p, is_causal, rng_state, unused),
         scale=scale,
+        gradients=_heads_second(*gradients),
     )
-    gradients = _heads_second(*gradients)
-    return tuple(_stored_like(x, like) for x, like in zip(gradients, (query, key, value), strict=True))
+    return gradients
 
 
 class _Handle:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flash_attn
-from bad_calls import CALLS, SHAPES, VALUES, assert_lists, backward, dense, op_of, varlen
+from bad_calls import CALLS, SHAPES, VALUES, assert_lists, backward, dense, into, op_of, varlen
 
 ROWS = SHAPES + VALUES
 ONLY_IN_OPS = {"seqused_k", "leftpad_k", "rng_state", "block_table", "cu_seqlens_q", "cu_seqlens_k"}
@@ -40,7 +40,8 @@ def test_message(row):
     """The message is complete; outputs are not written; the next valid call works."""
     call, changes, reasons = row
     arguments = {**CALLS[call][0](), **changes}
-    written = {name: arguments[name].clone() for name in ("dq", "dk", "dv") if name in arguments}
+    results = ("out",) if "into" in call else ("dq", "dk", "dv")
+    written = {name: arguments[name].clone() for name in results if name in arguments}
     assert_explains(rejection(call, arguments), call, reasons)
     for name, before in written.items():
         assert torch.equal(arguments[name], before), f"{name} was written"
@@ -123,6 +124,7 @@ def check_missing_lengths(changes: dict) -> None:
         *(("dense", name) for name in ("k", "v", "alibi_slopes", "seqused_k", "leftpad_k", "rng_state")),
         *(("varlen", name) for name in ("cu_seqlens_q", "cu_seqlens_k")),
         ("paged", "block_table"),
+        ("into", "out"),
         *(("backward", name) for name in ("k", "v", "dout", "out", "softmax_lse", "dlse", "dq", "dk", "dv")),
     ],
 )
@@ -160,6 +162,35 @@ def test_rejected_backward_writes_nothing():
     call["dout"] = call["dout"][:1]
     assert_explains(rejection("backward", call), "backward", [("dout", "batch_size=2", "(1, 5, 4, 6)")])
     assert all(torch.isnan(call[name]).all() for name in ("dq", "dk", "dv"))
+
+
+def square(make) -> dict:
+    """The call with 4 rows of 8 for every tensor, so that each could be any other."""
+    tensors = {"q", "k", "v", "dout", "out", "dq", "dk", "dv"}
+    return {name: torch.ones(2, 4, 4, 8) if name in tensors else x for name, x in make().items()} | (
+        {"softmax_lse": torch.ones(2, 4, 4)} if make is backward else {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "op", "name", "other"),
+    [
+        *((into, "fwd", "out", other) for other in "qkv"),
+        *((backward, "bwd", name, other) for name in ("dq", "dk", "dv") for other in ("q", "k", "v", "dout", "out")),
+        *((backward, "bwd", *pair) for pair in (("dk", "dq"), ("dv", "dq"), ("dv", "dk"))),
+    ],
+)
+def test_results_in_the_memory_of_others(make, op, name, other):
+    """Kernels read what they have not written yet. Slices of one tensor are apart."""
+    call, function = square(make), getattr(torch.ops.flash_attn, op).out
+    for shared in (call[other], call[other].view(-1).view_as(call[other])):
+        with pytest.raises(ValueError, match=f"{name}: expected memory apart from {other}, got a tensor that shares"):
+            function(**{**call, name: shared})
+    both = torch.ones(3, 4, 4, 8)
+    with pytest.raises(ValueError, match=f"{name}: expected memory apart from {other}, got a tensor that shares"):
+        function(**{**call, name: both[:2], other: both[1:]})
+    both = torch.ones(2, 4, 2, 4, 8)
+    function(**{**call, name: both[:, :, 0], other: both[:, :, 1]})
 
 
 def test_autograd_rejects_before_drawing():

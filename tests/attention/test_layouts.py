@@ -7,7 +7,7 @@ import torch
 
 import flash_attn
 from cases import Case
-from check import op_bwd, op_fwd
+from check import op_bwd, op_fwd, op_fwd_into
 from compare import assert_bitwise
 from device import on_device
 from inputs import make_inputs
@@ -25,13 +25,21 @@ def results(case, x, grads=None):
     return out, lse, *op_bwd(case, x, out, lse, grads)
 
 
+def assert_nan_around(view, context):
+    """Of the storage of a view, everything but the view itself is NaN."""
+    whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
+    inside = torch.zeros_like(whole, dtype=torch.bool).as_strided(view.shape, view.stride(), view.storage_offset())
+    untouched = ~inside.fill_(True)._base
+    assert torch.isnan(whole[untouched]).all(), context
+
+
 def case_of(dtype, dims, **rest):
     shape = {"head_dim": dims[0], "head_dim_v": dims[1], "num_heads": 4, "num_heads_k": 2}
     return Case((70, 70), (133, 133), dtype=dtype, causal=True, lse_grad=True, **shape, **rest)
 
 
 def assert_same_results(got, expected, context):
-    for name, a, b in zip(NAMES, got, expected, strict=True):
+    for name, a, b in zip(NAMES[: len(expected)], got, expected, strict=True):
         assert_bitwise(name, a, b, context)
 
 
@@ -61,10 +69,37 @@ def test_gradients(dtype, layout):
     got = results(case, x, views)
     assert_same_results(got, expected, layout)
     for view in views:
-        whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
-        inside = torch.zeros_like(whole, dtype=torch.bool).as_strided(view.shape, view.stride(), view.storage_offset())
-        untouched = ~inside.fill_(True)._base
-        assert torch.isnan(whole[untouched]).all(), layout
+        assert_nan_around(view, layout)
+
+
+@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out(dtype, layout):
+    """fwd.out writes out in place in any layout, and nothing around it."""
+    cases = [
+        case_of(dtype, (13, 40)),
+        case_of(dtype, (64, 64), float_results=True),
+        dataclasses.replace(case_of(dtype, (32, 24)), seqlens_k=(0, 0)),
+    ]
+    for case in cases:
+        x = make_inputs(case)
+        expected = op_fwd(case, x)
+        out = WRITABLE[layout](torch.full_like(expected[0], torch.nan))
+        assert_same_results((out, *op_fwd_into(case, x, out)), expected, layout)
+        assert_nan_around(out, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_of_packed_sequences(dtype):
+    """Rows after the last sequence are zeros, as they are in new memory."""
+    shape = {"packed": True, "unused_rows": 2, "head_dim": 16, "head_dim_v": 24}
+    case = Case((9, 0, 40), (12, 3, 70), dtype, 4, 2, causal=True, **shape)
+    x = make_inputs(case)
+    expected = op_fwd(case, x)
+    for order in ((0, 1, 2), (1, 0, 2), (0, 2, 1)):
+        out = torch.full_like(expected[0].permute(order), torch.nan).contiguous()
+        out = out.permute([order.index(i) for i in range(3)])
+        assert_same_results((out, *op_fwd_into(case, x, out)), expected, f"{order}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -45,6 +45,16 @@ def paged() -> dict:
     return {**varlen(), **tensors}
 
 
+def into() -> dict:
+    """fwd.out for the inputs of dense."""
+    return {**dense(), "out": rows(2, 5, 4, 6)}
+
+
+def varlen_into() -> dict:
+    """fwd.out for the inputs of varlen."""
+    return {**varlen(), "out": rows(6, 4, 6)}
+
+
 def backward() -> dict:
     """bwd.out for the inputs of dense."""
     grads = {"dq": rows(2, 5, 4, 8), "dk": rows(2, 7, 2, 8), "dv": rows(2, 7, 2, 6)}
@@ -70,6 +80,8 @@ CALLS = {
     "dense": (dense, "fwd", "flash_attn_func: "),
     "varlen": (varlen, "fwd", "flash_attn_varlen_func: "),
     "paged": (paged, "fwd", "flash_attn_varlen_func: "),
+    "into": (into, "fwd.out", "flash_attn_func: "),
+    "varlen_into": (varlen_into, "fwd.out", "flash_attn_varlen_func: "),
     "backward": (backward, "bwd.out", "flash_attn backward: "),
     "varlen_backward": (varlen_backward, "bwd.out", "flash_attn varlen backward: "),
     "probs": (probs, "attn_probs", "flash_attn attn_probs: "),
@@ -184,6 +196,11 @@ SHAPES = [
     ("paged", {"v": rows(5, 3, 2, 6)}, [("v", "page_size=2", "(5, 3, 2, 6)")]),
     ("paged", {"v": rows(4, 2, 2, 6)}, [("v", "num_pages=5", "(4, 2, 2, 6)")]),
     ("paged", {"k": rows(5, 0, 2, 8), "v": rows(5, 0, 2, 6)}, [("k", "page_size of at least 1", "0")]),
+    ("into", {"out": rows(2, 5, 4, 8)}, [("out", "head_dim_v=6", "(2, 5, 4, 8)")]),
+    ("into", {"out": rows(2, 5, 4, 6, dtype=torch.float16)}, [("out", "float32", "float16")]),
+    ("into", {"out": rows(2, 5, 1, 6).expand(2, 5, 4, 6)}, [("out", "share memory", "expanded")]),
+    ("into", {"float_results": True, "out": rows(2, 5, 4, 6, dtype=torch.float64)}, [("out", "float32", "float64")]),
+    ("varlen_into", {"out": rows(5, 4, 6)}, [("out", "total_q=6", "(5, 4, 6)")]),
     *[("backward", {name: rows(2, 5, 4, 7)}, [(name, "head_dim_v=6", "(2, 5, 4, 7)")]) for name in ("dout", "out")],
     ("backward", {"dout": rows(2, 5, 4, 6, dtype=torch.float64)}, [("dout", "float32", "float64")]),
     ("backward", {"softmax_lse": rows(2, 5, 4)},

@@ -88,8 +88,18 @@ def op_fwd(case: Case, x: Inputs) -> Tensors:
 
 def op_results(case: Case, x: Inputs) -> Tensors:
     """(out, softmax_lse, max_logits) from the op."""
+    return torch.ops.flash_attn.fwd(x.q, x.k, x.v, **op_options(case, x))
+
+
+def op_fwd_into(case: Case, x: Inputs, out: torch.Tensor) -> Tensors:
+    """(softmax_lse,) from the op that writes out."""
+    return torch.ops.flash_attn.fwd.out(x.q, x.k, x.v, **op_options(case, x), out=out)[:1]
+
+
+def op_options(case: Case, x: Inputs) -> dict:
+    """The arguments of the forward op after q, k and v."""
     options = {"block_table": x.block_table, "return_max_logits": case.max_logits}
-    return torch.ops.flash_attn.fwd(x.q, x.k, x.v, **lengths_of(case, x), **options, **scores_of(case, x))
+    return {**lengths_of(case, x), **options, **scores_of(case, x)}
 
 
 def op_bwd(

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn
-from bad_calls import backward, dense, paged, probs, varlen, varlen_backward
+from bad_calls import backward, dense, into, paged, probs, varlen, varlen_backward, varlen_into
 from cases import Case
 from check import lengths_of, result_dtype, scores_of
 from compare import assert_bitwise
@@ -44,6 +44,7 @@ def test_opcheck(name):
     case, x, arguments = fwd_arguments(name)
     torch.library.opcheck(torch.ops.flash_attn.fwd.default, (), arguments)
     out, lse, _ = torch.ops.flash_attn.fwd(**arguments)
+    torch.library.opcheck(torch.ops.flash_attn.fwd.out, (), {**arguments, "out": torch.zeros_like(out)})
     of_probs = {key: value for key, value in arguments.items() if key != "v"}
     torch.library.opcheck(torch.ops.flash_attn.attn_probs.default, (), {**of_probs, "softmax_lse": lse})
     if not case.page_size:
@@ -62,6 +63,7 @@ def functional(make):
 
 ALL_OPS = {
     "fwd": (dense, varlen, paged),
+    "fwd.out": (into, varlen_into),
     "bwd": (functional(backward), functional(varlen_backward)),
     "bwd.out": (backward, varlen_backward),
     "attn_probs": (probs,),
@@ -291,6 +293,15 @@ def test_backward_through_attn_probs_raises():
         result.sum().backward()
 
 
+def test_backward_through_what_fwd_out_wrote_raises():
+    call = into()
+    call["q"] = call["q"].requires_grad_()
+    for result in (*torch.ops.flash_attn.fwd.out(**call), call["out"]):
+        assert result.requires_grad
+        with pytest.raises(RuntimeError, match="flash_attn::fwd: the op alone has no backward"):
+            result.sum().backward()
+
+
 def test_backward_through_pages_raises():
     """Paged keys get no gradients from the op; the public function gathers the pages first."""
     call = paged()
@@ -301,12 +312,13 @@ def test_backward_through_pages_raises():
             result.sum().backward()
 
 
-def test_writing_gradients_counts_as_a_write():
-    """Autograd detects that bwd has overwritten a saved tensor."""
-    call = backward()
-    weight = torch.ones_like(call["dq"]).requires_grad_()
-    product = weight * call["dq"]
-    torch.ops.flash_attn.bwd.out(**call)
+@pytest.mark.parametrize(("make", "op", "name"), [(into, "fwd", "out"), (backward, "bwd", "dq")])
+def test_writing_results_counts_as_a_write(make, op, name):
+    """Autograd detects that an op has overwritten a saved tensor."""
+    call = make()
+    weight = torch.ones_like(call[name]).requires_grad_()
+    product = weight * call[name]
+    getattr(torch.ops.flash_attn, op).out(**call)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 
