@@ -22,17 +22,17 @@ from flash_attn._checks import as_float, describe, reject
 from flash_attn._library import draw_rng_state
 
 # How the ranks of a dimension of the mesh share the work.
-_WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
+CUTS = WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
 
 
-class _Dims(NamedTuple):
+class Dims(NamedTuple):
     """The dimensions of a tensor that heads and the batch have; None: none."""
 
     heads: int | None = None
     batch: int | None = None
 
     def of(self, cut: str) -> int | None:
-        return {_WHOLE: None, _HEADS: self.heads, _BATCH: self.batch}[cut]
+        return {WHOLE: None, _HEADS: self.heads, _BATCH: self.batch}[cut]
 
 
 class _Plan(NamedTuple):
@@ -63,11 +63,11 @@ class _Plan(NamedTuple):
                 rank = rank * self.mesh.size(i) + self.mesh.get_local_rank(i)
         return rank
 
-    def _placements(self, dims: _Dims) -> list[Placement]:
+    def _placements(self, dims: Dims) -> list[Placement]:
         cut_dims = [dims.of(cut) for cut in self.cuts]
         return [Replicate() if dim is None else Shard(dim) for dim in cut_dims]
 
-    def local(self, x: Any, dims: _Dims) -> Any:
+    def local(self, x: Any, dims: Dims) -> Any:
         """This rank's part of a tensor; plain tensors are the same on all ranks. Anything else is returned as is."""
         if not isinstance(x, Tensor):
             return x
@@ -76,14 +76,14 @@ class _Plan(NamedTuple):
         placements = self._placements(dims)
         # The gradient of what ranks share is the sum of theirs, unless they compute the same.
         grads = [
-            Partial() if cut != _WHOLE and dims.of(cut) is None else placement
+            Partial() if cut != WHOLE and dims.of(cut) is None else placement
             for cut, placement in zip(self.cuts, placements, strict=True)
         ]
         if placements != [*x.placements] or grads != placements:
             x = x.redistribute(self.mesh, placements)
         return x.to_local(grad_placements=grads)
 
-    def whole(self, x: Tensor, dims: _Dims) -> DTensor:
+    def whole(self, x: Tensor, dims: Dims) -> DTensor:
         """The DTensor of the local parts of a contiguous result."""
         shape = list(x.shape)
         if dims.heads is not None:
@@ -101,28 +101,33 @@ def replicate(x: Tensor, like: Any) -> DTensor:
     return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _cut_of(inputs: Sequence[DTensor], mesh_dim: int, dims: Sequence[_Dims]) -> str:
+def _cut_of(inputs: Sequence[Any], mesh_dim: int, dims: Sequence[Dims]) -> str:
     """What a dimension of the mesh cuts: of the first input that is cut in a way that attention can use."""
     for x, of_x in zip(inputs, dims, strict=True):
         for cut in (_HEADS, _BATCH):
             dim = of_x.of(cut)
             if dim is not None and x.placements[mesh_dim].is_shard(dim):
                 return cut
-    return _WHOLE
+    return WHOLE
 
 
-def _plan(inputs: Sequence[DTensor], dims: Sequence[_Dims]) -> _Plan:
+def plan_of(inputs: Sequence[Any], dims: Sequence[Dims], shares_key_heads: bool = True) -> _Plan:
+    """How to compute attention of DTensors, or of their specs: by what is cut already.
+
+    Heads are cut where each rank has as many query heads as any other and the key heads of these or, if
+    shares_key_heads is set, one key head, which other ranks use as well.
+    """
     mesh = inputs[0].device_mesh
     cuts = [_cut_of(inputs, i, dims) for i in range(mesh.ndim)]
     num_heads, num_heads_k = inputs[0].shape[-2], inputs[-1].shape[-2]
     plan = _Plan(mesh, tuple(cuts), num_heads, num_heads_k, inputs[0].shape[0])
     num_ranks = plan.num_head_ranks
-    if num_heads % num_ranks == 0 and (num_heads_k % num_ranks == 0 or plan.shares_key_heads):
+    if num_heads % num_ranks == 0 and (num_heads_k % num_ranks == 0 or (shares_key_heads and plan.shares_key_heads)):
         return plan
-    return plan._replace(cuts=tuple(_WHOLE if cut == _HEADS else cut for cut in cuts))
+    return plan._replace(cuts=tuple(WHOLE if cut == _HEADS else cut for cut in cuts))
 
 
-def _local_inputs(plan: _Plan, inputs: Sequence[DTensor], dims: Sequence[_Dims]) -> tuple[Tensor, ...]:
+def _local_inputs(plan: _Plan, inputs: Sequence[DTensor], dims: Sequence[Dims]) -> tuple[Tensor, ...]:
     if not plan.shares_key_heads:
         return tuple(plan.local(x, of_x) for x, of_x in zip(inputs, dims, strict=True))
     head = plan.head_rank * plan.num_heads_k // plan.num_head_ranks
@@ -156,30 +161,36 @@ def _check(function: str, names: Sequence[str], inputs: Sequence[Any], row_dim: 
         expected = "a DTensor, as the others are (distribute_tensor makes one)"
         got = dict(zip(names, inputs, strict=True))
         reject(TypeError, function, [f"{name}: expected {expected}, got {describe(got[name])}" for name in plain])
-    reasons = []
-    for name, x in zip(names, inputs, strict=True):
-        if x.device_mesh != inputs[0].device_mesh:
-            reasons.append(f"{name}: expected the mesh of {names[0]}, got {x.device_mesh}")
-        if x.dim() < 3:
-            reasons.append(f"{name}: expected at least 3 dimensions, got shape {tuple(x.shape)}")
-        if any(placement.is_shard(row_dim) for placement in x.placements):
-            expected = "heads or the batch to be cut, not the sequence, which flash_attn.context_parallel is for"
-            reasons.append(f"{name}: expected {expected}, got placements {x.placements}")
+    reasons = reasons_against_cuts(names, inputs, row_dim)
     if reasons:
         reject(ValueError, function, reasons)
 
 
-def _dims_of_options(options: dict[str, Any], is_packed: bool) -> dict[str, _Dims]:
+def reasons_against_cuts(names: Sequence[str], inputs: Sequence[Any], row_dim: int) -> list[str]:
+    """Why attention cannot be computed of DTensors, or of their specs, whose sequences are in a dimension."""
+    reasons = []
+    for name, x in zip(names, inputs, strict=True):
+        if x.device_mesh != inputs[0].device_mesh:
+            reasons.append(f"{name}: expected the mesh of {names[0]}, got {x.device_mesh}")
+        if x.ndim < 3:
+            reasons.append(f"{name}: expected at least 3 dimensions, got shape {tuple(x.shape)}")
+        if any(placement.is_shard(row_dim) for placement in x.placements):
+            expected = "heads or the batch to be cut, not the sequence, which flash_attn.context_parallel is for"
+            reasons.append(f"{name}: expected {expected}, got placements {x.placements}")
+    return reasons
+
+
+def _dims_of_options(options: dict[str, Any], is_packed: bool) -> dict[str, Dims]:
     """The dimensions of the tensors among the options of a call."""
-    dims = {"s_aux": _Dims(heads=0)}
+    dims = {"s_aux": Dims(heads=0)}
     slopes, ranges = options["alibi_slopes"], options["key_ranges"]
     if isinstance(slopes, Tensor):
-        dims["alibi_slopes"] = _Dims(slopes.dim() - 1, 0 if slopes.dim() == 2 else None)
+        dims["alibi_slopes"] = Dims(slopes.dim() - 1, 0 if slopes.dim() == 2 else None)
     if isinstance(ranges, Tensor):
-        dims["key_ranges"] = _Dims(batch=None if is_packed or ranges.shape[0] == 1 else 0)
+        dims["key_ranges"] = Dims(batch=None if is_packed or ranges.shape[0] == 1 else 0)
     for name in ("q_start", "k_start"):
         if isinstance(options[name], Tensor):
-            dims[name] = _Dims(batch=None if is_packed or options[name].dim() == 0 else 0)
+            dims[name] = Dims(batch=None if is_packed or options[name].dim() == 0 else 0)
     return dims
 
 
@@ -201,21 +212,21 @@ def attend(
     """
     is_packed = sequences is not None
     _check(function, layout.split(", "), inputs, 0 if is_packed else 1)
-    dims = [_Dims(x.dim() - 2, None if is_packed else 0) for x in inputs]
-    plan = _plan(inputs, dims)
+    dims = [Dims(x.dim() - 2, None if is_packed else 0) for x in inputs]
+    plan = plan_of(inputs, dims)
     local = _local_inputs(plan, inputs, dims)
     if is_packed:
-        sequences = type(sequences)(*(plan.local(x, _Dims()) for x in sequences))
+        sequences = type(sequences)(*(plan.local(x, Dims()) for x in sequences))
     of_options = _dims_of_options(options, is_packed)
     options = options | {name: plan.local(options[name], of_option) for name, of_option in of_options.items()}
     of_mask = _dropout_mask(function, plan, local[0], options["dropout_p"])
     results = run(function, layout, local, sequences, options, of_mask)
     of_results = [dims[0]._replace(heads=1 if is_packed else 2)]
     if options["return_attn_probs"]:
-        of_probs = _Dims(1, None if is_packed else 0) if of_mask else _Dims()
-        of_results += [_Dims(0) if is_packed else _Dims(1, 0), of_probs]
+        of_probs = Dims(1, None if is_packed else 0) if of_mask else Dims()
+        of_results += [Dims(0) if is_packed else Dims(1, 0), of_probs]
     if options["return_max_logits"]:
-        of_results.append(_Dims(1, None if is_packed else 0))
+        of_results.append(Dims(1, None if is_packed else 0))
     if not isinstance(results, tuple):
         return plan.whole(results, of_results[0])
     return tuple(plan.whole(x, of_x) for x, of_x in zip(results, of_results, strict=True))

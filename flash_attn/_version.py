@@ -1,6 +1,6 @@
 """The version: the flash_attn version whose API this package follows, then its own release. Read by the build, too."""
 
-__version__ = "2.8.3+0.12.0"
+__version__ = "2.8.3+0.13.0"
 
 
 def extension_name(torch_version: str) -> str:

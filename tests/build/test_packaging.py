@@ -33,7 +33,7 @@ def python(code, *, path=(), cwd=None, **environment):
 
 
 def test_version():
-    assert flash_attn.__version__ == importlib.metadata.version("flash-attn") == "2.8.3+0.12.0"
+    assert flash_attn.__version__ == importlib.metadata.version("flash-attn") == "2.8.3+0.13.0"
     assert str(Version(flash_attn.__version__)) == flash_attn.__version__, "in normal form"
 
 

@@ -1,0 +1,225 @@
+"""torch.ops.flash_attn.fwd and bwd on DTensors, once flash_attn.integrations.dtensor has registered their sharding."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from distributed_world import group_of
+from flash_attn.integrations import dtensor
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+BATCH, SEQLEN, SEQLEN_K, HEAD_DIM = 4, 7, 9, 8
+LENGTHS = {
+    "cu_seqlens_q": torch.tensor([0, 3, 3, 7], dtype=torch.int32),
+    "cu_seqlens_k": torch.tensor([0, 2, 5, 9], dtype=torch.int32),
+    "max_seqlen_q": 4,
+    "max_seqlen_k": 4,
+}
+CAUSAL = {"causal": True}
+# How heads and the batch are cut in tensors like q, and in keyword tensors.
+ROW_HEADS, ROW_BATCH, HEADS, WHOLE = Shard(-2), Shard(0), Shard(0), Replicate()
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def ranges(batch):
+    return torch.randint(0, SEQLEN_K + 1, (batch, SEQLEN, 2), dtype=torch.int32).sort(-1).values
+
+
+# Numbers of heads and of key heads, the batch (None: packed), and the keyword arguments. Each tensor among these comes
+# with its dimensions of heads and of the batch.
+CALLS = {
+    "plain": (4, 4, BATCH, dict),
+    "grouped": (4, 2, BATCH, lambda: CAUSAL | {"return_max_logits": True}),
+    "odd heads": (3, 3, BATCH, lambda: CAUSAL),
+    "one key head": (4, 1, BATCH, lambda: CAUSAL),
+    "uneven batch": (4, 2, 3, lambda: {"window_size_left": 2}),
+    "less than a sequence each": (4, 2, 1, dict),
+    "alibi of heads": (4, 2, BATCH, lambda: CAUSAL | {"alibi_slopes": (torch.rand(4), 0, None)}),
+    "alibi of sequences": (4, 2, BATCH, lambda: {"alibi_slopes": (torch.rand(BATCH, 4), 1, 0)}),
+    "sinks": (4, 2, BATCH, lambda: CAUSAL | {"s_aux": (torch.randn(4).double(), 0, None)}),
+    "ranges": (4, 4, BATCH, lambda: {"key_ranges": (ranges(BATCH), None, 0), "return_max_logits": True}),
+    "shared ranges": (4, 4, BATCH, lambda: {"key_ranges": (ranges(1), None, None)}),
+    "starts": (4, 4, BATCH, lambda: CAUSAL | {"q_starts": (ints(0, 1, 2, 3), None, 0), "k_start": 1}),
+    "lengths": (
+        *(4, 4, BATCH),
+        lambda: {"seqused_k": (ints(3, 9, 0, 4), None, 0), "leftpad_k": (ints(1, 0, 0, 2), None, 0)},
+    ),
+    "varlen": (4, 2, None, lambda: CAUSAL | {"alibi_slopes": (torch.rand(3, 4), 1, None), "return_max_logits": True}),
+}  # fmt: skip
+
+
+def prepare(name):
+    """q, k and v; the options; of each tensor among these, the dimensions of heads and of the batch."""
+    torch.manual_seed(1)
+    num_heads, num_heads_k, batch, make_options = CALLS[name]
+    shapes = [(SEQLEN, num_heads, HEAD_DIM), *[(SEQLEN_K, num_heads_k, HEAD_DIM)] * 2]
+    if batch is not None:
+        shapes = [(batch, *shape) for shape in shapes]
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    options = make_options() | (
+        {name: x if type(x) is int else (x, None, None) for name, x in LENGTHS.items()} if batch is None else {}
+    )
+    dims = {name: x[1:] for name, x in options.items() if isinstance(x, tuple)}
+    return inputs, {name: x[0] if isinstance(x, tuple) else x for name, x in options.items()}, dims
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def values_and_gradients(inputs, options):
+    """out, softmax_lse, max_logits and the gradients of q, k, v and s_aux, of a sum that all of them are in."""
+    out, lse, max_logits = torch.ops.flash_attn.fwd(*inputs, **options)
+    generator = torch.Generator().manual_seed(2)
+    loss = 0
+    for x in (out, lse):
+        visible = torch.where(whole(x).isinf(), 0, whole(x))
+        loss = loss + (visible * torch.rand(x.shape, generator=generator, dtype=x.dtype)).sum()
+    sources = [*inputs, *(x for name, x in options.items() if name == "s_aux")]
+    return [whole(x) for x in (out, lse, max_logits, *torch.autograd.grad(loss, sources))]
+
+
+def assert_near(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def distributed(x, mesh, placements):
+    placements = [Shard(p.dim % x.ndim) if isinstance(p, Shard) else p for p in placements]
+    return distribute_tensor(x.detach(), mesh, placements).requires_grad_(x.requires_grad)
+
+
+def cut(x, mesh, cuts, dims=None):
+    """A tensor cut by heads, by the batch or not at all in each dimension of the mesh; dims: where it has these."""
+    heads, batch = (x.ndim - 2, 0) if dims is None else dims
+    where = [{"heads": heads, "batch": batch, "nothing": None}[what] for what in cuts]
+    return distributed(x, mesh, [Replicate() if dim is None else Shard(dim) for dim in where])
+
+
+def mesh_of(cuts):
+    return DeviceMesh.from_group(group_of(2), "cpu") if len(cuts) == 1 else init_device_mesh("cpu", (2, 2))
+
+
+def check_call(name, cuts, kept):
+    dtensor.register()
+    mesh, (inputs, options, dims) = mesh_of(cuts), prepare(name)
+    if "s_aux" in options:
+        options["s_aux"].requires_grad_()
+    expected = values_and_gradients(inputs, options)
+    sharded = [cut(x, mesh, cuts) for x in inputs]
+    of_tensors = {key: cut(x, mesh, kept, dims[key]) for key, x in options.items() if key in dims}
+    assert_near(values_and_gradients(sharded, options | of_tensors), expected)
+    out, lse, _ = torch.ops.flash_attn.fwd(*sharded, **options | of_tensors)
+    assert out.placements == cut(out.full_tensor(), mesh, kept).placements
+    assert lse.placements == cut(lse.full_tensor(), mesh, kept, (lse.ndim - 2, 0)).placements
+
+
+ROWS = [
+    *((name, (what,), (what,)) for name in CALLS for what in ("nothing", "heads", "batch")),
+    *((name, ("batch", "heads"), ("batch", "heads")) for name in ("grouped", "sinks", "alibi of sequences", "ranges")),
+    *((name, ("heads", "nothing"), ("heads", "nothing")) for name in ("plain", "alibi of heads", "varlen")),
+    ("plain", ("heads", "heads"), ("heads", "heads")),
+]
+# What has to be put together first.
+KEPT = {
+    ("odd heads", "heads"): "nothing",
+    ("one key head", "heads"): "nothing",
+    ("less than a sequence each", "batch"): "nothing",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "kept"),
+    [
+        (name, cuts, (KEPT.get((name, cuts[0]), kept[0]), *kept[1:]))
+        for name, cuts, kept in ROWS
+        if not (name == "varlen" and "batch" in cuts)
+    ],
+)
+def test_values_and_gradients_are_those_of_one_device(world, name, cuts, kept):
+    """Results are cut as the inputs are, unless ranks would have different numbers of heads."""
+    world.run(check_call, name, cuts, kept, ranks=2 ** len(cuts))
+
+
+def check_mixed(cuts, kept):
+    dtensor.register()
+    mesh, (inputs, options, _) = mesh_of(("one",)), prepare("grouped")
+    sharded = [cut(x, mesh, (what,)) for x, what in zip(inputs, cuts, strict=True)]
+    assert_near(values_and_gradients(sharded, options), values_and_gradients(inputs, options))
+    out = torch.ops.flash_attn.fwd(*sharded, **options)[0]
+    assert out.placements == cut(out.full_tensor(), mesh, (kept,)).placements
+
+
+@pytest.mark.parametrize(
+    ("cuts", "kept"),
+    [
+        (("heads", "nothing", "nothing"), "heads"),
+        (("batch", "heads", "nothing"), "batch"),
+        (("nothing", "nothing", "heads"), "heads"),
+    ],
+)
+def test_inputs_that_are_cut_differently(world, cuts, kept):
+    world.run(check_mixed, cuts, kept, ranks=2)
+
+
+def check_errors():
+    dtensor.register()
+    mesh, (inputs, _, _) = mesh_of(("one",)), prepare("plain")
+    fwd = torch.ops.flash_attn.fwd
+    rows = [distributed(x, mesh, [Shard(1)]) for x in inputs]
+    heads, whole_inputs = ([cut(x, mesh, (what,)) for x in inputs] for what in ("heads", "nothing"))
+    message = (
+        r"fwd: 3 problems(.|\n)*k: expected heads or the batch to be cut, not the sequence, which flash_attn\.context"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        fwd(*rows)
+    slopes = torch.rand(4)
+    # First calls that are right: a decision is not kept for others with the same q, k and v.
+    fwd(*heads, alibi_slopes=distributed(slopes, mesh, [Shard(0)]))
+    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected placements \(Shard\(dim=0\),\), which q, k and v"):
+        fwd(*heads, alibi_slopes=distributed(slopes, mesh, [Replicate()]))
+    fwd(*whole_inputs, alibi_slopes=distributed(slopes, mesh, [Replicate()]))
+    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected placements \(Replicate\(\),\), which q, k and v"):
+        fwd(*whole_inputs, alibi_slopes=distributed(slopes, mesh, [Shard(0)]))
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        fwd(*heads, alibi_slopes=slopes)
+    state = distributed(torch.tensor([3, 4]), mesh, [Replicate()])
+    fwd(*heads, dropout_p=0.0, rng_state=state)
+    with pytest.raises(RuntimeError, match=r"dropout_p: expected 0 for tensors that are cut, unless flash_attn_func"):
+        fwd(*heads, dropout_p=0.5, rng_state=state)
+    expected = fwd(*inputs, dropout_p=0.5, rng_state=torch.tensor([3, 4]))[0]
+    assert_near([fwd(*whole_inputs, dropout_p=0.5, rng_state=state)[0].full_tensor()], [expected])
+    with pytest.raises(RuntimeError, match=r"softcap: expected .*, got nan"):
+        fwd(*heads, softcap=float("nan"))
+    out, lse, _ = fwd(*heads)
+    with pytest.raises(RuntimeError, match=r"bwd: s_aux: expected placements \(Shard\(dim=0\),\), which q, k and v"):
+        torch.ops.flash_attn.bwd(out, *heads, out, lse, s_aux=distributed(slopes, mesh, [Replicate()]))
+
+
+def test_errors(world):
+    world.run(check_errors, ranks=2)
+
+
+def check_compiled():
+    dtensor.register()
+    mesh, (inputs, options, _) = mesh_of(("one",)), prepare("grouped")
+
+    def doubled(*inputs):
+        # Local: torch 2.13 at times confuses the meshes of arguments and results, of its own ops as well.
+        return torch.ops.flash_attn.fwd(*inputs, **options)[0].to_local() * 2
+
+    torch.compiler.reset()
+    sharded = [cut(x, mesh, ("heads",)) for x in inputs]
+    out = torch.compile(doubled, backend="aot_eager", fullgraph=True)(*sharded)
+    found = [DTensor.from_local(out, mesh, [Shard(2)]), *torch.autograd.grad(out.sum(), sharded)]
+    plain = torch.ops.flash_attn.fwd(*inputs, **options)[0] * 2
+    assert_near([x.full_tensor() for x in found], [plain, *torch.autograd.grad(plain.sum(), inputs)])
+
+
+def test_compile(world):
+    world.run(check_compiled, ranks=2)
