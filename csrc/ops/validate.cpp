@@ -2,6 +2,7 @@
 // guard; limits are checked only for known sizes.
 #include <ATen/MemoryOverlap.h>
 #include "ops/checks.h"
+#include "ops/memory_overlap.h"
 #include "ops/prepare.h"
 #include "policy/dropout.h"
 
@@ -56,9 +57,9 @@ private:
         const char* name;
         const Tensor& tensor;
     };
-    using NamedTensors = c10::SmallVector<Named, 8>;
+    using NamedTensors = c10::SmallVector<Named, 10>;
     NamedTensors inputs() const { return {{"q", args_.q}, {"k", args_.k}, {"v", *args_.v}}; }
-    // A tensor that is written, as far as can be told, shares memory neither with others nor among its elements.
+    // A tensor that is written shares memory neither with others nor among its elements.
     void check_memory(const char* name, const Tensor& written, const NamedTensors& others);
     // Expected dimensions of a tensor shaped like q (is_q) or k, with the head_dim of v (is_v) or of q.
     c10::SmallVector<Dim, 4> dims_like(bool is_q, bool is_v) const;
@@ -258,15 +259,13 @@ c10::SmallVector<Dim, 4> Validator::dims_like(bool is_q, bool is_v) const {
 }
 
 void Validator::check_memory(const char* name, const Tensor& written, const NamedTensors& others) {
-    if (at::has_internal_overlap(written) == at::MemOverlap::Yes) {
-        reasons_.add(name, "elements that do not share memory", "an expanded tensor");
-    }
-    if (written.is_meta()) return;  // without memory, and its sizes may be symbolic
+    const char* const apart = "elements that do not share memory";
+    if (at::has_internal_overlap(written) == at::MemOverlap::Yes) reasons_.add(name, apart, "an expanded tensor");
+    if (written.is_meta() || !reasons_.empty()) return;  // without memory; sizes may be symbolic, or shapes wrong
+    if (overlaps_itself(written)) reasons_.add(name, apart, c10::str("a view with strides ", written.strides()));
     for (const Named& other : others) {
-        const at::MemOverlapStatus status = at::get_overlap_status(written, other.tensor);
-        if (status == at::MemOverlapStatus::Full || status == at::MemOverlapStatus::Partial) {
-            reasons_.add(name, c10::str("memory apart from ", other.name), "a tensor that shares some with it");
-        }
+        if (!share_memory(written, other.tensor)) continue;
+        reasons_.add(name, c10::str("memory apart from ", other.name), "a tensor that shares some with it");
     }
 }
 
@@ -277,14 +276,15 @@ void Validator::check_backward(const BwdArgs& args) {
     check_tensor("dq", args.dq, result_type(args_), dims_like(true, false));
     check_tensor("dk", args.dk, result_type(args_), dims_like(false, false));
     check_tensor("dv", args.dv, result_type(args_), dims_like(false, true));
+    check_lse("softmax_lse", args.softmax_lse);
+    if (args.dlse) check_lse("dlse", *args.dlse);
     NamedTensors others = inputs();
-    others.append({{"dout", args.dout}, {"out", args.out}});
+    others.append({{"dout", args.dout}, {"out", args.out}, {"softmax_lse", args.softmax_lse}});
+    if (args.dlse) others.push_back({"dlse", *args.dlse});
     for (const Named& written : {Named{"dq", args.dq}, Named{"dk", args.dk}, Named{"dv", args.dv}}) {
         check_memory(written.name, written.tensor, others);
         others.push_back(written);
     }
-    check_lse("softmax_lse", args.softmax_lse);
-    if (args.dlse) check_lse("dlse", *args.dlse);
     if (args_.block_table) reasons_.add("block_table", "None, for pages of keys get no gradients", "a tensor");
 }
 

@@ -45,7 +45,7 @@ def _top_left(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
 
 
 def _bwd_into(gradients: Iterable[Tensor], *tensors: Tensor, **options: Any) -> None:
-    """The gradients of q, k and v."""
+    """Write the gradients of q, k and v."""
     dq, dk, dv = gradients
     _bwd_out(*tensors, **options, dq=dq, dk=dk, dv=dv)
 

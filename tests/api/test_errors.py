@@ -1,5 +1,7 @@
 """Invalid calls: one error with function, argument, expected and received value, before any computation."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -183,14 +185,43 @@ def square(make) -> dict:
 def test_results_in_the_memory_of_others(make, op, name, other):
     """Kernels read what they have not written yet. Slices of one tensor are apart."""
     call, function = square(make), getattr(torch.ops.flash_attn, op).out
-    for shared in (call[other], call[other].view(-1).view_as(call[other])):
-        with pytest.raises(ValueError, match=f"{name}: expected memory apart from {other}, got a tensor that shares"):
-            function(**{**call, name: shared})
-    both = torch.ones(3, 4, 4, 8)
-    with pytest.raises(ValueError, match=f"{name}: expected memory apart from {other}, got a tensor that shares"):
-        function(**{**call, name: both[:2], other: both[1:]})
-    both = torch.ones(2, 4, 2, 4, 8)
-    function(**{**call, name: both[:, :, 0], other: both[:, :, 1]})
+    message = f"{name}: expected memory apart from {other}, got a tensor that shares"
+    packed, longer, halves = torch.ones(2, 4, 3, 4, 8), torch.ones(2, 5, 4, 8), torch.ones(2, 2, 4, 4, 8)
+    for one, two in (
+        (call[other], call[other]),
+        (call[other].view(-1).view_as(call[other]), call[other]),
+        (packed[:, :, 1], packed[:, :, 1]),
+        (longer[:, 1:], longer[:, :4]),
+        (halves[:, 0], halves[:, 0].transpose(1, 2)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(**{**call, name: one, other: two})
+    for one, two in (
+        *itertools.permutations(packed.unbind(2), 2),
+        torch.ones(2, 4, 4, 2, 8).unbind(3),
+        torch.ones(2, 4, 4, 8, 2).unbind(4),
+        torch.ones(2, 4, 8, 8).split(4, 2),
+        torch.ones(2, 8, 4, 8).split(4, 1),
+        (halves[:, 0], halves[:, 1].transpose(1, 2)),
+    ):
+        function(**{**call, name: one, other: two})
+
+
+@pytest.mark.parametrize(
+    "strides", [(0, 64, 8, 1), (128, 32, 4, 1), (128, 32, 8, 0), (8, 8, 8, 8), (96, 32, 8, 1), (1, 8, 64, 65)]
+)
+def test_results_whose_elements_share_memory(strides):
+    out = torch.ones(1000).as_strided((2, 4, 4, 8), strides)
+    with pytest.raises(ValueError, match=r"out: expected elements that do not share memory, got (an expanded|a view)"):
+        torch.ops.flash_attn.fwd.out(**square(into) | {"out": out})
+
+
+@pytest.mark.parametrize("strides", [(1, 2, 8, 32), (256, 8, 64, 1), (8, 64, 16, 1), (129, 32, 8, 1)])
+def test_results_in_unusual_order(strides):
+    call = square(into)
+    call["out"] = torch.full((2000,), torch.nan).as_strided((2, 4, 4, 8), strides)
+    torch.ops.flash_attn.fwd.out(**call)
+    assert torch.equal(call["out"], torch.ones(2, 4, 4, 8))
 
 
 def test_autograd_rejects_before_drawing():
