@@ -22,7 +22,7 @@ from flash_attn._checks import as_float, describe, reject
 from flash_attn._library import draw_rng_state
 
 # How the ranks of a dimension of the mesh share the work.
-CUTS = WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
+WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
 
 
 class Dims(NamedTuple):

@@ -4,29 +4,29 @@
 
     flash_attn.integrations.dtensor.register()
 
-Each rank then computes the heads or the sequences of the batch that it has, as the functions of flash_attn do, which
-take DTensors without this.
+Each rank then computes the heads or the sequences of the batch that it has. The functions of flash_attn do so without
+this, also with dropout, with keyword tensors that are not cut yet, and with fewer key heads than ranks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
 
 from flash_attn._checks import describe, reject
 from flash_attn._library import build_info
-from flash_attn._sharding import CUTS, WHOLE, Dims, plan_of, reasons_against_cuts
+from flash_attn._sharding import WHOLE, Dims, plan_of, reasons_against_cuts
 
 _RESULTS = {"fwd": ("out", "softmax_lse", "max_logits"), "bwd": ("dq", "dk", "dv", "dsoftmax_sum")}
 _LIKE_Q = ("q", "k", "v", "dout", "out", "dq", "dk", "dv")
 _OF_SEQUENCES = ("seqused_k", "leftpad_k", "q_starts", "k_starts")
 
-# The arguments of a call by name. Tensors are specs, with shape, ndim and placements.
+# The arguments of a call by name. Tensors are DTensorSpecs.
 _Call = dict[str, Any]
 
 
@@ -40,7 +40,7 @@ def _keywords_of(name: str) -> list[str]:
 
 
 def _dims_of(call: _Call) -> dict[str, Dims]:
-    """The dimensions of heads and of the batch, of arguments and results; none of those that are not named here."""
+    """The dimensions of heads and of the batch, of arguments and results. What is not in the dict has neither."""
     is_packed = call.get("cu_seqlens_q") is not None
     batch = None if is_packed else 0
     dims = {name: Dims((call[name] if name in "qkv" else call["q"]).ndim - 2, batch) for name in _LIKE_Q}
@@ -56,17 +56,17 @@ def _dims_of(call: _Call) -> dict[str, Dims]:
     return dims
 
 
-def _placement(dims: Dims, cut: str) -> Placement:
-    dim = dims.of(cut)
-    return Replicate() if dim is None else Shard(dim)
+def _placements(dims: Dims, cuts: tuple[str, ...]) -> tuple[Placement, ...]:
+    cut_dims = [dims.of(cut) for cut in cuts]
+    return tuple(Replicate() if dim is None else Shard(dim) for dim in cut_dims)
 
 
 def _cuts_of(name: str, call: _Call, dims: dict[str, Dims]) -> tuple[str, ...]:
     """What each dimension of the mesh cuts.
 
     Raises:
-        ValueError: the sequences are cut, or dropout is on and anything is cut, or a keyword argument is not cut as it
-            has to be. DTensor redistributes positional arguments only.
+        ValueError: the sequences are cut; or dropout is on and anything is cut; or a keyword argument is on another
+            mesh, or not cut as it has to be: DTensor redistributes positional arguments only.
     """
     qkv = [call[key] for key in "qkv"]
     is_packed = call.get("cu_seqlens_q") is not None
@@ -75,10 +75,14 @@ def _cuts_of(name: str, call: _Call, dims: dict[str, Dims]) -> tuple[str, ...]:
         reject(ValueError, function, reasons)
     cuts = plan_of(qkv, [dims[key] for key in "qkv"], shares_key_heads=False).cuts
     for key in _keywords_of(name):
-        found = getattr(call.get(key), "placements", None)
-        wanted = tuple(_placement(dims.get(key, Dims()), cut) for cut in cuts)
-        if found is not None and tuple(found) != wanted:
-            reasons.append(f"{key}: expected placements {wanted}, which q, k and v ask for, got {found}")
+        spec, wanted = call.get(key), _placements(dims.get(key, Dims()), cuts)
+        if not isinstance(spec, DTensorSpec):
+            continue
+        if spec.mesh != qkv[0].mesh:
+            reasons.append(f"{key}: expected the mesh of q, got {spec.mesh}")
+        elif spec.placements != wanted:
+            expected = f"placements {wanted}, as this call cuts heads and the batch"
+            reasons.append(f"{key}: expected {expected}, got {spec.placements}")
     dropout_p = call.get("dropout_p", 0.0)
     if dropout_p > 0 and set(cuts) != {WHOLE}:
         expected = "0 for tensors that are cut, unless flash_attn_func is called, which has the mask of one device"
@@ -88,48 +92,41 @@ def _cuts_of(name: str, call: _Call, dims: dict[str, Dims]) -> tuple[str, ...]:
     return cuts
 
 
-def _shardings(name: str, *args: Any, **kwargs: Any) -> list[tuple[list[Placement | None], list[Placement | None]]]:
-    """The placements of results and arguments on one dimension of the mesh, for every cut that is used.
+def _strategy(name: str, schema: OpSchema) -> OpStrategy:
+    """How an op runs on DTensors: the placements of its arguments, which DTensor sees to, and of its results."""
 
-    DTensor takes, over all dimensions of the mesh, what moves least. It skips what leaves a rank without a row: then
-    all ranks compute everything, if the keyword arguments allow that.
-    """
+    def as_spec(x: Any) -> Any:
+        return x.strategies[0].output_spec if isinstance(x, OpStrategy) else x
+
     names = [argument.name for argument in _schema_of(name).arguments]
-    call = dict(zip(names, args, strict=False)) | kwargs
+    call = {key: as_spec(x) for key, x in zip(names, schema.args_schema, strict=False)}
+    call |= {key: as_spec(x) for key, x in schema.kwargs_schema.items()}
     dims = _dims_of(call)
-    used = {*_cuts_of(name, call, dims)}
-    keywords = [key for key in kwargs if hasattr(call[key], "placements")]
-    if all(placement.is_replicate() for key in keywords for placement in call[key].placements):
-        used.add(WHOLE)
-
-    def placement(key: str, cut: str) -> Placement | None:
-        return _placement(dims.get(key, Dims()), cut) if hasattr(call[key], "placements") else None
-
-    shardings = []
-    for cut in (cut for cut in CUTS if cut in used):
-        results: list[Placement | None] = [_placement(dims.get(key, Dims()), cut) for key in _RESULTS[name]]
-        given = [placement(key, cut) for key in names[: len(args)]]
-        given += [placement(key, cut) for key in keywords]
-        shardings.append((results, given))
-    return shardings
+    cuts, mesh = _cuts_of(name, call, dims), call["q"].mesh
+    results = tuple(DTensorSpec(mesh, _placements(dims.get(key, Dims()), cuts)) for key in _RESULTS[name])
+    inputs = [
+        DTensorSpec(mesh, _placements(dims.get(key, Dims()), cuts), tensor_meta=spec.tensor_meta)
+        for key, spec in call.items()
+        if isinstance(spec, DTensorSpec)
+    ]
+    return OpStrategy([OpSpec(results, inputs, [[0.0] for _ in inputs])])
 
 
 def register() -> None:
     """Make the ops fwd and bwd accept DTensors; called twice, it changes nothing.
 
     Heads or the batch of q, k and v may be cut, on a mesh of any number of dimensions, or nothing. Where they are cut
-    differently, k and v follow q. Tensors among the keyword arguments are DTensors as well, cut like the heads and the
-    batch of q.
+    differently, k and v follow q; heads that cannot be cut evenly are put together first. Tensors among the keyword
+    arguments are DTensors as well, cut as heads and the batch then are.
 
     Raises:
         RuntimeError: the extension is not available.
     """
     build_info()
-    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    # register_sharding, above this, takes the dimensions of the mesh one by one and offers every combination of them.
+    # Of these DTensor takes what moves least, and it may be one that keyword arguments do not fit.
+    propagator = DTensor._op_dispatcher.sharding_propagator
     for name in _RESULTS:
-        overload = getattr(torch.ops.flash_attn, name).default
-        if overload in known:
-            continue
-        register_sharding(overload)(partial(_shardings, name))
-        # A decision is kept for calls alike in these arguments. By default, only integers count.
-        known[overload] = dataclasses.replace(known[overload], static_kwargkey=_keywords_of(name))
+        # A decision is kept for calls that are alike in their tensors and in these keywords.
+        alike = RuntimeSchemaInfo(static_kwargkey=_keywords_of(name))
+        propagator.register_op_strategy(getattr(torch.ops.flash_attn, name).default, partial(_strategy, name), alike)

@@ -35,14 +35,16 @@ def ranges(batch):
 CALLS = {
     "plain": (4, 4, BATCH, dict),
     "grouped": (4, 2, BATCH, lambda: CAUSAL | {"return_max_logits": True}),
-    "odd heads": (3, 3, BATCH, lambda: CAUSAL),
+    "odd heads": (3, 3, BATCH, lambda: CAUSAL | {"seqused_k": (ints(3, 9, 0, 4), None, 0)}),
+    "many heads": (24, 6, BATCH, lambda: CAUSAL),
     "one key head": (4, 1, BATCH, lambda: CAUSAL),
     "uneven batch": (4, 2, 3, lambda: {"window_size_left": 2}),
-    "less than a sequence each": (4, 2, 1, dict),
+    "one sequence": (4, 2, 1, lambda: {"alibi_slopes": (torch.rand(1, 4), 1, 0), "q_starts": (ints(3), None, 0)}),
     "alibi of heads": (4, 2, BATCH, lambda: CAUSAL | {"alibi_slopes": (torch.rand(4), 0, None)}),
     "alibi of sequences": (4, 2, BATCH, lambda: {"alibi_slopes": (torch.rand(BATCH, 4), 1, 0)}),
     "sinks": (4, 2, BATCH, lambda: CAUSAL | {"s_aux": (torch.randn(4).double(), 0, None)}),
     "ranges": (4, 4, BATCH, lambda: {"key_ranges": (ranges(BATCH), None, 0), "return_max_logits": True}),
+    "ranges of two": (4, 4, 2, lambda: {"key_ranges": (ranges(2), None, 0)}),
     "shared ranges": (4, 4, BATCH, lambda: {"key_ranges": (ranges(1), None, None)}),
     "starts": (4, 4, BATCH, lambda: CAUSAL | {"q_starts": (ints(0, 1, 2, 3), None, 0), "k_start": 1}),
     "lengths": (
@@ -105,13 +107,14 @@ def mesh_of(cuts):
     return DeviceMesh.from_group(group_of(2), "cpu") if len(cuts) == 1 else init_device_mesh("cpu", (2, 2))
 
 
-def check_call(name, cuts, kept):
+def check_call(name, of_q, of_keys, kept):
+    """q is cut in one way, k and v in another; keyword tensors, as the results are."""
     dtensor.register()
-    mesh, (inputs, options, dims) = mesh_of(cuts), prepare(name)
+    mesh, (inputs, options, dims) = mesh_of(of_q), prepare(name)
     if "s_aux" in options:
         options["s_aux"].requires_grad_()
     expected = values_and_gradients(inputs, options)
-    sharded = [cut(x, mesh, cuts) for x in inputs]
+    sharded = [cut(x, mesh, cuts) for x, cuts in zip(inputs, (of_q, of_keys, of_keys), strict=True)]
     of_tensors = {key: cut(x, mesh, kept, dims[key]) for key, x in options.items() if key in dims}
     assert_near(values_and_gradients(sharded, options | of_tensors), expected)
     out, lse, _ = torch.ops.flash_attn.fwd(*sharded, **options | of_tensors)
@@ -119,52 +122,48 @@ def check_call(name, cuts, kept):
     assert lse.placements == cut(lse.full_tensor(), mesh, kept, (lse.ndim - 2, 0)).placements
 
 
+NOTHING, CUT_HEADS, CUT_BATCH = ("nothing",), ("heads",), ("batch",)
+# What is cut, of q, of k and v, and of the results.
 ROWS = [
-    *((name, (what,), (what,)) for name in CALLS for what in ("nothing", "heads", "batch")),
-    *((name, ("batch", "heads"), ("batch", "heads")) for name in ("grouped", "sinks", "alibi of sequences", "ranges")),
-    *((name, ("heads", "nothing"), ("heads", "nothing")) for name in ("plain", "alibi of heads", "varlen")),
-    ("plain", ("heads", "heads"), ("heads", "heads")),
+    *((name, cuts, cuts, cuts) for name in CALLS for cuts in (NOTHING, CUT_HEADS, CUT_BATCH)),
+    *(
+        (name, ("batch", "heads"), ("batch", "heads"), ("batch", "heads"))
+        for name in ("grouped", "sinks", "alibi of sequences", "ranges", "one sequence")
+    ),
+    *(
+        (name, ("heads", "nothing"), ("heads", "nothing"), ("heads", "nothing"))
+        for name in ("plain", "alibi of heads", "varlen")
+    ),
+    ("plain", ("heads", "heads"), ("heads", "heads"), ("heads", "heads")),
+    # k and v are cut as q is.
+    ("grouped", CUT_HEADS, NOTHING, CUT_HEADS),
+    ("grouped", NOTHING, CUT_HEADS, CUT_HEADS),
+    ("sinks", CUT_BATCH, CUT_HEADS, CUT_BATCH),
+    ("alibi of sequences", ("batch", "heads"), ("heads", "batch"), ("batch", "heads")),
+    ("sinks", ("batch", "heads"), ("heads", "batch"), ("batch", "heads")),
+    ("starts", ("batch", "heads"), ("heads", "batch"), ("batch", "heads")),
+    ("ranges of two", ("batch", "nothing"), ("heads", "heads"), ("batch", "heads")),
+    ("many heads", ("batch", "heads"), ("heads", "heads"), ("batch", "heads")),
+    # Ranks would have different numbers of heads.
+    ("one key head", ("batch", "heads"), ("batch", "nothing"), ("batch", "nothing")),
+    ("odd heads", ("batch", "heads"), ("batch", "heads"), ("batch", "nothing")),
+    ("many heads", ("heads", "heads"), ("heads", "heads"), ("nothing", "nothing")),
 ]
-# What has to be put together first.
-KEPT = {
-    ("odd heads", "heads"): "nothing",
-    ("one key head", "heads"): "nothing",
-    ("less than a sequence each", "batch"): "nothing",
-}
+# Likewise.
+KEPT = {("odd heads", CUT_HEADS): NOTHING, ("one key head", CUT_HEADS): NOTHING}
 
 
 @pytest.mark.parametrize(
-    ("name", "cuts", "kept"),
+    ("name", "of_q", "of_keys", "kept"),
     [
-        (name, cuts, (KEPT.get((name, cuts[0]), kept[0]), *kept[1:]))
-        for name, cuts, kept in ROWS
-        if not (name == "varlen" and "batch" in cuts)
+        (name, of_q, of_keys, KEPT.get((name, of_q), kept))
+        for name, of_q, of_keys, kept in ROWS
+        if not (name == "varlen" and "batch" in of_q)
     ],
 )
-def test_values_and_gradients_are_those_of_one_device(world, name, cuts, kept):
-    """Results are cut as the inputs are, unless ranks would have different numbers of heads."""
-    world.run(check_call, name, cuts, kept, ranks=2 ** len(cuts))
-
-
-def check_mixed(cuts, kept):
-    dtensor.register()
-    mesh, (inputs, options, _) = mesh_of(("one",)), prepare("grouped")
-    sharded = [cut(x, mesh, (what,)) for x, what in zip(inputs, cuts, strict=True)]
-    assert_near(values_and_gradients(sharded, options), values_and_gradients(inputs, options))
-    out = torch.ops.flash_attn.fwd(*sharded, **options)[0]
-    assert out.placements == cut(out.full_tensor(), mesh, (kept,)).placements
-
-
-@pytest.mark.parametrize(
-    ("cuts", "kept"),
-    [
-        (("heads", "nothing", "nothing"), "heads"),
-        (("batch", "heads", "nothing"), "batch"),
-        (("nothing", "nothing", "heads"), "heads"),
-    ],
-)
-def test_inputs_that_are_cut_differently(world, cuts, kept):
-    world.run(check_mixed, cuts, kept, ranks=2)
+def test_values_and_gradients_are_those_of_one_device(world, name, of_q, of_keys, kept):
+    """Results are cut as q is, unless heads cannot be cut evenly."""
+    world.run(check_call, name, of_q, of_keys, kept, ranks=2 ** len(of_q))
 
 
 def check_errors():
@@ -181,11 +180,14 @@ def check_errors():
     slopes = torch.rand(4)
     # First calls that are right: a decision is not kept for others with the same q, k and v.
     fwd(*heads, alibi_slopes=distributed(slopes, mesh, [Shard(0)]))
-    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected placements \(Shard\(dim=0\),\), which q, k and v"):
+    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected placements \(Shard\(dim=0\),\), as this call cuts"):
         fwd(*heads, alibi_slopes=distributed(slopes, mesh, [Replicate()]))
     fwd(*whole_inputs, alibi_slopes=distributed(slopes, mesh, [Replicate()]))
-    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected placements \(Replicate\(\),\), which q, k and v"):
+    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected placements \(Replicate\(\),\), as this call cuts"):
         fwd(*whole_inputs, alibi_slopes=distributed(slopes, mesh, [Shard(0)]))
+    other = DeviceMesh.from_group(group_of(2), "cpu", mesh_dim_names=("other",))
+    with pytest.raises(RuntimeError, match=r"alibi_slopes: expected the mesh of q, got DeviceMesh"):
+        fwd(*heads, alibi_slopes=distributed(slopes, other, [Shard(0)]))
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         fwd(*heads, alibi_slopes=slopes)
     state = distributed(torch.tensor([3, 4]), mesh, [Replicate()])
@@ -197,7 +199,7 @@ def check_errors():
     with pytest.raises(RuntimeError, match=r"softcap: expected .*, got nan"):
         fwd(*heads, softcap=float("nan"))
     out, lse, _ = fwd(*heads)
-    with pytest.raises(RuntimeError, match=r"bwd: s_aux: expected placements \(Shard\(dim=0\),\), which q, k and v"):
+    with pytest.raises(RuntimeError, match=r"bwd: s_aux: expected placements \(Shard\(dim=0\),\), as this call cuts"):
         torch.ops.flash_attn.bwd(out, *heads, out, lse, s_aux=distributed(slopes, mesh, [Replicate()]))
 
 
