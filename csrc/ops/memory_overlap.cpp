@@ -32,7 +32,7 @@ private:
         if (number < all.least || number > all.most) return false;
         if (first == terms_.size()) return true;
         if (number % all.divisor != 0 || ++steps_ > kMaxSteps) return false;
-        // One factor at most, unless what follows reaches further than the stride.
+        // Two factors at most, unless what follows reaches further than the stride.
         const auto& [stride, least, most] = terms_[first];
         const Rest& next = rest_[first + 1];
         const int64_t lowest = std::max(least, ceil_div(number - next.most, stride)),
@@ -80,7 +80,7 @@ bool share_memory(const at::Tensor& a, const at::Tensor& b) {
 }
 
 bool overlaps_itself(const at::Tensor& t) {
-    if (t.numel() == 0) return false;
+    if (t.numel() == 0 || t.is_non_overlapping_and_dense()) return false;
     const int64_t size = int64_t(t.itemsize());
     // Two elements whose indices are equal before dimension i and differ there.
     for (int64_t i = 0; i < t.dim(); ++i) {
