@@ -57,7 +57,7 @@ def test_flux(backend, monkeypatch, request):
 
     if backend == "native":
         request.getfixturevalue("provider")
-        counted(sdpa, "_fwd")
+        counted(sdpa, "_fwd_out")
     else:
         counted(attention_dispatch, {"flash": "flash_attn_func", "flash_varlen": "flash_attn_varlen_func"}[backend])
     found = run(backend)
