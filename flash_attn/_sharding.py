@@ -35,7 +35,7 @@ class Dims(NamedTuple):
         return {WHOLE: None, _HEADS: self.heads, _BATCH: self.batch}[cut]
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """One cut for every dimension of the mesh, and the sizes of what is cut."""
 
     mesh: DeviceMesh
@@ -63,7 +63,8 @@ class _Plan(NamedTuple):
                 rank = rank * self.mesh.size(i) + self.mesh.get_local_rank(i)
         return rank
 
-    def _placements(self, dims: Dims) -> list[Placement]:
+    def placements(self, dims: Dims) -> list[Placement]:
+        """Those of a tensor that has heads and the batch in these dimensions."""
         cut_dims = [dims.of(cut) for cut in self.cuts]
         return [Replicate() if dim is None else Shard(dim) for dim in cut_dims]
 
@@ -73,7 +74,7 @@ class _Plan(NamedTuple):
             return x
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        placements = self._placements(dims)
+        placements = self.placements(dims)
         # The gradient of what ranks share is the sum of theirs, unless they compute the same.
         grads = [
             Partial() if cut != WHOLE and dims.of(cut) is None else placement
@@ -91,7 +92,7 @@ class _Plan(NamedTuple):
         if dims.batch is not None:
             shape[dims.batch] = self.batch_size
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        placements = self._placements(dims)
+        placements = self.placements(dims)
         return DTensor.from_local(x, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
@@ -111,7 +112,7 @@ def _cut_of(inputs: Sequence[Any], mesh_dim: int, dims: Sequence[Dims]) -> str:
     return WHOLE
 
 
-def plan_of(inputs: Sequence[Any], dims: Sequence[Dims], shares_key_heads: bool = True) -> _Plan:
+def plan_of(inputs: Sequence[Any], dims: Sequence[Dims], shares_key_heads: bool = True) -> Plan:
     """How to compute attention of DTensors, or of their specs: by what is cut already.
 
     Heads are cut where each rank has as many query heads as any other and the key heads of these or, if
@@ -120,14 +121,14 @@ def plan_of(inputs: Sequence[Any], dims: Sequence[Dims], shares_key_heads: bool 
     mesh = inputs[0].device_mesh
     cuts = [_cut_of(inputs, i, dims) for i in range(mesh.ndim)]
     num_heads, num_heads_k = inputs[0].shape[-2], inputs[-1].shape[-2]
-    plan = _Plan(mesh, tuple(cuts), num_heads, num_heads_k, inputs[0].shape[0])
+    plan = Plan(mesh, tuple(cuts), num_heads, num_heads_k, inputs[0].shape[0])
     num_ranks = plan.num_head_ranks
     if num_heads % num_ranks == 0 and (num_heads_k % num_ranks == 0 or (shares_key_heads and plan.shares_key_heads)):
         return plan
     return plan._replace(cuts=tuple(WHOLE if cut == _HEADS else cut for cut in cuts))
 
 
-def _local_inputs(plan: _Plan, inputs: Sequence[DTensor], dims: Sequence[Dims]) -> tuple[Tensor, ...]:
+def _local_inputs(plan: Plan, inputs: Sequence[DTensor], dims: Sequence[Dims]) -> tuple[Tensor, ...]:
     if not plan.shares_key_heads:
         return tuple(plan.local(x, of_x) for x, of_x in zip(inputs, dims, strict=True))
     head = plan.head_rank * plan.num_heads_k // plan.num_head_ranks
@@ -138,7 +139,7 @@ def _local_inputs(plan: _Plan, inputs: Sequence[DTensor], dims: Sequence[Dims]) 
     return plan.local(inputs[0], dims[0]), *keys
 
 
-def _dropout_mask(function: str, plan: _Plan, q: Tensor, dropout_p: Any) -> dict[str, Any]:
+def _dropout_mask(function: str, plan: Plan, q: Tensor, dropout_p: Any) -> dict[str, Any]:
     """The arguments of the operators for this rank's part of the mask of one device; none without dropout."""
     if not as_float(dropout_p):  # what is not a number is refused later
         return {}

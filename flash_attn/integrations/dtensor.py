@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
 
 from flash_attn._checks import describe, reject
 from flash_attn._library import build_info
-from flash_attn._sharding import WHOLE, Dims, plan_of, reasons_against_cuts
+from flash_attn._sharding import WHOLE, Dims, Plan, plan_of, reasons_against_cuts
 
 _RESULTS = {"fwd": ("out", "softmax_lse", "max_logits"), "bwd": ("dq", "dk", "dv", "dsoftmax_sum")}
 _LIKE_Q = ("q", "k", "v", "dout", "out", "dq", "dk", "dv")
@@ -56,12 +56,7 @@ def _dims_of(call: _Call) -> dict[str, Dims]:
     return dims
 
 
-def _placements(dims: Dims, cuts: tuple[str, ...]) -> tuple[Placement, ...]:
-    cut_dims = [dims.of(cut) for cut in cuts]
-    return tuple(Replicate() if dim is None else Shard(dim) for dim in cut_dims)
-
-
-def _cuts_of(name: str, call: _Call, dims: dict[str, Dims]) -> tuple[str, ...]:
+def _plan(name: str, call: _Call, dims: dict[str, Dims]) -> Plan:
     """What each dimension of the mesh cuts.
 
     Raises:
@@ -73,9 +68,9 @@ def _cuts_of(name: str, call: _Call, dims: dict[str, Dims]) -> tuple[str, ...]:
     function = f"torch.ops.flash_attn.{name}"
     if reasons := reasons_against_cuts("qkv", qkv, 0 if is_packed else 1):
         reject(ValueError, function, reasons)
-    cuts = plan_of(qkv, [dims[key] for key in "qkv"], shares_key_heads=False).cuts
+    plan = plan_of(qkv, [dims[key] for key in "qkv"], shares_key_heads=False)
     for key in _keywords_of(name):
-        spec, wanted = call.get(key), _placements(dims.get(key, Dims()), cuts)
+        spec, wanted = call.get(key), tuple(plan.placements(dims.get(key, Dims())))
         if not isinstance(spec, DTensorSpec):
             continue
         if spec.mesh != qkv[0].mesh:
@@ -84,12 +79,12 @@ def _cuts_of(name: str, call: _Call, dims: dict[str, Dims]) -> tuple[str, ...]:
             expected = f"placements {wanted}, as this call cuts heads and the batch"
             reasons.append(f"{key}: expected {expected}, got {spec.placements}")
     dropout_p = call.get("dropout_p", 0.0)
-    if dropout_p > 0 and set(cuts) != {WHOLE}:
+    if dropout_p > 0 and set(plan.cuts) != {WHOLE}:
         expected = "0 for tensors that are cut, unless flash_attn_func is called, which has the mask of one device"
         reasons.append(f"dropout_p: expected {expected}, got {describe(dropout_p)}")
     if reasons:
         reject(ValueError, function, reasons)
-    return cuts
+    return plan
 
 
 def _strategy(name: str, schema: OpSchema) -> OpStrategy:
@@ -102,13 +97,14 @@ def _strategy(name: str, schema: OpSchema) -> OpStrategy:
     call = {key: as_spec(x) for key, x in zip(names, schema.args_schema, strict=False)}
     call |= {key: as_spec(x) for key, x in schema.kwargs_schema.items()}
     dims = _dims_of(call)
-    cuts, mesh = _cuts_of(name, call, dims), call["q"].mesh
-    results = tuple(DTensorSpec(mesh, _placements(dims.get(key, Dims()), cuts)) for key in _RESULTS[name])
-    inputs = [
-        DTensorSpec(mesh, _placements(dims.get(key, Dims()), cuts), tensor_meta=spec.tensor_meta)
-        for key, spec in call.items()
-        if isinstance(spec, DTensorSpec)
-    ]
+    plan = _plan(name, call, dims)
+
+    def spec_of(key: str) -> DTensorSpec:
+        meta = call[key].tensor_meta if key in call else None
+        return DTensorSpec(plan.mesh, tuple(plan.placements(dims.get(key, Dims()))), tensor_meta=meta)
+
+    results = tuple(spec_of(key) for key in _RESULTS[name])
+    inputs = [spec_of(key) for key, x in call.items() if isinstance(x, DTensorSpec)]
     return OpStrategy([OpSpec(results, inputs, [[0.0] for _ in inputs])])
 
 
