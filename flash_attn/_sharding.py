@@ -23,6 +23,8 @@ from flash_attn._library import draw_rng_state
 
 # How the ranks of a dimension of the mesh share the work.
 WHOLE, _HEADS, _BATCH = "whole", "heads", "batch"
+# Options that have a number for every sequence. The ops have names of their own for starts that are tensors.
+_OF_SEQUENCES = {"q_start", "k_start", "q_starts", "k_starts", "seqused_k", "leftpad_k"}
 
 
 class Dims(NamedTuple):
@@ -181,17 +183,20 @@ def reasons_against_cuts(names: Sequence[str], inputs: Sequence[Any], row_dim: i
     return reasons
 
 
-def _dims_of_options(options: dict[str, Any], is_packed: bool) -> dict[str, Dims]:
-    """The dimensions of the tensors among the options of a call."""
+def dims_of_options(options: dict[str, Any], is_packed: bool) -> dict[str, Dims]:
+    """The dimensions of the tensors, or of the specs of DTensors, among the options of a function or an op."""
+    batch = None if is_packed else 0
     dims = {"s_aux": Dims(heads=0)}
-    slopes, ranges = options["alibi_slopes"], options["key_ranges"]
-    if isinstance(slopes, Tensor):
-        dims["alibi_slopes"] = Dims(slopes.dim() - 1, 0 if slopes.dim() == 2 else None)
-    if isinstance(ranges, Tensor):
-        dims["key_ranges"] = Dims(batch=None if is_packed or ranges.shape[0] == 1 else 0)
-    for name in ("q_start", "k_start"):
-        if isinstance(options[name], Tensor):
-            dims[name] = Dims(batch=None if is_packed or options[name].dim() == 0 else 0)
+    for name, x in options.items():
+        ndim = getattr(x, "ndim", 0)
+        if ndim == 0:
+            continue
+        if name == "alibi_slopes":
+            dims[name] = Dims(ndim - 1, batch if ndim == 2 else None)
+        elif name == "key_ranges":
+            dims[name] = Dims(batch=None if x.shape[0] == 1 else batch)
+        elif name in _OF_SEQUENCES:
+            dims[name] = Dims(batch=batch)
     return dims
 
 
@@ -218,7 +223,7 @@ def attend(
     local = _local_inputs(plan, inputs, dims)
     if is_packed:
         sequences = type(sequences)(*(plan.local(x, Dims()) for x in sequences))
-    of_options = _dims_of_options(options, is_packed)
+    of_options = dims_of_options(options, is_packed)
     options = options | {name: plan.local(options[name], of_option) for name, of_option in of_options.items()}
     of_mask = _dropout_mask(function, plan, local[0], options["dropout_p"])
     results = run(function, layout, local, sequences, options, of_mask)

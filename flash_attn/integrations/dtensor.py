@@ -20,11 +20,10 @@ from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, Ru
 
 from flash_attn._checks import describe, reject
 from flash_attn._library import build_info
-from flash_attn._sharding import WHOLE, Dims, Plan, plan_of, reasons_against_cuts
+from flash_attn._sharding import WHOLE, Dims, Plan, dims_of_options, plan_of, reasons_against_cuts
 
 _RESULTS = {"fwd": ("out", "softmax_lse", "max_logits"), "bwd": ("dq", "dk", "dv", "dsoftmax_sum")}
 _LIKE_Q = ("q", "k", "v", "dout", "out", "dq", "dk", "dv")
-_OF_SEQUENCES = ("seqused_k", "leftpad_k", "q_starts", "k_starts")
 
 # The arguments of a call by name. Tensors are DTensorSpecs.
 _Call = dict[str, Any]
@@ -45,15 +44,9 @@ def _dims_of(call: _Call) -> dict[str, Dims]:
     batch = None if is_packed else 0
     dims = {name: Dims((call[name] if name in "qkv" else call["q"]).ndim - 2, batch) for name in _LIKE_Q}
     dims |= dict.fromkeys(("softmax_lse", "dlse", "dsoftmax_sum"), Dims(0) if is_packed else Dims(1, 0))
-    dims |= dict.fromkeys(_OF_SEQUENCES, Dims(batch=batch))
-    dims["s_aux"] = Dims(heads=0)
     if call.get("return_max_logits"):
         dims["max_logits"] = Dims(1, batch)
-    if (slopes := call.get("alibi_slopes")) is not None:
-        dims["alibi_slopes"] = Dims(slopes.ndim - 1, batch if slopes.ndim == 2 else None)
-    if (ranges := call.get("key_ranges")) is not None and ranges.shape[0] > 1:
-        dims["key_ranges"] = Dims(batch=batch)
-    return dims
+    return dims | dims_of_options(call, is_packed)
 
 
 def _plan(name: str, call: _Call, dims: dict[str, Dims]) -> Plan:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from flash_attn import _library
 NAME = "flash_attn"
 
 _fwd_out = _library.op("fwd", "out")
-_bwd_out = _library.op("bwd", "out")
+_bwd, _bwd_out = _library.op("bwd"), _library.op("bwd", "out")
 _attn_probs = _library.op("attn_probs")
 
 _SDPA_CPU = "_scaled_dot_product_flash_attention_for_cpu"
@@ -42,12 +42,6 @@ def _top_left(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
     """The causal mask of scaled_dot_product_attention: query i sees keys 0 to i. Ours is aligned to the last key."""
     starts = {} if q.shape[1] == k.shape[1] else {"q_start": 0, "k_start": 0}
     return {"causal": True, **starts} if causal else {}
-
-
-def _bwd_into(gradients: Iterable[Tensor], *tensors: Tensor, **options: Any) -> None:
-    """Write the gradients of q, k and v."""
-    dq, dk, dv = gradients
-    _bwd_out(*tensors, **options, dq=dq, dk=dk, dv=dv)
 
 
 def sdpa_on_cpu(
@@ -72,8 +66,7 @@ def sdpa_on_cpu_backward(
 ) -> tuple[Tensor, ...]:
     """aten._scaled_dot_product_flash_attention_for_cpu_backward, likewise: gradients, stored with heads second."""
     dout, q, k, v, out = _heads_second(grad_out, query, key, value, out)
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    _bwd_into(gradients, dout, q, k, v, out, softmax_lse, softmax_scale=scale, **_top_left(q, k, is_causal))
+    gradients = _bwd(dout, q, k, v, out, softmax_lse, softmax_scale=scale, **_top_left(q, k, is_causal))[:3]
     return _heads_second(*gradients)
 
 
@@ -179,7 +172,8 @@ def flash_attention_backward(
     inputs = (query, key, value)
     if gradients is None:
         gradients = tuple(torch.empty_like(x) for x in inputs)
-    _bwd_into(gradients, grad_out, *inputs, out, softmax_lse, **options, deterministic=deterministic)
+    written = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    _bwd_out(grad_out, *inputs, out, softmax_lse, **options, deterministic=deterministic, **written)
     return gradients
 
 

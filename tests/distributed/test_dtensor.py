@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import flash_attn
-from distributed_world import group_of
+from distributed_tensors import assert_near, distributed, mesh_of, whole
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -77,16 +77,8 @@ CUTS = {
 }
 
 
-def mesh_of(size):
-    return DeviceMesh.from_group(group_of(size), "cpu")
-
-
 def leaves(shapes):
     return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
-
-
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def values_and_gradients(function, inputs, options):
@@ -104,12 +96,6 @@ def values_and_gradients(function, inputs, options):
     return [whole(x) for x in (*results, *torch.autograd.grad(loss, sources))]
 
 
-def assert_near(found, expected):
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
 def prepare(name):
     """The function of a call, its inputs and its options."""
     torch.manual_seed(1)
@@ -118,10 +104,6 @@ def prepare(name):
     if "s_aux" in options:
         options["s_aux"] = options["s_aux"].double().requires_grad_()
     return function, inputs, options
-
-
-def distributed(x, mesh, placements):
-    return distribute_tensor(x.detach(), mesh, placements).requires_grad_(x.requires_grad)
 
 
 def check_call(name, cut):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from distributed_tensors import assert_near, distributed, mesh_of, whole
 from distributed_world import group_of
 from flash_attn.integrations import dtensor
 
@@ -18,8 +19,6 @@ LENGTHS = {
     "max_seqlen_k": 4,
 }
 CAUSAL = {"causal": True}
-# How heads and the batch are cut in tensors like q, and in keyword tensors.
-ROW_HEADS, ROW_BATCH, HEADS, WHOLE = Shard(-2), Shard(0), Shard(0), Replicate()
 
 
 def ints(*values):
@@ -70,10 +69,6 @@ def prepare(name):
     return inputs, {name: x[0] if isinstance(x, tuple) else x for name, x in options.items()}, dims
 
 
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def values_and_gradients(inputs, options):
     """out, softmax_lse, max_logits and the gradients of q, k, v and s_aux, of a sum that all of them are in."""
     out, lse, max_logits = torch.ops.flash_attn.fwd(*inputs, **options)
@@ -86,16 +81,6 @@ def values_and_gradients(inputs, options):
     return [whole(x) for x in (out, lse, max_logits, *torch.autograd.grad(loss, sources))]
 
 
-def assert_near(found, expected):
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def distributed(x, mesh, placements):
-    placements = [Shard(p.dim % x.ndim) if isinstance(p, Shard) else p for p in placements]
-    return distribute_tensor(x.detach(), mesh, placements).requires_grad_(x.requires_grad)
-
-
 def cut(x, mesh, cuts, dims=None):
     """A tensor cut by heads, by the batch or not at all in each dimension of the mesh; dims: where it has these."""
     heads, batch = (x.ndim - 2, 0) if dims is None else dims
@@ -103,14 +88,11 @@ def cut(x, mesh, cuts, dims=None):
     return distributed(x, mesh, [Replicate() if dim is None else Shard(dim) for dim in where])
 
 
-def mesh_of(cuts):
-    return DeviceMesh.from_group(group_of(2), "cpu") if len(cuts) == 1 else init_device_mesh("cpu", (2, 2))
-
-
 def check_call(name, of_q, of_keys, kept):
     """q is cut in one way, k and v in another; keyword tensors, as the results are."""
     dtensor.register()
-    mesh, (inputs, options, dims) = mesh_of(of_q), prepare(name)
+    mesh = mesh_of(2) if len(of_q) == 1 else init_device_mesh("cpu", (2, 2))
+    inputs, options, dims = prepare(name)
     if "s_aux" in options:
         options["s_aux"].requires_grad_()
     expected = values_and_gradients(inputs, options)
@@ -168,7 +150,7 @@ def test_values_and_gradients_are_those_of_one_device(world, name, of_q, of_keys
 
 def check_errors():
     dtensor.register()
-    mesh, (inputs, _, _) = mesh_of(("one",)), prepare("plain")
+    mesh, (inputs, _, _) = mesh_of(2), prepare("plain")
     fwd = torch.ops.flash_attn.fwd
     rows = [distributed(x, mesh, [Shard(1)]) for x in inputs]
     heads, whole_inputs = ([cut(x, mesh, (what,)) for x in inputs] for what in ("heads", "nothing"))
@@ -209,7 +191,7 @@ def test_errors(world):
 
 def check_compiled():
     dtensor.register()
-    mesh, (inputs, options, _) = mesh_of(("one",)), prepare("grouped")
+    mesh, (inputs, options, _) = mesh_of(2), prepare("grouped")
 
     def doubled(*inputs):
         # Local: torch 2.13 at times confuses the meshes of arguments and results, of its own ops as well.

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed_tensors import assert_near, mesh_of, whole
 from distributed_world import group_of
 from flash_attn import flash_attn_func
 from flash_attn.flash_attention import FlashMHA
@@ -51,10 +52,6 @@ def data():
     return [torch.randn(BATCH, SEQLEN, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def step(module, x, target):
     """The loss and the parameters after two steps of training."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -68,19 +65,9 @@ def step(module, x, target):
     return [whole(loss).detach(), *(whole(x).detach() for x in module.parameters())]
 
 
-def assert_near(found, expected):
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
 def compiled(module, wanted):
     torch.compiler.reset()
     return torch.compile(module, backend="aot_eager") if wanted else module
-
-
-def mesh_of(size):
-    return DeviceMesh.from_group(group_of(size), "cpu")
 
 
 def check_tensor_parallel(local, is_compiled):
@@ -88,7 +75,7 @@ def check_tensor_parallel(local, is_compiled):
     columns, rows = ColwiseParallel(use_local_output=local), RowwiseParallel()
     plan = {"wq": columns, "wk": columns, "wv": columns, "wo": rows}
     module = parallelize_module(build("plain"), mesh_of(2), plan)
-    assert_near(step(compiled(module, is_compiled), *data()), expected)
+    assert_near(step(compiled(module, is_compiled), *data()), expected, 1e-10)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -103,7 +90,7 @@ def check_batches(name, is_compiled):
     expected = step(build(name), *data())
     module = distribute_module(build(name), mesh)
     batch = [distribute_tensor(x, mesh, [Shard(0)]) for x in data()]
-    assert_near(step(compiled(module, is_compiled), *batch), expected)
+    assert_near(step(compiled(module, is_compiled), *batch), expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +116,7 @@ def check_padding():
     out = module(x, key_padding_mask=keep)
     found = torch.autograd.grad((out * weights).sum(), list(module.parameters()))
     assert out.placements == (Shard(0),)
-    assert_near([whole(each) for each in (out, *found)], [expected, *grads])
+    assert_near([whole(each) for each in (out, *found)], [expected, *grads], 1e-10)
 
 
 def test_a_padded_batch_as_a_dtensor(world):
@@ -151,7 +138,7 @@ def check_data_parallel(wrap, name, is_compiled):
     expected = step(build(name), *data())
     module = compiled(wrap(build(name)), is_compiled)
     loss, *parameters = step(module, *(own(x, 2, rank) for x in data()))
-    assert_near([mean_over_ranks(loss), *parameters], expected)
+    assert_near([mean_over_ranks(loss), *parameters], expected, 1e-10)
 
 
 def fsdp(module):
@@ -177,7 +164,7 @@ def check_both():
     module = fully_shard(parallelize_module(build("plain"), mesh["tensor"], plan), mesh=mesh["data"])
     loss, *parameters = step(module, *(own(x, 2, mesh["data"].get_local_rank()) for x in data()))
     torch.distributed.all_reduce(loss)
-    assert_near([loss / 4, *parameters], expected)
+    assert_near([loss / 4, *parameters], expected, 1e-10)
 
 
 def test_both(world):
